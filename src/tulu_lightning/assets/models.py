@@ -1,0 +1,64 @@
+"""Where a model comes from: a local Hugging Face folder, or one of two names that are built into the cache.
+
+No model hub is asked and no code of a model folder is run.
+"""
+
+from pathlib import Path
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from tulu_lightning.assets import smollm2, tiny
+from tulu_lightning.errors import InputError, nearest
+
+__all__ = ["NAMED_MODELS", "load_tokenizer", "resolve_model"]
+
+NAMED_MODELS = {smollm2.NAME: smollm2.folder, tiny.NAME: tiny.folder}
+"""Models that have a name; each function returns the finished folder and builds it first if it is missing."""
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
+
+
+def resolve_model(path: str) -> Path:
+    """The Hugging Face folder behind a path or a name of `NAMED_MODELS`.
+
+    Raises:
+        InputError: no such folder or name, or the folder lacks its config, its weights or its tokenizer.
+    """
+    if path in NAMED_MODELS:
+        return NAMED_MODELS[path]()
+    folder = Path(path).expanduser()
+    if not folder.is_dir():
+        if "/" not in path:
+            remedy = f"{nearest(path, NAMED_MODELS)} Or give the path of a Hugging Face model folder."
+            raise InputError(path, "there is no model and no folder of that name", remedy)
+        raise InputError(path, "there is no such model folder", "Give the path of an existing one.")
+    _check_folder(folder)
+    return folder
+
+
+def _check_folder(folder: Path) -> None:
+    remedy = "Save the model there with save_pretrained(), as safetensors, together with its tokenizer."
+    if not (folder / "config.json").is_file():
+        raise InputError(str(folder), "the model folder has no config.json", remedy)
+    if not any(folder.glob("*.safetensors")):
+        raise InputError(str(folder), "the model folder has no weights (*.safetensors)", remedy)
+    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        raise InputError(str(folder), f"the model folder has no tokenizer ({' or '.join(TOKENIZER_FILES)})", remedy)
+
+
+def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model folder or named model.
+
+    Raises:
+        InputError: what `resolve_model` finds, a tokenizer that does not load, or one without an end-of-sequence token
+            (answers would never learn to end).
+    """
+    folder = resolve_model(path)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(str(folder), f"its tokenizer does not load ({reason})", "Save the tokenizer again.") from error
+    if tokenizer.eos_token_id is None:
+        raise InputError(str(folder), "its tokenizer has no EOS token", "Set eos_token in its tokenizer_config.json.")
+    return tokenizer

@@ -1,0 +1,89 @@
+"""When a run is saved, and how it stops when asked to.
+
+A save goes to a hidden name beside its own and is renamed, so a name is either whole or not there. Ctrl-C (or
+SIGTERM) sets a flag; the step in progress is finished, saved, and the run ends resumable. A second Ctrl-C does not
+wait.
+"""
+
+import os
+import shutil
+import signal
+import threading
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+
+__all__ = ["Checkpoints", "checkpoint_path"]
+
+
+def checkpoint_path(run: Path, step: int) -> Path:
+    """Where the checkpoint after `step` finished steps lies."""
+    return run / "checkpoints" / f"step-{step:06d}.ckpt"
+
+
+class Checkpoints(L.Callback):
+    """Save every so many of *our* steps, at the end, and when told to stop.
+
+    Args:
+        every_n_steps: steps between saves; 0 saves only at the end and when stopping.
+        keep: how many of the newest to keep.
+    """
+
+    def __init__(self, every_n_steps: int = 100, keep: int = 1) -> None:
+        super().__init__()
+        self.every_n_steps, self.keep = every_n_steps, keep
+        self.stop_requested = False
+        self._previous: dict[int, Any] = {}
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        """Take over the signals; after Lightning, whose own handlers would run collectives inside a handler."""
+        self.stop_requested = False
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._previous[number] = signal.signal(number, self._request)
+
+    def _request(self, number: int, frame: Any) -> None:
+        if self.stop_requested:
+            raise KeyboardInterrupt
+        self.stop_requested = True
+        print("\nstopping: finishing this step and saving it (again to stop at once)", flush=True)
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *_: object) -> None:
+        """Save if it is time to."""
+        due = self.every_n_steps and pl_module.step % self.every_n_steps == 0
+        if due or pl_module.finished or self.stop_requested:
+            self.save(trainer, pl_module.step)
+        if self.stop_requested:
+            trainer.should_stop = True
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        """Give the signals back."""
+        self._restore()
+
+    def on_exception(self, trainer: L.Trainer, pl_module: Any, exception: BaseException) -> None:
+        """Give the signals back also when the run breaks off."""
+        self._restore()
+
+    def _restore(self) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        self._previous.clear()
+
+    def save(self, trainer: L.Trainer, step: int) -> None:
+        """Write the checkpoint beside its name, rename it, then drop older ones."""
+        path = checkpoint_path(Path(trainer.default_root_dir), step)
+        if path.exists():
+            return
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if trainer.world_size > 1:
+            trainer.save_checkpoint(path)  # the strategy does the same for a folder
+        else:
+            beside = path.with_name(f".{path.name}.tmp")
+            trainer.save_checkpoint(beside)
+            with beside.open("rb") as file:
+                os.fsync(file.fileno())
+            beside.replace(path)
+        if trainer.is_global_zero:
+            for old in sorted(path.parent.glob("step-*.ckpt"))[: -self.keep]:
+                shutil.rmtree(old) if old.is_dir() else old.unlink()

@@ -1,0 +1,81 @@
+"""When the held-out prompts are scored: before a stage's first step and after its last."""
+
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+
+from tulu_lightning.data.prompts import PromptData
+from tulu_lightning.data.sources import Source
+from tulu_lightning.evaluation.heldout import Scores, evaluate
+from tulu_lightning.progress import Progress
+from tulu_lightning.types import Prompt, Sampling
+
+__all__ = ["Evaluate"]
+
+
+class Evaluate(L.Callback):
+    """Greedy answers to held-out prompts, scored by their verifier; written to `scores/before.json`, `after.json`.
+
+    Random state and batches of training are not touched: sampling is greedy and the engine has its own weights.
+
+    Args:
+        sources: prompt rows (`messages`, `ground_truth`, `verifier`) that no training row repeats.
+        max_new_tokens: cap of an answer.
+        max_tokens: longest prompt, in tokens.
+    """
+
+    def __init__(self, sources: list[Source], max_new_tokens: int, max_tokens: int = 2048) -> None:
+        super().__init__()
+        self.sources, self.max_new_tokens, self.max_tokens = sources, max_new_tokens, max_tokens
+        self.before: Scores | None = None
+        self.after: Scores | None = None
+        self._prompts: tuple[Prompt, ...] = ()
+        self._stop_ids: tuple[int, ...] = ()
+
+    def setup(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
+        """Read and check the prompts before any weights load."""
+        if stage != "fit" or self._prompts:
+            return
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        prompts = PromptData(
+            sources=self.sources,
+            tokenizer=pl_module.folder,
+            template=data.template.name,
+            max_tokens=self.max_tokens,
+            examples_per_step=1,
+            on_overflow="error",
+        )
+        prompts.setup()
+        self._prompts, self._stop_ids = prompts.prompts, prompts.stop_ids
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        """Score the start weights, once: a resumed run has the record already."""
+        path = self._path(trainer, "before")
+        if path.exists():
+            self.before = Scores.from_json(path)
+        elif pl_module.step == 0:
+            self.before = self._score(trainer, pl_module, path)
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        """Score the final weights, if the run came to its end."""
+        if pl_module.finished:
+            self.after = self._score(trainer, pl_module, self._path(trainer, "after"))
+
+    def _path(self, trainer: L.Trainer, when: str) -> Path:
+        return Path(trainer.default_root_dir, "scores", f"{when}.json")
+
+    def _score(self, trainer: L.Trainer, pl_module: Any, path: Path) -> Scores:
+        engine = pl_module.make_engine()
+        sampling = Sampling(self.max_new_tokens, 0.0, self._stop_ids)
+        tokenizer: Any = trainer.datamodule.tokenizer  # type: ignore[attr-defined]
+        with Progress(f"{type(pl_module).__name__} {path.stem}", len(self._prompts)) as progress:
+            scores = evaluate(
+                engine, tokenizer, self._prompts, sampling, progress=lambda done, total: progress.update(done)
+            )
+        engine.close()
+        if trainer.is_global_zero:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            scores.to_json(path)
+            print(f"{path.stem}: accuracy {scores.accuracy:.3f} [{scores.low:.3f}, {scores.high:.3f}], n = {scores.n}")
+        return scores

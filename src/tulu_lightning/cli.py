@@ -1,0 +1,129 @@
+"""The `tulu` command. A table of commands; each one's module, and with it torch, is imported when it is called."""
+
+import errno
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from tulu_lightning import __version__
+from tulu_lightning.errors import InputError, nearest
+
+__all__ = ["main"]
+
+BAD_INPUT = 2
+INTERRUPTED = 130
+
+DISK_REMEDIES = {
+    errno.ENOSPC: "Free some space, or choose another folder (trainer.default_root_dir)",
+    errno.EDQUOT: "Free some space, or choose another folder (trainer.default_root_dir)",
+    errno.EROFS: "Choose a folder on a writable disk (trainer.default_root_dir)",
+    errno.EACCES: "Change its permissions, or choose another folder (trainer.default_root_dir)",
+}
+
+
+class Command(NamedTuple):
+    """One command: `main(argv)` of its module runs it; `argv` starts with the name where one module has several."""
+
+    name: str
+    help: str
+    module: str
+    wants_name: bool = False
+
+
+LIGHTNING = "tulu_lightning.launch.fit"
+COMMANDS = (
+    Command(
+        "recipe",
+        "run all stages of a recipe, each from the last one's promoted checkpoint",
+        "tulu_lightning.recipes.recipe",
+    ),
+    Command("fit", "train one stage; run again, it goes on where it stopped", LIGHTNING, wants_name=True),
+    Command("validate", "run the validation loop of one stage", LIGHTNING, wants_name=True),
+    Command("test", "run the test loop of one stage", LIGHTNING, wants_name=True),
+    Command("predict", "run the prediction loop of one stage", LIGHTNING, wants_name=True),
+    Command("pairs", "make on-policy preference pairs from a model's own samples", "tulu_lightning.recipes.pairs"),
+    Command("report", "write a run as one HTML page", "tulu_lightning.recipes.report"),
+)
+
+
+def usage() -> str:
+    """The text of `tulu --help`."""
+    width = max(len(c.name) for c in COMMANDS)
+    lines = [f"  {c.name:<{width}}  {c.help}" for c in COMMANDS]
+    return "\n".join(
+        [
+            "usage: tulu COMMAND [options]",
+            "",
+            "Post-training of open-weight language models: SFT, DPO, PPO with verifiable rewards.",
+            "",
+            "commands:",
+            *lines,
+            "",
+            "options:",
+            "  --help     show this text; `tulu COMMAND --help` shows a command's options",
+            "  --version  show the version",
+            "",
+            "example: tulu fit --config configs/sft_tiny.yaml",
+        ]
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        argv: arguments without the program's name; those of the process by default.
+
+    Returns:
+        Exit status: 0, 2 for bad input or a disk that cannot be written, 130 after Ctrl-C.
+    """
+    try:
+        return _dispatch(list(sys.argv[1:] if argv is None else argv))
+    except InputError as error:
+        return _fail(str(error))
+    except KeyboardInterrupt:
+        print("tulu: interrupted; run the same command again to go on", file=sys.stderr)
+        return INTERRUPTED
+    except Exception as error:
+        text = disk_fault(error)
+        if text is None:
+            raise
+        return _fail(text)
+
+
+def _dispatch(argv: list[str]) -> int:
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(usage())
+        return 0
+    if argv[0] in ("-V", "--version"):
+        print(f"tulu {__version__}")
+        return 0
+    commands = {c.name: c for c in COMMANDS}
+    if argv[0] not in commands:
+        raise InputError("command line", f"no such command: {argv[0]!r}", nearest(argv[0], commands))
+    command = commands[argv[0]]
+    module = importlib.import_module(command.module)
+    return module.main(argv if command.wants_name else argv[1:])
+
+
+def _fail(text: str) -> int:
+    print(f"tulu: error: {text}", file=sys.stderr)
+    return BAD_INPUT
+
+
+def disk_fault(error: BaseException | None) -> str | None:
+    """The message for a disk that is full or may not be written; None for any other error.
+
+    Libraries wrap such errors, so the chain behind the error is searched too.
+    """
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        if isinstance(error, OSError) and error.errno in DISK_REMEDIES:
+            where = error.filename2 or error.filename or "the disk"
+            remedy = DISK_REMEDIES[error.errno]
+            return f"{os.fsdecode(where)}: {os.strerror(error.errno)}. {remedy}, and run the same command again; what was finished is kept."
+        error = error.__cause__ or error.__context__
+    return None

@@ -1,0 +1,30 @@
+"""The one error that a user is meant to read.
+
+Everything that is wrong with what the user gave (a config, a file, a row, a folder) is raised as `InputError`
+before anything heavy runs. The command line prints its text on one line and exits with status 2; from a notebook
+it is an ordinary `ValueError`.
+"""
+
+import difflib
+from collections.abc import Iterable
+
+
+class InputError(ValueError):
+    """Bad input: says where it is, what was found there, and what would do.
+
+    Args:
+        where: the file, row, key or folder that is wrong, e.g. `data.jsonl, row 17`.
+        what: what is wrong there, with the value received.
+        remedy: what would do instead, as an instruction.
+    """
+
+    def __init__(self, where: str, what: str, remedy: str) -> None:
+        self.where, self.what, self.remedy = where, what, remedy
+        super().__init__(f"{where}: {what}. {remedy}")
+
+
+def nearest(name: str, choices: Iterable[str]) -> str:
+    """A remedy that offers the nearest of the known names, or lists them all."""
+    known = sorted(choices)
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"Did you mean {close[0]!r}?" if close else f"Known: {', '.join(known)}."

@@ -1,0 +1,64 @@
+"""The command line of a Lightning command as layers, and the settings that follow from others."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from tulu_lightning.errors import InputError
+from tulu_lightning.launch.compose import Layer, compose, merge, option_layer, value_at
+from tulu_lightning.launch.schema import class_of
+from tulu_lightning.launch.signatures import parameters
+
+__all__ = ["linked_options", "read_layers"]
+
+FLAGS = ("--print_config", "--help", "-h")
+
+
+def read_layers(argv: Sequence[str]) -> list[Layer]:
+    """Config files and options, in the order given (the order in which they win).
+
+    Args:
+        argv: arguments after the subcommand.
+
+    Raises:
+        InputError: a config file is bad, or an argument is no option.
+    """
+    layers: list[Layer] = []
+    rest = list(argv)
+    while rest:
+        token = rest.pop(0)
+        name, equals, text = token.partition("=")
+        if name in FLAGS or name.endswith(".help"):
+            if name.endswith(".help") and not equals and rest and not rest[0].startswith("-"):
+                rest.pop(0)  # `--model.help CLASS`
+            continue
+        if not name.startswith("-"):
+            remedy = (
+                f"Config files are given as --config {token}." if token.endswith((".yaml", ".yml")) else "Remove it."
+            )
+            raise InputError("command line", f"unexpected argument {token!r}", remedy)
+        if not equals and rest and not rest[0].startswith("--"):
+            equals, text = "=", rest.pop(0)
+        if not equals:
+            raise InputError("command line", f"{name!r} is given without a value", f"Write {name}=VALUE.")
+        layers += compose(text) if name in ("-c", "--config") else [option_layer(name.lstrip("-"), text)]
+    return layers
+
+
+def linked_options(layers: Sequence[Layer]) -> list[str]:
+    """Options that follow from others: the data reads with the model's tokenizer, unless told otherwise.
+
+    A plain option rather than the parser's own link, because a link hides its target from the printed config and
+    overrides what the user gave.
+    """
+    config = merge(layers)
+    path = _model_path(config)
+    data = class_of(layers, ("data",))
+    if path is None or data is None or "tokenizer" not in parameters(data).hints:
+        return []
+    given = value_at(config, ("data", "init_args", "tokenizer")) or value_at(config, ("data", "tokenizer"))
+    return [] if given else [f"--data.init_args.tokenizer={path}"]
+
+
+def _model_path(config: dict[str, Any]) -> str | None:
+    places = (("model", "backbone", "path"), ("model", "init_args", "backbone", "path"))  # the short form is an option
+    return next((path for path in (value_at(config, place) for place in places) if isinstance(path, str)), None)

@@ -1,0 +1,245 @@
+"""`tulu fit`, `validate`, `test`, `predict`: Lightning's own commands with strict configs and runs that go on.
+
+A config is checked in full (keys, classes, values, the run folder) before any weights are read.
+"""
+
+import argparse
+import logging
+import os
+import signal
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.fabric.utilities.rank_zero import rank_zero_only
+from lightning.pytorch.cli import LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import TensorBoardLogger
+
+from tulu_lightning.errors import InputError
+from tulu_lightning.launch.arguments import linked_options, read_layers
+from tulu_lightning.launch.compose import Layer, merge, origin
+from tulu_lightning.launch.parser import IncludingConfigFile, TuluParser, causes
+from tulu_lightning.launch.run_folder import ensure_writable, resolve_checkpoint, step_of
+from tulu_lightning.launch.schema import check_keys
+from tulu_lightning.launch.signatures import parameters
+
+__all__ = ["SaveConfig", "TuluCLI", "fit", "main", "without_tips"]
+
+SEED = 1
+
+
+class SaveConfig(SaveConfigCallback):
+    """Writes the whole config into the run folder: `config.yaml` for fit, `config-test.yaml` and so on for the others."""
+
+    def save_config(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Write it beside its place and rename, so that it is never half there."""
+        name = "config.yaml" if stage == "fit" else f"config-{getattr(stage, 'value', stage)}.yaml"
+        path = Path(trainer.default_root_dir, name)
+        beside = path.with_name(f".{name}.tmp")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        beside.write_text(self.parser.dump(self.config, skip_unset=False), encoding="utf-8")
+        os.replace(beside, path)
+
+
+class TuluCLI(LightningCLI):
+    """LightningCLI with `include`, strict keys, one-line errors, a run folder and resuming.
+
+    Args:
+        argv: arguments, the subcommand first.
+    """
+
+    def __init__(self, argv: Sequence[str]) -> None:
+        self.layers: list[Layer] = []
+        super().__init__(
+            save_config_callback=SaveConfig,
+            save_config_kwargs={"overwrite": True, "save_to_log_dir": False},
+            seed_everything_default=SEED,
+            parser_kwargs={"prog": "tulu"},
+            parser_class=TuluParser,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,
+            args=list(argv),
+        )
+
+    # Parsing ----------------------------------------------------------------------------------------------------
+
+    def init_parser(self, **kwargs: Any) -> TuluParser:
+        """A parser whose `--config` follows `include`."""
+        parser = TuluParser(**kwargs)
+        parser.add_argument(
+            "-c", "--config", action=IncludingConfigFile, help="YAML file; its `include` lists parents."
+        )
+        parser.add_argument("--include", type=list[str] | str, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+        return parser
+
+    def parse_arguments(self, parser: Any, args: Any) -> None:
+        """Check keys and classes ourselves, then let the parser check values."""
+        subcommand, *rest = args
+        if not rest:
+            raise InputError("command line", "no config is given", f"Write `tulu {subcommand} --config FILE`.")
+        known: Any = self._subcommand_parsers[subcommand]
+        self.layers = read_layers(rest)
+        check_keys(self.layers, self._top_level(known))
+        if self.layers and "model" not in merge(self.layers):
+            remedy = "Give its class_path and init_args, or include a file that does."
+            raise InputError(origin(self.layers, ("model",)), "'model' is missing", remedy)
+        parser.layers = known.layers = self.layers
+        self.config = parser.parse_args([*args, *linked_options(self.layers)])
+
+    @staticmethod
+    def _top_level(parser: TuluParser) -> dict[str, Any]:
+        names = {action.dest.partition(".")[0] for action in parser._actions}
+        known = dict.fromkeys(names - {"help", "config", "print_config", "include"}, Any)
+        return {
+            **known,
+            "trainer": parameters(pl.Trainer),
+            "model": pl.LightningModule,
+            "data": pl.LightningDataModule,
+        }
+
+    def _parse_ckpt_path(self) -> None:
+        """Leave the config alone: Lightning would let a checkpoint's hyperparameters override what the user asks for."""
+
+    # Building ---------------------------------------------------------------------------------------------------
+
+    @property
+    def run_folder(self) -> Path:
+        """`trainer.default_root_dir`."""
+        return Path(self._get(self.config, "trainer").default_root_dir)
+
+    def before_instantiate_classes(self) -> None:
+        """Settle the run folder, and prove that it can be written, before anything is built."""
+        settings = self._get(self.config, "trainer")
+        if not settings.default_root_dir:
+            files = [layer.path for layer in self.layers if layer.path is not None]
+            settings.default_root_dir = str(Path("runs", files[-1].stem if files else "default"))
+        ensure_writable(self.run_folder)
+        resolve_checkpoint(self._get(self.config, "ckpt_path"), self.run_folder)
+
+    def instantiate_classes(self) -> None:
+        """Build data, model and trainer; what their constructors refuse reaches the user as they said it."""
+        try:
+            super().instantiate_classes()
+        except (TypeError, ValueError) as error:
+            said = next((e for e in causes(error) if isinstance(e, InputError)), None)
+            if said is None or said is error:
+                raise
+            raise said from None
+
+    def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
+        """A Trainer that logs below the run folder; one folder for all starts, so that curves go on after a resume.
+
+        Raises:
+            InputError: Lightning refuses the combination of settings.
+        """
+        if self._get(self.config, "trainer").get("logger") in (True, None):
+            kwargs["logger"] = TensorBoardLogger(save_dir=self.run_folder / "tensorboard", name="", version="")
+        try:
+            return super().instantiate_trainer(**kwargs)
+        except (MisconfigurationException, ValueError) as error:
+            if isinstance(error, InputError):
+                raise
+            remedy = "Change the trainer's settings; `tulu fit --help` lists them."
+            raise InputError("trainer", " ".join(str(error).split()).rstrip("."), remedy) from error
+
+    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
+        kwargs = super()._prepare_subcommand_kwargs(subcommand)
+        kwargs["ckpt_path"] = resolve_checkpoint(kwargs.get("ckpt_path"), self.run_folder)
+        self._announce(subcommand, kwargs["ckpt_path"])
+        return kwargs
+
+    @rank_zero_only
+    def _announce(self, subcommand: str, checkpoint: str | None) -> None:
+        if checkpoint is None:
+            start = "starting fresh" if subcommand == "fit" else "with the start weights"
+            print(f"{subcommand}: {start}, run folder {self.run_folder}", flush=True)
+        else:
+            step = step_of(checkpoint)
+            done = "" if step is None else f" (step {step})"
+            print(f"{subcommand}: {'resuming from' if subcommand == 'fit' else 'using'} {checkpoint}{done}", flush=True)
+
+
+def fit(config: str | Path, overrides: Sequence[str] = ()) -> TuluCLI:
+    """Train one stage in this process.
+
+    Args:
+        config: the YAML file.
+        overrides: options as on the command line, e.g. `["--trainer.max_steps=5"]`; they win over the file.
+
+    Returns:
+        The finished command: its `trainer`, `model`, `datamodule` and `run_folder`.
+
+    Raises:
+        InputError: the config or the run folder is bad.
+        KeyboardInterrupt: Ctrl-C; Lightning has shut the run down in order.
+    """
+    try:
+        return _run(["fit", "--config", str(config), *overrides])
+    except SystemExit as leaving:
+        what = f"{' '.join(overrides)} ends the process"
+        raise InputError("overrides", what, "Use it on the command line.") from leaving
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run `fit`, `validate`, `test` or `predict`.
+
+    Args:
+        argv: arguments, the subcommand first.
+
+    Returns:
+        Exit status.
+
+    Raises:
+        InputError: the config or the run folder is bad.
+    """
+    try:
+        _run(argv)
+    except SystemExit as leaving:  # --help and --print_config
+        return leaving.code if isinstance(leaving.code, int) else 0
+    return 0
+
+
+def _run(argv: Sequence[str]) -> TuluCLI:
+    with _interruptible(), without_tips():
+        return TuluCLI(argv)
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Let Ctrl-C through: Lightning ends the process with status 1 instead, and leaves the signal ignored."""
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    except SystemExit as leaving:
+        if isinstance(leaving.__context__, KeyboardInterrupt):
+            signal.signal(signal.SIGINT, before)
+            raise KeyboardInterrupt from leaving
+        raise
+
+
+@contextmanager
+def without_tips() -> Iterator[None]:
+    """Keep Lightning's advertisements, and deprecations between its parts, out of the output."""
+
+    def keep(record: logging.LogRecord) -> bool:
+        return "💡" not in record.getMessage()
+
+    logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    logger.addFilter(keep)
+    try:
+        with warnings.catch_warnings():
+            for text in (
+                r"\s*``instantiate_classes`` was deprecated",
+                r"\s*By default only one Jsonarg",
+                r"`isinstance\(treespec",
+            ):
+                warnings.filterwarnings("ignore", message=text)
+            yield
+    finally:
+        logger.removeFilter(keep)

@@ -1,0 +1,68 @@
+"""The folder of a run: where it is, whether it can be written, and what to resume from."""
+
+import os
+import re
+import tempfile
+from pathlib import Path
+
+from tulu_lightning.errors import InputError, nearest
+
+__all__ = ["ensure_writable", "latest_checkpoint", "resolve_checkpoint", "step_of"]
+
+STEP = re.compile(r"step-(\d+)\.ckpt")
+LIGHTNING_NAMES = ("last", "best", "hpc", "registry")
+"""Values of `ckpt_path` that Lightning itself resolves."""
+
+
+def ensure_writable(folder: str | Path) -> Path:
+    """Create a run folder and prove that a file can be written there.
+
+    Raises:
+        InputError: it cannot be.
+    """
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=".probe-") as probe:
+            probe.write(b"tulu")
+            probe.flush()
+            os.fsync(probe.fileno())
+    except OSError as error:
+        what = f"the run folder cannot be written ({error.strerror})"
+        raise InputError(str(folder), what, "Set trainer.default_root_dir to a folder you can write to.") from error
+    return folder
+
+
+def step_of(checkpoint: str | Path) -> int | None:
+    """Finished steps, from a checkpoint's name `step-<n>.ckpt`."""
+    match = STEP.fullmatch(Path(checkpoint).name)
+    return int(match[1]) if match else None
+
+
+def latest_checkpoint(folder: str | Path) -> Path | None:
+    """The newest complete checkpoint of a run, by step, or None.
+
+    Checkpoints (files, or folders when sharded) are written as `step-<n>.ckpt.tmp` and renamed, so one that has its
+    name is complete.
+    """
+    found = Path(folder, "checkpoints").glob("step-*.ckpt")
+    steps = {step: path for path in found if (step := step_of(path)) is not None}
+    return steps[max(steps)] if steps else None
+
+
+def resolve_checkpoint(wanted: str | Path | None, folder: str | Path) -> str | None:
+    """What `ckpt_path` means: `auto` is the run's newest checkpoint, or none yet.
+
+    Raises:
+        InputError: a checkpoint given by path does not exist.
+    """
+    if wanted is None:
+        return None
+    if str(wanted) == "auto":
+        newest = latest_checkpoint(folder)
+        return None if newest is None else str(newest)
+    if str(wanted) in LIGHTNING_NAMES or "://" in str(wanted) or Path(wanted).exists():
+        return str(wanted)
+    there = [str(path) for path in Path(wanted).parent.glob("*.ckpt")]
+    remedy = nearest(str(wanted), there) if there else "Give an existing one, or auto to resume the run if it can be."
+    raise InputError("ckpt_path", f"there is no checkpoint {str(wanted)!r}", remedy)

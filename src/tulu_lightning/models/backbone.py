@@ -1,0 +1,142 @@
+"""The backbone: any transformers causal LM, with packed segment attention and without surprises.
+
+`Backbone` is its config; `PackedLM` and `PackedValue` are what the stages call: a pack in, one number per scored token
+out. The log-prob function runs inside `PackedLM.forward` because FSDP gathers the head's weight only there.
+"""
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from tulu_lightning.core.logprobs import TokenStats, token_logprobs
+from tulu_lightning.errors import InputError
+from tulu_lightning.models import attention
+from tulu_lightning.types import Pack
+
+__all__ = ["Backbone", "PackedLM", "PackedValue"]
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """Which weights to start from, and how to compute with them."""
+
+    path: str
+    """A Hugging Face model folder, or a name that `assets.models` knows."""
+    compute_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Dtype of the matrix products. Weights, gradients and optimiser state stay fp32: at RL learning rates updates of
+    bf16 weights round away."""
+    activation_checkpointing: bool = False
+    """Recompute each decoder layer in backward: less memory, about a third more time."""
+    layers: int | None = None
+    """Keep only the first so many decoder layers (a critic smaller than its policy)."""
+
+    def load(self, folder: str) -> PreTrainedModel:
+        """Load fp32 weights from a local folder, with packed attention, no KV cache and no dropout.
+
+        Raises:
+            InputError: `layers` is more than the model has.
+        """
+        level = transformers_logging.get_verbosity()
+        transformers_logging.set_verbosity_error()
+        transformers_logging.disable_progress_bar()
+        try:
+            lm = AutoModelForCausalLM.from_pretrained(
+                folder,
+                dtype=torch.float32,
+                attn_implementation=attention.NAME,
+                local_files_only=True,
+                trust_remote_code=False,
+                use_safetensors=True,
+            )
+        finally:
+            transformers_logging.set_verbosity(level)
+        return self._prepare(lm, folder)
+
+    def _prepare(self, lm: PreTrainedModel, folder: str) -> PreTrainedModel:
+        lm.config.use_cache = False  # a cache makes transformers attend across documents without a word
+        for name in ("attention_dropout", "resid_pdrop", "embd_pdrop", "hidden_dropout"):
+            if getattr(lm.config, name, 0.0):
+                raise InputError(folder, f"{name} is {getattr(lm.config, name)}", "Set it to 0 in its config.json.")
+        if self.layers is not None:
+            have = len(lm.model.layers)
+            if not 1 <= self.layers <= have:
+                raise InputError(folder, f"layers is {self.layers}, the model has {have}", f"Use 1 to {have}.")
+            lm.model.layers = lm.model.layers[: self.layers]
+            lm.config.num_hidden_layers = self.layers
+        if self.activation_checkpointing:
+            lm.gradient_checkpointing_enable({"use_reentrant": False})
+        return lm.train()
+
+    def autocast(self, device: torch.device) -> AbstractContextManager:
+        """The context in which forward runs on one device (under FSDP2 the mixed-precision policy does this)."""
+        if self.compute_dtype == "float32":
+            return nullcontext()
+        return torch.autocast(device.type, dtype=torch.bfloat16)
+
+
+class _Packed(nn.Module):
+    """Runs the decoder over a pack and hands out the hidden states that predict its scored tokens."""
+
+    def __init__(self, config: Backbone) -> None:
+        super().__init__()
+        self.config = config
+
+    def source_hidden(self, decoder: nn.Module, pack: Pack) -> Tensor:
+        """Hidden states at `pack.source_N`, in the compute dtype."""
+        tiles = attention.tiles(pack.spans, pack.tokens_T.device)
+        with self.config.autocast(pack.tokens_T.device):
+            hidden_TD = decoder(
+                input_ids=pack.tokens_T[None],
+                position_ids=pack.positions_T[None],
+                use_cache=False,
+                segment_tiles=tiles,
+            ).last_hidden_state[0]
+        hidden_ND = hidden_TD[pack.source_N]
+        return hidden_ND.to(torch.bfloat16) if self.config.compute_dtype == "bfloat16" else hidden_ND
+
+
+class PackedLM(_Packed):
+    """A causal LM that answers with log-probs of a pack's scored tokens."""
+
+    def __init__(self, config: Backbone, folder: str) -> None:
+        """Load the weights.
+
+        Args:
+            config: how to compute.
+            folder: resolved model folder.
+        """
+        super().__init__(config)
+        self.lm = config.load(folder)
+
+    def forward(self, pack: Pack, temperature: float = 1.0, entropy: bool = False) -> TokenStats:
+        """Log-probs (and entropies) of the scored tokens; the head is not computed for any other."""
+        hidden_ND = self.source_hidden(self.lm.get_decoder(), pack)
+        head = self.lm.get_output_embeddings()
+        return token_logprobs(hidden_ND, head.weight, pack.target_N, temperature, entropy)
+
+
+class PackedValue(_Packed):
+    """A critic: a decoder with a scalar head, giving the value of the state before each scored token."""
+
+    def __init__(self, config: Backbone, folder: str) -> None:
+        """Load the decoder; the head starts near 0 (std 1 / (width + 1)) so that first values are small.
+
+        Args:
+            config: how to compute.
+            folder: resolved model folder.
+        """
+        super().__init__(config)
+        self.decoder = config.load(folder).get_decoder()
+        width = self.decoder.config.hidden_size
+        self.head = nn.Linear(width, 1, bias=False)
+        nn.init.normal_(self.head.weight, std=1 / (width + 1))
+
+    def forward(self, pack: Pack) -> Tensor:
+        """values_N, float32; the head's arithmetic is fp32 in any compute dtype."""
+        hidden_ND = self.source_hidden(self.decoder, pack)
+        return self.head(hidden_ND.float())[:, 0]

@@ -1,0 +1,83 @@
+"""FSDP2 over all ranks, through Lightning's ModelParallelStrategy.
+
+Two things are done differently from stock. The mesh is set here to (all ranks, 1): the stock default is (1, all),
+which shards nothing, gives every rank the same batch, and says nothing. And directory checkpoints are written beside
+and renamed, because a save that is killed halfway over an older one loads without error as a mixture of both.
+"""
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from lightning.fabric.utilities.load import _METADATA_FILENAME
+from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+__all__ = ["Fsdp2", "shard"]
+
+
+class Fsdp2(ModelParallelStrategy):
+    """`strategy: fsdp2`: every rank holds a slice of each parameter, its gradient and its optimiser state."""
+
+    def setup_environment(self) -> None:
+        """Set the mesh to (all ranks, 1) before Lightning builds it."""
+        self._data_parallel_size = self.num_nodes * self.num_processes
+        self._tensor_parallel_size = 1
+        super().setup_environment()
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
+        """Write a directory checkpoint to a hidden sibling, then rename it: a name either is whole or is not there."""
+        path = Path(self.broadcast(filepath))
+        beside = path.with_name(f".{path.name}.tmp")
+        if self.global_rank == 0:
+            shutil.rmtree(beside, ignore_errors=True)
+            beside.mkdir(parents=True)
+        self.barrier()
+        optimizers = {f"optimizer_{i}": state for i, state in enumerate(checkpoint.pop("optimizer_states", []))}
+        dcp.save({"state_dict": checkpoint.pop("state_dict"), **optimizers}, checkpoint_id=beside)
+        if self.global_rank == 0:
+            torch.save(checkpoint, beside / _METADATA_FILENAME)
+            _sync(beside)
+            shutil.rmtree(path, ignore_errors=True)
+            os.rename(beside, path)
+            _sync(path.parent)
+        self.barrier()
+
+
+def _sync(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def shard(module: nn.Module, mesh: DeviceMesh, compute_dtype: torch.dtype = torch.float32) -> nn.Module:
+    """Shard a `PackedLM` or `PackedValue` in place: each decoder layer by itself, then the whole as root.
+
+    The whole, not the transformers model, is the root: the head's weight is gathered in the root's forward, and that
+    is where log-probs are computed.
+
+    Args:
+        module: with full (or meta) parameters.
+        mesh: the data-parallel mesh.
+        compute_dtype: dtype of gathered parameters and matrix products; gradients are reduced in fp32.
+    """
+    policy = MixedPrecisionPolicy(
+        param_dtype=None if compute_dtype == torch.float32 else compute_dtype, reduce_dtype=torch.float32
+    )
+    for layer in _layers(module):
+        fully_shard(layer, mesh=mesh, mp_policy=policy)
+    return fully_shard(module, mesh=mesh, mp_policy=policy)
+
+
+def _layers(module: nn.Module) -> nn.ModuleList:
+    return next(child for name, child in module.named_modules() if name.endswith("layers"))  # type: ignore[return-value]
+
+
+StrategyRegistry.register("fsdp2", Fsdp2, description="FSDP2 over all ranks")

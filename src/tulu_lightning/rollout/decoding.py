@@ -1,0 +1,102 @@
+"""What makes token-by-token decoding with a transformers model fast, registered with it as `tulu_decode`.
+
+Two things that transformers does at every step are left out: repeating keys and values for the query heads that share
+them, and copying the whole cache to append one token.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AttentionInterface, DynamicCache, PretrainedConfig
+from transformers.cache_utils import DynamicLayer
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+__all__ = ["NAME", "GrowingLayer", "new_cache"]
+
+NAME = "tulu_decode"
+
+
+def grouped_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """transformers' SDPA attention; for one query token, heads that share keys stand in the query-length axis.
+
+    `query` [B, H, 1, d] with `key`, `value` [B, K, S, d] is computed as [B, K, H/K, d]: same numbers, no copy of keys.
+    """
+    heads, length, shared = query.shape[1], query.shape[2], key.shape[1]
+    simple = kwargs.get("position_bias") is None and (attention_mask is None or attention_mask.shape[1] == 1)
+    if length != 1 or heads == shared or not simple:
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )
+    folded = query.reshape(query.shape[0], shared, heads // shared, query.shape[3])
+    out = F.scaled_dot_product_attention(folded, key, value, attn_mask=attention_mask, scale=scaling)
+    return out.reshape(query.shape[0], 1, heads, value.shape[3]), None
+
+
+AttentionInterface.register(NAME, grouped_attention)
+AttentionMaskInterface.register(NAME, sdpa_mask)
+
+
+class GrowingLayer(DynamicLayer):
+    """A cache layer that writes new keys and values into room reserved for them, and hands out views."""
+
+    def __init__(self, capacity: int) -> None:
+        super().__init__()
+        self.capacity = capacity
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Append along the token axis; room runs out only when the first estimate was too low."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+            self._reserve(key_states, value_states)
+        start, end = self.filled, self.filled + key_states.shape[-2]
+        if end > self.capacity:
+            self.capacity = max(end, 2 * self.capacity)
+            self._reserve(self.keys, self.values)
+        self.room_k[:, :, start:end] = key_states
+        self.room_v[:, :, start:end] = value_states
+        self._view(end)
+        return self.keys, self.values
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Keep, repeat or drop rows: row i becomes what row `beam_idx[i]` was."""
+        old_k, old_v, end = self.keys, self.values, self.filled
+        self._reserve(old_k, old_v, len(beam_idx))
+        torch.index_select(old_k, 0, beam_idx, out=self.room_k[:, :, :end])
+        torch.index_select(old_v, 0, beam_idx, out=self.room_v[:, :, :end])
+        self._view(end)
+
+    @property
+    def filled(self) -> int:
+        """Tokens held."""
+        return self.get_seq_length()
+
+    def _reserve(self, keys: Tensor, values: Tensor, rows: int | None = None) -> None:
+        """New room; keeps what is held, unless the number of rows changes."""
+        self.room_k, self.room_v = (
+            x.new_empty(rows or x.shape[0], x.shape[1], self.capacity, x.shape[3]) for x in (keys, values)
+        )
+        if rows is None and self.filled:
+            end = self.filled
+            self.room_k[:, :, :end], self.room_v[:, :, :end] = keys, values
+
+    def _view(self, end: int) -> None:
+        self.keys, self.values = self.room_k[:, :, :end], self.room_v[:, :, :end]
+
+
+def new_cache(config: PretrainedConfig, capacity: int) -> DynamicCache:
+    """transformers' own cache for the architecture, its plain layers replaced by ones with room for `capacity` tokens."""
+    cache = DynamicCache(config=config)
+    cache.layers = [GrowingLayer(capacity) if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    return cache

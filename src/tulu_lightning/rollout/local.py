@@ -1,0 +1,331 @@
+"""The engine that needs nothing but transformers: its own copy of the policy, sampled in this process.
+
+Rows are sorted by prompt length and cut into chunks. In a chunk each distinct prompt is computed once, its keys and
+values are handed to all of its samples, and rows that finish leave the batch. The model's own forward is used, so any
+causal LM that transformers knows will do.
+"""
+
+import copy
+import inspect
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple, Self
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.initialization import no_init_weights
+from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.utils import logging as transformers_logging
+
+from tulu_lightning.errors import InputError
+from tulu_lightning.rollout import decoding
+from tulu_lightning.rollout.engine import Progress, RefreshError
+from tulu_lightning.rollout.fingerprint import full, mark
+from tulu_lightning.rollout.sampling import pick, uniforms
+from tulu_lightning.types import Completion, Sampling
+
+__all__ = ["LocalEngine"]
+
+
+class _Row(NamedTuple):
+    """One completion to make: sample `sample` of prompt `prompt`."""
+
+    prompt: int
+    sample: int
+
+
+class LocalEngine:
+    """Samples in this process from an own copy of the weights; implements `rollout.engine.Engine`.
+
+    Args:
+        model: a causal LM that the engine may keep and overwrite; `from_folder` and `from_model` make one.
+        version: version of its weights.
+        max_rows: rows decoded together at most. Bounds the logits: rows x vocabulary x 4 bytes, three times over.
+        batch_tokens: prompt and new tokens of the rows decoded together, at most. Bounds the cache of keys and values.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, version: int = 0, max_rows: int = 256, batch_tokens: int = 16384
+    ) -> None:
+        for name, value in (("max_rows", max_rows), ("batch_tokens", batch_tokens)):
+            if value < 1:
+                raise InputError(f"engine.{name}", f"it is {value}", "Give at least 1.")
+        self._model: PreTrainedModel = model.eval().requires_grad_(False)
+        self._version = version
+        self.max_rows, self.batch_tokens = max_rows, batch_tokens
+        self._takes = frozenset(inspect.signature(model.forward).parameters)
+
+    @classmethod
+    def from_folder(
+        cls, path: str | Path, dtype: torch.dtype | None = None, device: str | torch.device = "cpu", **limits: int
+    ) -> Self:
+        """An engine with the weights of a Hugging Face folder, in `dtype` (float32 if left out)."""
+        with _quiet():
+            model = AutoModelForCausalLM.from_pretrained(
+                path, dtype=dtype or torch.float32, local_files_only=True, trust_remote_code=False
+            )
+        _use_fast_attention(model)
+        return cls(model.to(device), **limits)
+
+    @classmethod
+    def from_model(
+        cls,
+        model: PreTrainedModel,
+        dtype: torch.dtype | None = None,
+        device: str | torch.device | None = None,
+        **limits: int,
+    ) -> Self:
+        """An engine with a copy of the model's weights, in `dtype` on `device` (both the model's own if left out).
+
+        The attention that the model trains with is not copied. Global random state is left as it was. A sharded model
+        is gathered tensor by tensor; then all ranks must call.
+        """
+        config = copy.deepcopy(model.config)
+        config._attn_implementation = None  # let transformers choose what the architecture supports
+        devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+        with torch.random.fork_rng(devices), no_init_weights(), _quiet():
+            own = AutoModelForCausalLM.from_config(config, dtype=dtype or model.dtype, trust_remote_code=False)
+        _use_fast_attention(own)
+        engine = cls(own.to(device or model.device), **limits)
+        # Uninitialised memory until here: refresh proves that every tensor was written.
+        engine.refresh(model.state_dict().items(), 0)
+        return engine
+
+    @property
+    def version(self) -> int:
+        """Version of the weights held; -1 after a refresh that failed."""
+        return self._version
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the weights."""
+        return self._model.dtype
+
+    def close(self) -> None:
+        """Give the weights' memory back; no other call may follow."""
+        del self._model
+
+    # -- weights --
+
+    def fingerprint(self) -> dict[str, str]:
+        """Dtype, shape and checksum of each tensor that the engine computes with."""
+        return {name: mark(tensor) for name, tensor in self._model.state_dict().items()}
+
+    @torch.no_grad()
+    def refresh(
+        self, named: Iterable[tuple[str, Tensor]], version: int, *, expected: Mapping[str, str] | None = None
+    ) -> None:
+        """See `Engine.refresh`. `expected` is `fingerprint.fingerprint(named, engine.dtype)` on the sender's side."""
+        held = self._model.state_dict()
+        self._version = -1  # until proven
+        sent, unknown, shapes = dict[str, str](), [], []
+        for name, tensor in named:
+            source = full(tensor.detach())
+            if name not in held:
+                unknown.append(name)
+            elif source.shape != held[name].shape:
+                shapes.append(f"{name} {tuple(source.shape)} for {tuple(held[name].shape)}")
+            else:
+                source = source.to(held[name].device, held[name].dtype)
+                sent[name] = mark(source)
+                self._store(held[name], source)
+        # Tied tensors are one piece of memory under several names: any of them delivers it, and where several were
+        # sent, each must equal what is held in the end.
+        written = {held[name].data_ptr() for name in sent}
+        now = self.fingerprint()
+        problems = {
+            "not delivered": [name for name, tensor in held.items() if tensor.data_ptr() not in written],
+            "unknown": unknown,
+            "of another shape": shapes,
+            "not held as sent": [name for name, word in sent.items() if now[name] != word],
+            "not held as expected": [name for name, word in (expected or {}).items() if now.get(name) != word],
+        }
+        if any(problems.values()):
+            raise RefreshError(problems)
+        self._version = version
+
+    @staticmethod
+    def _store(target: Tensor, source: Tensor) -> None:
+        target.copy_(source)
+
+    # -- sampling --
+
+    @torch.inference_mode()
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        n: int,
+        sampling: Sampling,
+        seed: int,
+        *,
+        keys: Sequence[int] | None = None,
+        progress: Progress | None = None,
+    ) -> list[list[Completion]]:
+        """See `Engine.generate`."""
+        if self._version < 0:
+            raise RuntimeError("the last weight refresh failed: the engine holds no known weights to sample from")
+        self._check(prompts, n, sampling)
+        if keys is not None and len(keys) != len(prompts):
+            raise InputError("generate", f"{len(keys)} keys for {len(prompts)} prompts", "Give one key a prompt.")
+        made: dict[_Row, Completion] = {}
+        for rows in self._chunks(prompts, n, sampling.max_new_tokens):
+            names = [(row.prompt if keys is None else keys[row.prompt], row.sample) for row in rows]
+            chunk = _Chunk(self, prompts, rows, sampling, uniforms(seed, names, sampling.max_new_tokens))
+            for finished in chunk.run():
+                made.update(finished)
+                if progress is not None:
+                    progress(len(made), len(prompts) * n)
+        return [[made[_Row(i, j)] for j in range(n)] for i in range(len(prompts))]
+
+    def _check(self, prompts: Sequence[Sequence[int]], n: int, sampling: Sampling) -> None:
+        where = "generate"
+        if n < 1 or sampling.max_new_tokens < 1:
+            raise InputError(
+                where, f"n is {n}, max_new_tokens is {sampling.max_new_tokens}", "Give at least 1 of each."
+            )
+        if not 0 <= sampling.temperature < float("inf"):
+            raise InputError(where, f"temperature is {sampling.temperature}", "Give 0 (greedy) or more.")
+        text_config = self._model.config.get_text_config(decoder=True)
+        positions = getattr(text_config, "max_position_embeddings", None) or float("inf")
+        for i, prompt in enumerate(prompts):
+            total = len(prompt) + sampling.max_new_tokens
+            if not len(prompt):
+                raise InputError(f"{where}, prompt {i}", "it is empty", "Give at least one token, e.g. BOS.")
+            if total > positions:
+                what = (
+                    f"{len(prompt)} tokens and {sampling.max_new_tokens} new ones, the model has {positions} positions"
+                )
+                raise InputError(f"{where}, prompt {i}", what, "Shorten the prompt or max_new_tokens.")
+            if not (min(prompt) >= 0 and max(prompt) < text_config.vocab_size):
+                what = f"its ids span [{min(prompt)}, {max(prompt)}], the model knows {text_config.vocab_size} tokens"
+                raise InputError(f"{where}, prompt {i}", what, "Use the model's own tokenizer.")
+
+    def _chunks(self, prompts: Sequence[Sequence[int]], n: int, new: int) -> Iterator[list[_Row]]:
+        """Rows to decode together: neighbours in length, samples of equal prompts side by side, longest first."""
+        order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), tuple(prompts[i])))
+        chunk: list[_Row] = []
+        for i in order:
+            for j in range(n):
+                longest = len(prompts[chunk[0].prompt]) if chunk else 0
+                if chunk and (len(chunk) == self.max_rows or (len(chunk) + 1) * (longest + new) > self.batch_tokens):
+                    yield chunk
+                    chunk = []
+                chunk.append(_Row(i, j))
+        if chunk:
+            yield chunk
+
+    def forward(self, ids: Tensor, mask: Tensor, positions: Tensor, cache: Any) -> Tensor:
+        """Logits `[B, V]` after the last of `ids` [B, L]; `mask` [B, past + L] and `positions` [B, L] know of padding."""
+        inputs: dict[str, Any] = {"attention_mask": mask, "past_key_values": cache, "use_cache": True}
+        # An index and not the number 1: that cuts a strided slice of the hidden states, for which torch on CPU copies the
+        # head once per row (1.7 GB for 32 rows of a 49k vocabulary).
+        optional = {"position_ids": positions, "logits_to_keep": torch.tensor([ids.shape[1] - 1], device=ids.device)}
+        inputs.update({name: value for name, value in optional.items() if name in self._takes})
+        out: CausalLMOutputWithPast = self._model(input_ids=ids, **inputs)
+        assert out.logits is not None
+        return out.logits[:, -1]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self._model.device
+
+    @property
+    def config(self) -> PretrainedConfig:
+        """The model's config."""
+        return self._model.config
+
+
+class _Chunk:
+    """Rows decoded together. Axis B: the rows still running, in the order of the cache."""
+
+    def __init__(
+        self,
+        engine: LocalEngine,
+        prompts: Sequence[Sequence[int]],
+        rows: Sequence[_Row],
+        sampling: Sampling,
+        uniform_RL: Tensor,
+    ) -> None:
+        self.engine, self.rows, self.sampling, self.version = engine, rows, sampling, engine.version
+        self.device = engine.device
+        self.uniform_RL = uniform_RL.to(self.device)
+        self.stop_ids = torch.tensor(sorted(set(sampling.stop_ids)), dtype=torch.int64, device=self.device)
+        self.ids_RL = torch.zeros(uniform_RL.shape, dtype=torch.int64, device=self.device)
+        self.logp_RL = torch.zeros(uniform_RL.shape, device=self.device)
+        self.alive_B = torch.arange(len(rows), device=self.device)
+        self._prefill([tuple(prompts[row.prompt]) for row in rows])
+
+    def _prefill(self, prompts: Sequence[tuple[int, ...]]) -> None:
+        distinct = list(dict.fromkeys(prompts))
+        width = max(map(len, distinct))
+        ids = torch.zeros(len(distinct), width, dtype=torch.int64)
+        mask = torch.zeros_like(ids)
+        for row, prompt in enumerate(distinct):
+            ids[row, width - len(prompt) :] = torch.tensor(prompt)
+            mask[row, width - len(prompt) :] = 1
+        ids, mask = ids.to(self.device), mask.to(self.device)
+        positions = (mask.cumsum(-1) - 1).clamp_(min=0)
+        self.cache = decoding.new_cache(self.engine.config, width + self.sampling.max_new_tokens)
+        logits = self.engine.forward(ids, mask, positions, self.cache)
+        place = {prompt: i for i, prompt in enumerate(distinct)}
+        index = torch.tensor([place[prompt] for prompt in prompts], device=self.device)
+        if len(distinct) < len(prompts):
+            self.cache.reorder_cache(index)
+        self.logits_BV, self.mask_BS, self.position_B = logits[index], mask[index], positions[index, -1]
+
+    def run(self) -> Iterator[dict[_Row, Completion]]:
+        """Decode until no row is left, handing out rows as they finish."""
+        for step in range(self.sampling.max_new_tokens):
+            last = step + 1 == self.sampling.max_new_tokens
+            token_B, logp_B = pick(self.logits_BV, self.sampling.temperature, self.uniform_RL[self.alive_B, step])
+            self.ids_RL[self.alive_B, step], self.logp_RL[self.alive_B, step] = token_B, logp_B
+            stop_B = torch.isin(token_B, self.stop_ids)
+            done_B = stop_B | last
+            if done_B.any():
+                yield dict(self._finished(done_B, stop_B, step + 1))
+                if done_B.all():
+                    return
+                token_B = self._drop(done_B, token_B)
+            self._advance(token_B)
+
+    def _finished(self, done_B: Tensor, stop_B: Tensor, length: int) -> Iterator[tuple[_Row, Completion]]:
+        for row, stopped in zip(self.alive_B[done_B].tolist(), stop_B[done_B].tolist(), strict=True):
+            ids_L, logp_L = self.ids_RL[row, :length].cpu().clone(), self.logp_RL[row, :length].cpu().clone()
+            if not torch.isfinite(logp_L).all():
+                raise RuntimeError(f"weights of version {self.version} give probabilities that are not finite numbers")
+            yield self.rows[row], Completion(ids_L, logp_L, "stop" if stopped else "length", self.version)
+
+    def _drop(self, done_B: Tensor, token_B: Tensor) -> Tensor:
+        keep = (~done_B).nonzero()[:, 0]
+        self.cache.reorder_cache(keep)
+        self.alive_B, self.mask_BS, self.position_B = self.alive_B[keep], self.mask_BS[keep], self.position_B[keep]
+        return token_B[keep]
+
+    def _advance(self, token_B: Tensor) -> None:
+        self.position_B = self.position_B + 1
+        self.mask_BS = torch.cat([self.mask_BS, self.mask_BS.new_ones(len(token_B), 1)], 1)
+        self.logits_BV = self.engine.forward(token_B[:, None], self.mask_BS, self.position_B[:, None], self.cache)
+
+
+def _use_fast_attention(model: PreTrainedModel) -> None:
+    """Our attention where the architecture would take SDPA through the attention interface; else its own."""
+    if model.config._attn_implementation == "sdpa" and model._supports_attention_backend:
+        model.set_attn_implementation(decoding.NAME)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No loading bars and no notes from transformers."""
+    level = transformers_logging.get_verbosity()
+    bars = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(level)
+        if bars:
+            transformers_logging.enable_progress_bar()

@@ -1,0 +1,249 @@
+"""PPO with verifiable rewards (Tülu 3, section 6): collect, score, estimate, K epochs of two clipped losses."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+
+from tulu_lightning.assets.models import load_tokenizer, resolve_model
+from tulu_lightning.core.advantages import moments, whiten
+from tulu_lightning.core.policy import ClippedPolicy, ClippedValue
+from tulu_lightning.core.step_plan import mix_seed
+from tulu_lightning.errors import InputError
+from tulu_lightning.models.backbone import Backbone, PackedLM, PackedValue
+from tulu_lightning.rollout.engine import Engine
+from tulu_lightning.rollout.experience import Experience, Group, Micro, estimate, micro_batches, reward
+from tulu_lightning.rollout.scoring import score_all
+from tulu_lightning.stages.optimizer import AdamW
+from tulu_lightning.stages.ppo_metrics import Epochs, step_metrics, table
+from tulu_lightning.stages.stage import Stage
+from tulu_lightning.types import PromptBatch, Sampling
+
+__all__ = ["PPO", "Critic", "Reward", "Rollout"]
+
+
+@dataclass(frozen=True)
+class Critic:
+    """The value network: separate from the policy, with an optimiser of its own."""
+
+    optimizer: AdamW
+    path: str | None = None
+    """Folder to start from; the policy's own start when null. Any size with the policy's tokenizer will do (Tülu 3's
+    70B policy had an 8B critic)."""
+    layers: int | None = None
+    """Keep only the first so many decoder layers."""
+    warmup_steps: int = 0
+    """Steps at the start in which only the critic learns; a fresh head needs some."""
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """How responses are sampled."""
+
+    max_new_tokens: int
+    samples_per_prompt: int = 1
+    temperature: float = 1.0
+    engine_dtype: Literal["float32", "bfloat16"] = "float32"
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Reward:
+    """What a response earns (Tülu 3, eq. 8 and section 6.2)."""
+
+    right: float = 10.0
+    no_stop: float = -10.0
+    """Replaces the score of a response that was cut before it stopped."""
+    kl_coefficient: float = 0.05
+    """β of the k1 penalty per token."""
+
+
+class PPO(Stage):
+    """One step: n responses to each prompt from an engine that provably holds the present weights, a verdict on each,
+    then `epochs` passes of critic and policy updates over them.
+
+    Args:
+        backbone: the policy's start, and the frozen reference.
+        optimizer: the policy's.
+        critic: the value network.
+        rollout: sampling.
+        reward: what a verdict is worth.
+        policy_loss: clipped surrogate.
+        value_loss: clipped squared error.
+        value_coefficient: weight of the value loss (the paper's c1; it matters only together with clipping, since the
+            critic has its own optimiser).
+        gamma: discount.
+        lam: λ of GAE.
+        epochs: passes over each rollout batch (K).
+        mini_batches: updates per pass.
+        micro_tokens: limit of one pack, in tokens.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        optimizer: AdamW,
+        critic: Critic,
+        rollout: Rollout,
+        reward: Reward | None = None,
+        policy_loss: ClippedPolicy | None = None,
+        value_loss: ClippedValue | None = None,
+        value_coefficient: float = 0.1,
+        gamma: float = 1.0,
+        lam: float = 0.95,
+        epochs: int = 4,
+        mini_batches: int = 1,
+        micro_tokens: int = 4096,
+    ) -> None:
+        super().__init__(backbone, optimizer)
+        self.critic_config, self.rollout, self.reward = critic, rollout, reward or Reward()
+        self.policy_loss, self.value_loss = policy_loss or ClippedPolicy(), value_loss or ClippedValue()
+        self.value_coefficient, self.gamma, self.lam = value_coefficient, gamma, lam
+        self.epochs, self.mini_batches, self.micro_tokens = epochs, mini_batches, micro_tokens
+        self.critic_folder = str(resolve_model(critic.path)) if critic.path else self.folder
+        self.tokenizer = load_tokenizer(self.folder)
+        self.critic: PackedValue | None = None
+        self.engine: Engine | None = None
+        self._reference: list[PackedLM] = []  # in a list: not a submodule, so neither trained nor checkpointed
+
+    # Building ---------------------------------------------------------------------------------------------------
+
+    def configure_model(self) -> None:
+        """Policy, critic and the frozen reference."""
+        super().configure_model()
+        if self.critic is None:
+            config = replace(self.backbone, path=self.critic_folder, layers=self.critic_config.layers)
+            self.critic = self.sharded(PackedValue(config, self.critic_folder), config)
+            self._reference = [PackedLM(self.backbone, self.folder).requires_grad_(False)]
+
+    def configure_optimizers(self) -> Any:
+        """Two: the policy's and the critic's."""
+        assert self.critic is not None
+        return [
+            self.optimizer.build(self.model.parameters()),
+            self.critic_config.optimizer.build(self.critic.parameters()),
+        ]
+
+    def on_fit_start(self) -> None:
+        """Build the engine; the `RolloutRefresh` callback keeps it current."""
+        super().on_fit_start()
+        if self.trainer.world_size > 1:
+            raise InputError("trainer.devices", f"is {self.trainer.world_size}", "PPO runs in one process for now.")
+        self._reference[0].to(self.device)
+        if self.engine is None:
+            self.engine = self.make_engine(getattr(torch, self.rollout.engine_dtype))
+
+    def refresh(self) -> None:
+        """Hand the present weights to the engine, stamped with the number of finished steps."""
+        assert self.engine is not None
+        self.engine.refresh(self.model.lm.state_dict().items(), self.step)
+
+    # The step ---------------------------------------------------------------------------------------------------
+
+    def training_step(self, batch: PromptBatch, batch_idx: int) -> None:
+        """One rollout batch: collect, score, estimate, learn."""
+        clock = [time.perf_counter()]
+        groups = self.collect(batch)
+        clock.append(time.perf_counter())
+        groups = self.score(groups)
+        clock.append(time.perf_counter())
+        experience = self.estimate(groups)
+        clock.append(time.perf_counter())
+        epochs = self.learn(experience)
+        clock.append(time.perf_counter())
+        phases = ("generate", "score", "logprobs", "update")
+        seconds = {f"seconds_{name}": clock[i + 1] - clock[i] for i, name in enumerate(phases)}
+        everything = [e for part in experience for e in part]
+        self.samples = table(groups, everything, self.tokenizer)
+        self.finish_step(
+            {
+                **step_metrics(groups, everything, epochs),
+                **seconds,
+                "advantage_std": self._advantage_std,
+                "version": float(self.engine.version if self.engine else -1),
+            }
+        )
+
+    def collect(self, batch: PromptBatch) -> list[Group]:
+        """Sample responses, and refuse weights that are not the present ones.
+
+        Raises:
+            RuntimeError: the engine's version is not the number of finished steps.
+        """
+        assert self.engine is not None
+        if self.engine.version != self.step:
+            raise RuntimeError(
+                f"the engine holds the weights of step {self.engine.version}, training is at step {self.step}: "
+                "add the RolloutRefresh callback to the Trainer"
+            )
+        sampling = Sampling(self.rollout.max_new_tokens, self.rollout.temperature, self.stop_ids())
+        seed = mix_seed(self.rollout.seed, self.step)
+        prompts = [p.ids for p in batch.prompts]
+        sampled = self.engine.generate(prompts, self.rollout.samples_per_prompt, sampling, seed)
+        return [Group(p, tuple(c), (), ()) for p, c in zip(batch.prompts, sampled, strict=True)]
+
+    def score(self, groups: Sequence[Group]) -> list[Group]:
+        """A verdict and a terminal reward for each response."""
+        result = []
+        for group in groups:
+            verdicts = tuple(score_all([(group.prompt, c) for c in group.completions], self.tokenizer))
+            pairs = zip(verdicts, group.completions, strict=True)
+            rewards = tuple(reward(v, c, self.reward.right, self.reward.no_stop) for v, c in pairs)
+            result.append(group._replace(verdicts=verdicts, rewards=rewards))
+        return result
+
+    @torch.no_grad()
+    def estimate(self, groups: Sequence[Group]) -> list[list[Experience]]:
+        """Per mini-batch its micro-batches, with old and reference log-probs, values and whitened advantages.
+
+        The packs are made here and used unchanged in every epoch, so that the first ratio is exactly 1.
+        """
+        parts = [range(i, len(groups), self.mini_batches) for i in range(min(self.mini_batches, len(groups)))]
+        parts = [[self._estimate(m) for m in micro_batches(groups, part, self.micro_tokens)] for part in parts]
+        over = moments(torch.cat([e.advantages_N for part in parts for e in part]), self.reduce_sum)
+        self._advantage_std = over.std
+        return [[e._replace(advantages_N=whiten(e.advantages_N, over)) for e in part] for part in parts]
+
+    def _estimate(self, micro: Micro) -> Experience:
+        assert self.critic is not None
+        micro = self.trainer.strategy.batch_to_device(micro)
+        old = self.model(micro.pack, self.rollout.temperature, entropy=True)
+        reference_N = self._reference[0](micro.pack, self.rollout.temperature).logp_N
+        values_N = self.critic(micro.pack)
+        assert old.entropy_N is not None
+        beta = self.reward.kl_coefficient
+        return estimate(micro, old.logp_N, reference_N, values_N, old.entropy_N, beta, self.gamma, self.lam)
+
+    def learn(self, experience: Sequence[Sequence[Experience]]) -> Epochs:
+        """K epochs of mini-batches: the critic's update, then the policy's."""
+        epochs = Epochs()
+        optimizers = self.optimizers()
+        for epoch in range(self.epochs):
+            for part in self._shuffled(experience, epoch):
+                tokens = float(self.reduce_sum(torch.tensor([float(sum(e.old_N.numel() for e in part))])))
+                epochs.critic_grad_norm = self._critic_update(part, tokens, optimizers[1], epochs)  # type: ignore[index]
+                if self.step >= self.critic_config.warmup_steps:
+                    epochs.grad_norm = self._policy_update(part, tokens, optimizers[0], epochs)  # type: ignore[index]
+        return epochs
+
+    def _shuffled(self, parts: Sequence[Sequence[Experience]], epoch: int) -> list[Sequence[Experience]]:
+        generator = torch.Generator().manual_seed(mix_seed(self.rollout.seed, self.step, epoch))
+        return [parts[i] for i in torch.randperm(len(parts), generator=generator)]
+
+    def _critic_update(self, part: Sequence[Experience], tokens: float, optimizer: Any, epochs: Epochs) -> float:
+        assert self.critic is not None
+        for e in part:
+            terms = self.value_loss(self.critic(e.micro.pack), e.values_N, e.returns_N)
+            self.backward_sum(self.value_coefficient * terms.loss_N.sum(), tokens)
+            epochs.add_value(terms)
+        return self.update(self.critic_config.optimizer, optimizer, self.critic.parameters())
+
+    def _policy_update(self, part: Sequence[Experience], tokens: float, optimizer: Any, epochs: Epochs) -> float:
+        for e in part:
+            logp_N = self.model(e.micro.pack, self.rollout.temperature).logp_N
+            terms = self.policy_loss(logp_N, e.old_N, e.advantages_N)
+            self.backward_sum(terms.loss_N.sum(), tokens)
+            epochs.add_policy(terms)
+        return self.update(self.optimizer, optimizer, self.model.parameters())

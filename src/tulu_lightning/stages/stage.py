@@ -1,0 +1,196 @@
+"""What SFT, DPO and PPO have in common.
+
+One batch of the data module is one global step, already cut into this rank's micro-batches. The stage accumulates
+itself: every micro-batch's loss is a *sum*, scaled once by (ranks / the step's global denominator), so neither the
+number of micro-batches nor of ranks is seen in the gradient. Steps are counted here: Lightning's `global_step` counts
+every `optimizer.step()` of every optimiser.
+"""
+
+import time
+from collections.abc import Iterable
+from typing import Any
+
+import lightning as L
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from tulu_lightning.assets.models import resolve_model
+from tulu_lightning.core.logprobs import TokenStats
+from tulu_lightning.data import chat
+from tulu_lightning.errors import InputError
+from tulu_lightning.models.backbone import Backbone, PackedLM
+from tulu_lightning.models.sharding import Fsdp2, shard
+from tulu_lightning.rollout.local import LocalEngine
+from tulu_lightning.stages.optimizer import AdamW
+
+__all__ = ["NonFiniteError", "Stage"]
+
+SKIPS = 5
+"""Steps in a row whose gradient may be non-finite before the run stops."""
+
+
+class NonFiniteError(RuntimeError):
+    """Gradients were not finite for several steps in a row."""
+
+
+class Stage(L.LightningModule):
+    """Base of the stages: the policy, the step counter, and an optimiser step that divides once.
+
+    Attributes:
+        step: finished global steps.
+        metrics: what the last step logged; callbacks read it.
+        samples: rows about the last step for people to read (PPO's rollouts); empty for the others.
+    """
+
+    def __init__(self, backbone: Backbone, optimizer: AdamW) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.backbone, self.optimizer = backbone, optimizer
+        self.step, self.skipped = 0, 0
+        self.metrics: dict[str, float] = {}
+        self.samples: list[dict[str, Any]] = []
+        self.policy: PackedLM | None = None
+        self.folder = str(resolve_model(backbone.path))
+
+    # Building ---------------------------------------------------------------------------------------------------
+
+    def configure_model(self) -> None:
+        """Build (and under FSDP2 shard) the networks; Lightning calls this once per entry point, so it is guarded."""
+        if self.policy is None:
+            self.policy = self.sharded(PackedLM(self.backbone, self.folder), self.backbone)
+
+    def sharded(self, module: Any, config: Backbone) -> Any:
+        """The module, sharded over the mesh if the strategy has one."""
+        if isinstance(self._strategy(), Fsdp2):
+            mesh = self.device_mesh
+            assert mesh is not None
+            return shard(module, mesh["data_parallel"], getattr(torch, config.compute_dtype))
+        return module
+
+    def _strategy(self) -> object:
+        return self._trainer.strategy if self._trainer is not None else None
+
+    def configure_optimizers(self) -> Any:
+        """One fused AdamW over the policy. No Lightning scheduler: the rate is a function of our step."""
+        return self.optimizer.build(self.model.parameters())
+
+    @property
+    def model(self) -> PackedLM:
+        """The policy, once `configure_model` has built it."""
+        if self.policy is None:
+            raise RuntimeError("the model is built when a Trainer starts; call configure_model() to use it before")
+        return self.policy
+
+    def make_engine(self, dtype: torch.dtype | None = None) -> LocalEngine:
+        """An engine with a copy of the policy's present weights, stamped with the present step."""
+        dtype = dtype or getattr(torch, self.backbone.compute_dtype)
+        engine = LocalEngine.from_model(self.model.lm, dtype)
+        engine.refresh(self.model.lm.state_dict().items(), self.step)
+        return engine
+
+    def stop_ids(self) -> tuple[int, ...]:
+        """Token ids that end a response, by the data module's template and the tokenizer."""
+        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+        return tuple(chat.stop_ids(data.tokenizer, data.template))
+
+    # Steps ------------------------------------------------------------------------------------------------------
+
+    @property
+    def total_steps(self) -> int:
+        """Steps of the run, as the data module plans them."""
+        loader = self.trainer.train_dataloader
+        if loader is None:
+            return self.trainer.datamodule.total_steps  # type: ignore[attr-defined]
+        return len(loader)
+
+    @property
+    def finished(self) -> bool:
+        """Every planned step is done."""
+        return self.step >= self.total_steps
+
+    def on_fit_start(self) -> None:
+        """Refuse what would divide or shuffle behind our back."""
+        trainer = self.trainer
+        if trainer.accumulate_grad_batches != 1:
+            raise InputError(
+                "trainer.accumulate_grad_batches",
+                f"is {trainer.accumulate_grad_batches}",
+                "Leave it at 1: a batch is a whole step here, cut by data.micro_tokens.",
+            )
+        if trainer.world_size > 1 and trainer._accelerator_connector.use_distributed_sampler:
+            raise InputError(
+                "trainer.use_distributed_sampler",
+                "is true",
+                "Set it to false: Lightning would replace the step plan by a shuffling sampler.",
+            )
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> int | None:
+        """Start the step's clock; a trainer that wants more epochs than the plan has gets nothing more."""
+        self._started = time.perf_counter()
+        return -1 if self.finished else None
+
+    def forward(self, pack: Any, temperature: float = 1.0) -> TokenStats:
+        """Log-probs of a pack's scored tokens under the policy."""
+        return self.model(pack, temperature)
+
+    def backward_sum(self, loss_sum: Tensor, denominator: float) -> None:
+        """Backward of a summed loss, divided once by the global denominator; × ranks undoes gradient averaging."""
+        self.manual_backward(loss_sum * (self.trainer.world_size / denominator))
+
+    def update(self, settings: AdamW, optimizer: Any, parameters: Iterable[nn.Parameter]) -> float:
+        """Clip, set the rate for this step, update, clear. Returns the gradient norm before clipping.
+
+        A non-finite norm skips the update.
+
+        Raises:
+            NonFiniteError: after several such steps in a row.
+        """
+        norm = torch.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm or float("inf"))
+        norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)  # type: ignore[operator]
+        for group in optimizer.optimizer.param_groups:
+            group["lr"] = settings.lr_at(self.step, self.total_steps)
+        finite = norm == norm and norm != float("inf")
+        self.skipped = 0 if finite else self.skipped + 1
+        if finite:
+            optimizer.step()
+        elif self.skipped >= SKIPS:
+            raise NonFiniteError(f"the gradient was not finite for {SKIPS} steps in a row, up to step {self.step}")
+        optimizer.zero_grad(set_to_none=True)
+        return norm
+
+    def reduce_sum(self, sums: Tensor) -> Tensor:
+        """Sum a tensor over ranks; the identity on one process."""
+        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            dist.all_reduce(sums)
+        return sums
+
+    def finish_step(self, metrics: dict[str, float]) -> None:
+        """Count the step and publish its metrics (progress bar, callbacks)."""
+        self.metrics = {
+            **metrics,
+            "lr": self.optimizer.lr_at(self.step, self.total_steps),
+            "seconds": time.perf_counter() - self._started,
+        }
+        self.step += 1
+        if self.finished:
+            self.trainer.should_stop = True
+
+    # Checkpoints ------------------------------------------------------------------------------------------------
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep our own step counter."""
+        checkpoint["tulu_stage"] = {"step": self.step, "skipped": self.skipped, "class": type(self).__name__}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Go on at the step that was finished.
+
+        Raises:
+            InputError: the checkpoint is another stage's.
+        """
+        state = checkpoint.get("tulu_stage", {})
+        if state.get("class") != type(self).__name__:
+            raise InputError(
+                "ckpt_path", f"is a checkpoint of {state.get('class')}", f"Give one of {type(self).__name__}."
+            )
+        self.step, self.skipped = state["step"], state["skipped"]

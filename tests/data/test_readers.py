@@ -1,0 +1,128 @@
+import pytest
+
+from tulu_lightning.data.readers import read_chat, read_preference, read_prompt
+from tulu_lightning.data.sources import Source
+from tulu_lightning.errors import InputError
+from tulu_lightning.verifiers.registry import check_target
+
+SOURCE = Source("s", path="rows.jsonl")
+USER = {"role": "user", "content": "q"}
+ANSWER = {"role": "assistant", "content": "a"}
+
+
+def fault(read, row, *more) -> str:
+    with pytest.raises(InputError) as caught:
+        read(SOURCE, 17, row, *more)
+    assert caught.value.where == "rows.jsonl, row 17"
+    assert caught.value.remedy
+    return caught.value.what
+
+
+def test_a_row_made_by_a_function_is_named_by_its_source():
+    with pytest.raises(InputError, match="source 'sums', row 2"):
+        read_chat(Source("sums", rows="a.b"), 2, {})
+
+
+def test_a_good_chat_row_keeps_roles_and_contents_only():
+    row = {"messages": [{**USER, "id": 1}, ANSWER], "source": "x"}
+    assert read_chat(SOURCE, 1, row) == [USER, ANSWER]
+
+
+@pytest.mark.parametrize(
+    ("row", "what"),
+    [
+        ({"text": "a"}, "the row has no field 'messages' (it has text)"),
+        ({"messages": []}, "messages is [], not a list of messages"),
+        ({"messages": "hi"}, "messages is 'hi', not a list of messages"),
+        ({"messages": ["hi"]}, "messages[0] is 'hi'"),
+        ({"messages": [USER, {"role": "assistant"}]}, "messages[1] is {'role': 'assistant'}"),
+        (
+            {"messages": [{"role": "asistant", "content": ""}]},
+            "messages[0] has the role 'asistant', which does not exist",
+        ),
+        ({"messages": [{"role": None, "content": ""}]}, "messages[0] has the role None, which does not exist"),
+        ({"messages": [USER, {**ANSWER, "content": 68}]}, "content of messages[1] is 68, not text"),
+        ({"messages": [USER, {**ANSWER, "content": None}]}, "content of messages[1] is None, not text"),
+        ({"messages": [USER]}, "messages has no assistant turn to learn from"),
+    ],
+)
+def test_a_bad_chat_row(row, what):
+    assert fault(read_chat, row) == what
+
+
+def test_a_misspelt_role_is_offered_its_nearest():
+    with pytest.raises(InputError, match="Did you mean 'assistant'"):
+        read_chat(SOURCE, 1, {"messages": [{"role": "asistant", "content": ""}]})
+
+
+def test_a_preference_row_may_give_text_or_messages():
+    expected = ([USER], "good", "bad", None)
+    assert read_preference(SOURCE, 1, {"prompt": "q", "chosen": "good", "rejected": "bad"}) == expected
+    row = {"prompt": [USER], "chosen": [{**ANSWER, "content": "good"}], "rejected": "bad"}
+    assert read_preference(SOURCE, 1, row) == expected
+
+
+def test_token_ids_win_over_text():
+    row = {"prompt": "q", "chosen": "x", "rejected": "y", "prompt_ids": [1, 2], "chosen_ids": [3], "rejected_ids": []}
+    assert read_preference(SOURCE, 1, row) == ([], "", "", ((1, 2), (3,), ()))
+
+
+@pytest.mark.parametrize(
+    ("row", "what"),
+    [
+        ({"chosen": "a", "rejected": "b"}, "the row has no field 'prompt' (it has chosen, rejected)"),
+        ({"prompt": "q", "rejected": "b"}, "the row has no field 'chosen' (it has prompt, rejected)"),
+        ({"prompt": 3, "chosen": "a", "rejected": "b"}, "prompt is 3, not a list of messages"),
+        ({"prompt": [USER, ANSWER], "chosen": "a", "rejected": "b"}, "prompt ends with an assistant turn"),
+        ({"prompt": "q", "chosen": [USER, ANSWER], "rejected": "b"}, "chosen is not one assistant message"),
+        ({"prompt": "q", "chosen": "a", "rejected": 7}, "rejected is 7, not a list of messages"),
+        (
+            {"prompt_ids": [1], "chosen_ids": [2]},
+            "the row has no field 'rejected_ids' (it has prompt_ids, chosen_ids)",
+        ),
+        ({"prompt_ids": [], "chosen_ids": [2], "rejected_ids": [3]}, "prompt_ids is empty"),
+        (
+            {"prompt_ids": [1], "chosen_ids": [2.0], "rejected_ids": [3]},
+            "chosen_ids is [2.0], not a list of token ids",
+        ),
+        ({"prompt_ids": [1], "chosen_ids": [-2], "rejected_ids": [3]}, "chosen_ids is [-2], not a list of token ids"),
+        ({"prompt_ids": [1], "chosen_ids": "12", "rejected_ids": [3]}, "chosen_ids is '12', not a list of token ids"),
+    ],
+)
+def test_a_bad_preference_row(row, what):
+    assert fault(read_preference, row) == what
+
+
+def test_a_good_prompt_row():
+    row = {"messages": [USER], "ground_truth": "68", "verifier": "last_number"}
+    assert read_prompt(SOURCE, 1, row, check_target) == ([USER], "68", "last_number")
+
+
+PROMPT = {"messages": [USER], "ground_truth": "68", "verifier": "last_number"}
+
+
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        ({"messages": [USER, ANSWER]}, "messages does not end with a user turn"),
+        ({"ground_truth": 68}, "ground_truth is 68, not text"),
+        (
+            {"ground_truth": "sixty"},
+            "verifier 'last_number' cannot use ground_truth: 'sixty' is not a number",
+        ),
+        ({"verifier": "last_numbr"}, "there is no verifier 'last_numbr'"),
+        ({"verifier": None}, "verifier is None, not text"),
+    ],
+)
+def test_a_bad_prompt_row(change, what):
+    assert fault(read_prompt, {**PROMPT, **change}, check_target) == what
+
+
+@pytest.mark.parametrize("field", ["messages", "ground_truth", "verifier"])
+def test_a_prompt_row_that_lacks_a_field(field):
+    row = {name: value for name, value in PROMPT.items() if name != field}
+    assert fault(read_prompt, row, check_target).startswith(f"the row has no field {field!r}")
+
+
+def test_long_values_are_shortened_in_messages():
+    assert fault(read_chat, {"messages": "x" * 1000}) == f"messages is '{'x' * 56}..., not a list of messages"

@@ -1,0 +1,164 @@
+"""A run folder as the recipe leaves it: four stages, curves with noise, scores, rollouts with awkward text."""
+
+import json
+import math
+import random
+from pathlib import Path
+
+import pytest
+
+HOSTILE = '</script><script>alert("x")</script><img src="https://evil.example/a.png" onerror=alert(1)> & \u202e \ud800'
+
+
+def dump(path: Path, value: object) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(value), encoding="utf-8")
+
+
+def dump_lines(path: Path, rows: list[dict]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def scores(accuracy: float, n: int = 300) -> dict:
+    half = 1.96 * math.sqrt(accuracy * (1 - accuracy) / n)
+    item = {"row": 0, "prompt": "What is 31+27?", "response": "58", "outcome": "right", "score": 1.0, "tokens": 3}
+    return {
+        "name": "heldout",
+        "n": n,
+        "accuracy": accuracy,
+        "low": accuracy - half,
+        "high": accuracy + half,
+        "mean_tokens": 4.2,
+        "settings_hash": "a1b2c3",
+        "items": [{**item, "finish": "stop"}],
+    }
+
+
+def common(stage: str, step: int, loss: float, rng: random.Random) -> dict:
+    return {
+        "stage": stage,
+        "step": step,
+        "time": 1.7e9 + step,
+        "seconds": 2.5 + rng.random(),
+        "loss": loss + rng.gauss(0, 0.04),
+        "grad_norm": 1.5 + rng.gauss(0, 0.2),
+        "lr": 1e-5 * min(1.0, (step + 1) / 10),
+        "tokens": 2048,
+        "trained_tokens": 700,
+    }
+
+
+def sft_row(step: int, rng: random.Random) -> dict:
+    loss = 0.6 + 1.8 * math.exp(-step / 12)
+    row = common("sft", step, loss, rng)
+    return {**row, "loss/arithmetic": row["loss"] - 0.4 + rng.gauss(0, 0.05), "loss/chat": row["loss"] + 0.7}
+
+
+def dpo_row(step: int, rng: random.Random) -> dict:
+    margin = 3 * (1 - math.exp(-step / 15)) + rng.gauss(0, 0.3)
+    return {
+        **common("dpo", step, math.log1p(math.exp(-margin)), rng),
+        "rewards_chosen": 0.3 * margin,
+        "rewards_rejected": -0.7 * margin,
+        "margin": margin,
+        "accuracy": min(1.0, 0.5 + 0.15 * max(margin, 0)),
+        "length_chosen": 4 + rng.random(),
+        "length_rejected": 5 + rng.random(),
+    }
+
+
+def ppo_row(step: int, rng: random.Random) -> dict:
+    right = 0.42 + 0.28 * (1 - math.exp(-step / 20)) + rng.gauss(0, 0.04)
+    return {
+        **common("ppo", step, 0.05, rng),
+        "reward": 10 * right - 0.4,
+        "score": right,
+        "kl": 0.002 * step + abs(rng.gauss(0, 0.004)),
+        "k3": 0.002 * step,
+        "length": 4.3 + rng.gauss(0, 0.2),
+        "stop_share": 1 - 0.02 * rng.random(),
+        "entropy": 0.9 * math.exp(-step / 40) + 0.2 + rng.gauss(0, 0.02),
+        "ratio_mean": 1 + rng.gauss(0, 0.002),
+        "ratio_max": 1.3 + rng.random(),
+        "clip_share": 0.02 + 0.02 * rng.random(),
+        "value_clip_share": 0.05 * rng.random(),
+        "explained_variance": 0.7 * (1 - math.exp(-step / 10)) - 0.1 + rng.gauss(0, 0.05),
+        "policy_loss": rng.gauss(0, 0.01),
+        "value_loss": 8 * math.exp(-step / 15) + 2 + rng.random(),
+        "advantage_std": 1.0,
+        "mismatch_kl": 1e-6 * rng.random(),
+        "critic_grad_norm": 3 + rng.random(),
+        "seconds_generate": 4 + rng.random(),
+        "seconds_score": 0.1,
+        "seconds_logprobs": 1 + 0.2 * rng.random(),
+        "seconds_update": 3 + rng.random(),
+        "version": step,
+        "outcome_right": right,
+        "outcome_wrong": 0.95 - right,
+        "outcome_unparseable": 0.05,
+        "outcome_error": 0.0,
+    }
+
+
+def rollouts(steps: int, rng: random.Random) -> list[dict]:
+    rows = []
+    for step in range(steps):
+        for _ in range(8):
+            a, b = rng.randint(10, 99), rng.randint(10, 99)
+            right = rng.random() < 0.45 + 0.3 * step / steps
+            rows.append(
+                {
+                    "step": step,
+                    "prompt": f"What is {a}+{b}?",
+                    "response": str(a + b if right else a + b + rng.choice([-10, -1, 1, 10])),
+                    "outcome": "right" if right else "wrong",
+                    "score": float(right),
+                    "reward": 10.0 * right - 0.05,
+                    "advantage": rng.gauss(0, 1),
+                    "tokens": 4,
+                    "finish": "stop",
+                }
+            )
+    hostile = {"prompt": HOSTILE, "response": HOSTILE, "outcome": "unparseable", "score": 0.0, "reward": -10.0}
+    return [{"step": 0, **hostile, "advantage": -1.2, "tokens": 24, "finish": "length"}, *rows]
+
+
+ROWS = {"sft": sft_row, "dpo": dpo_row, "ppo": ppo_row}
+STEPS = {"sft": 40, "dpo": 50, "ppo": 60}
+ACCURACY = {"sft": (0.12, 0.43), "dpo": (0.43, 0.45), "ppo": (0.45, 0.68)}
+GAIN = {"sft": (0.31, 0.25, 0.37), "dpo": (0.02, -0.02, 0.06), "ppo": (0.23, 0.17, 0.29)}
+
+
+def write_run(root: Path) -> Path:
+    """A finished run under `root`."""
+    rng = random.Random(0)
+    versions = {"tulu_lightning": "0.1.0", "torch": "2.13.0+cpu", "transformers": "5.19.0", "python": "3.11.7"}
+    recipe = {"name": "smol", "created": "2026-11-23T21:17:04+00:00", "stages": ["sft", "pairs", "dpo", "ppo"]}
+    recipe |= {"versions": versions, "seeds": {"seed": 1}, "command": "tulu recipe --config configs/recipes/smol.yaml"}
+    dump(root / "recipe.json", recipe)
+    for stage, steps in STEPS.items():
+        folder = root / stage
+        dump_lines(folder / "metrics.jsonl", [ROWS[stage](step, rng) for step in range(steps)])
+        (folder / "config.yaml").write_text(f"stage: {stage}\nseed: 1\nmodel:\n  lr: 1.0e-05\n  beta: 0.05\n")
+        for when, accuracy in zip(("before", "after"), ACCURACY[stage], strict=True):
+            dump(folder / "scores" / f"{when}.json", scores(accuracy))
+        difference, low, high = GAIN[stage]
+        reason = (
+            "the lower end of the paired interval is above -1 point" if stage != "dpo" else "no clear loss [-2, +6]"
+        )
+        decision = {"promote": True, "reason": reason, "difference": difference, "low": low, "high": high}
+        summary = {"stage": stage, "steps": steps, "seconds": 512.3, "tokens": 123456, "peak_memory_bytes": 3.4e9}
+        start = {"sft": "assets/smollm2-135m-instruct", "dpo": "runs/smol/sft/final", "ppo": "runs/smol/dpo/final"}
+        dump(folder / "summary.json", {**summary, "start": start[stage], "promoted": True, "decision": decision})
+    dump_lines(root / "ppo" / "rollouts.jsonl", rollouts(STEPS["ppo"], rng))
+    pairs = {"stage": "pairs", "prompts": 300, "samples": 1200, "pairs": 212, "seconds": 95.0, "tokens": 5100}
+    dump(root / "pairs" / "summary.json", {**pairs, "peak_memory_bytes": 1.1e9})
+    (root / "pairs" / "config.yaml").write_text("samples_per_prompt: 4\ntemperature: 1.0\n")
+    return root
+
+
+@pytest.fixture
+def run_dir(tmp_path):
+    """A finished run folder."""
+    return write_run(tmp_path / "smol")

@@ -1,0 +1,93 @@
+import json
+
+import pytest
+
+from tulu_lightning.errors import InputError
+from tulu_lightning.recipes.records import number, read_run
+
+
+def stage(run, name):
+    return next(s for s in run.stages if s.name == name)
+
+
+def test_a_finished_run_is_read_whole(run_dir):
+    run = read_run(run_dir)
+    assert [s.name for s in run.stages] == ["sft", "pairs", "dpo", "ppo"]
+    assert {s.status for s in run.stages} == {"finished"}
+    assert [len(s.metrics) for s in run.stages] == [40, 0, 50, 60]
+    assert stage(run, "ppo").after.accuracy == 0.68
+    assert stage(run, "ppo").decision.difference == 0.23
+    assert stage(run, "sft").total("tokens") == 123456
+    assert run.seeds == {"seed": 1}
+    assert run.notes == ()
+
+
+def test_a_torn_last_line_is_left_out_and_noted(run_dir):
+    path = run_dir / "ppo" / "metrics.jsonl"
+    path.write_text(path.read_text()[:-30])
+    run = read_run(run_dir)
+    assert len(stage(run, "ppo").metrics) == 59
+    assert run.notes == ("ppo/metrics.jsonl: 1 torn line was left out.",)
+
+
+def test_a_step_that_ran_again_after_a_resume_counts_once_and_the_later_line_wins(run_dir):
+    path = run_dir / "sft" / "metrics.jsonl"
+    rows = [{"step": 0, "loss": 1.0}, {"step": 1, "loss": 2.0}, {"step": 1, "loss": 3.0}, {"step": 2, "loss": 4.0}]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert [row["loss"] for row in stage(read_run(run_dir), "sft").metrics] == [1.0, 3.0, 4.0]
+
+
+def test_values_that_are_not_finite_are_dropped_and_named(run_dir):
+    (run_dir / "dpo" / "metrics.jsonl").write_text('{"step": 0, "loss": NaN, "margin": 1, "note": "text"}\n')
+    run = read_run(run_dir)
+    assert stage(run, "dpo").metrics == ({"step": 0.0, "margin": 1.0},)
+    assert run.notes == ("dpo/metrics.jsonl: not finite in some steps, and not drawn there: loss.",)
+
+
+def test_a_stage_without_a_summary_is_unfinished_and_sums_its_own_steps(run_dir):
+    (run_dir / "sft" / "summary.json").unlink()
+    (run_dir / "sft" / "metrics.jsonl").write_text('{"step": 0, "tokens": 5}\n{"step": 1, "tokens": 7}\n')
+    sft = stage(read_run(run_dir), "sft")
+    assert sft.status == "unfinished"
+    assert sft.total("tokens") == 12
+    assert sft.total("seconds") is None
+    assert sft.decision is None
+
+
+def test_a_planned_stage_without_a_folder_has_not_started(tmp_path):
+    (tmp_path / "recipe.json").write_text('{"name": "r", "stages": ["sft", "../elsewhere", 3]}')
+    run = read_run(tmp_path)
+    assert [(s.name, s.status) for s in run.stages] == [("sft", "not started")]
+
+
+def test_without_recipe_json_the_stage_folders_speak(run_dir):
+    (run_dir / "recipe.json").write_text('{"name": "smo')
+    run = read_run(run_dir)
+    assert {s.name for s in run.stages} == {"sft", "pairs", "dpo", "ppo"}
+    assert run.name == "smol"
+    assert "recipe.json" in run.notes[0]
+
+
+def test_scores_with_different_settings_are_flagged(run_dir):
+    path = run_dir / "sft" / "scores" / "after.json"
+    path.write_text(path.read_text().replace("a1b2c3", "other"))
+    assert "do not compare" in read_run(run_dir).notes[0]
+
+
+def test_two_rollouts_a_step_and_outcome_are_kept(run_dir):
+    row = {"step": 3, "prompt": "p", "response": "r", "outcome": "right"}
+    rows = [row] * 5 + [{**row, "outcome": "wrong"}]
+    (run_dir / "ppo" / "rollouts.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    assert [r.outcome for r in read_run(run_dir).rollouts] == ["right", "right", "wrong"]
+
+
+@pytest.mark.parametrize("value", [None, True, "1", float("nan"), float("inf"), 10**400, [1]])
+def test_only_finite_numbers_are_numbers(value):
+    assert number(value) is None
+
+
+def test_a_folder_that_is_no_run_is_refused(tmp_path):
+    with pytest.raises(InputError, match="nor a stage"):
+        read_run(tmp_path)
+    with pytest.raises(InputError, match="no such folder"):
+        read_run(tmp_path / "missing")
