@@ -160,7 +160,7 @@ def test_stop_ids_are_eos_and_the_end_of_turn():
 
 
 def test_an_unknown_template_offers_the_nearest():
-    with pytest.raises(InputError, match="there is no chat template 'chat_ml'. Did you mean 'chatml'"):
+    with pytest.raises(InputError, match=r"there is no chat template 'chat_ml'\. Did you mean 'chatml'"):
         chat_template("chat_ml", byte_tokenizer())
 
 

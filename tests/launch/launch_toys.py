@@ -44,6 +44,7 @@ class ToyStage(LightningModule):
 
     def __init__(self, backbone: Backbone, optimizer: AdamW, critic: Critic | None = None, fault: str = "") -> None:
         super().__init__()
+        self.save_hyperparameters("fault")
         self.backbone, self.optimizer, self.critic, self.fault = backbone, optimizer, critic, fault
         self.layer = torch.nn.Linear(2, 1)
         self.batches: list[int] = []

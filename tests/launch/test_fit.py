@@ -62,7 +62,7 @@ def test_another_command_leaves_the_fits_config_alone(toy):
 
 def test_curves_of_two_starts_lie_in_one_folder(toy):
     folders = [fit(toy).trainer.log_dir for _ in range(2)]
-    assert folders == ["runs/toy/tensorboard"] * 2
+    assert [Path(str(f)).resolve() for f in folders] == [Path("runs/toy/tensorboard").resolve()] * 2
     assert len(list(Path("runs/toy/tensorboard").glob("events.*"))) == 2
 
 
@@ -100,6 +100,13 @@ def test_auto_starts_fresh_then_goes_on_at_the_newest_checkpoint(toy, capsys):
     assert yaml.safe_load(Path("runs/toy/config.yaml").read_text())["ckpt_path"] == "auto"
     assert main(["test", "--config", toy, "--ckpt_path=auto"]) == 0
     assert "test: using runs/toy/checkpoints/step-2.ckpt (step 2)\n" in capsys.readouterr().out
+
+
+def test_what_a_checkpoint_was_made_with_does_not_override_what_is_asked_for(toy):
+    fit(toy, ["--model.fault=none"]).trainer.save_checkpoint("step-2.ckpt")
+    again = fit(toy, ["--ckpt_path=step-2.ckpt", "--trainer.max_steps=3", "--model.fault=other"])
+    assert again.trainer.global_step == 3
+    assert again.model.fault == "other"
 
 
 def test_a_missing_checkpoint_stops_before_the_model(toy):

@@ -40,8 +40,8 @@ def cost(length: int) -> float:
 def cut(lengths: Sequence[int], micro_tokens: int, ranks: int = 1) -> list[list[tuple[int, ...]]]:
     """Cut items into micro-batches of at most `micro_tokens` tokens and deal them over ranks.
 
-    Best-fit by decreasing length fills few micro-batches; dealing them by decreasing cost to the least loaded rank
-    levels the ranks. An item longer than the limit gets a micro-batch of its own.
+    Best-fit by decreasing length says how few micro-batches will do; the items are then spread evenly over that many,
+    and dealt by decreasing cost to the least loaded rank. An item longer than the limit gets one of its own.
 
     Args:
         lengths: tokens of each item.
@@ -52,26 +52,49 @@ def cut(lengths: Sequence[int], micro_tokens: int, ranks: int = 1) -> list[list[
         For each rank its micro-batches, as tuples of indices into `lengths`; all ranks have the same number. An empty
         tuple asks for a filler.
     """
-    bins: list[list[int]] = []
-    room: list[int] = []
-    for item in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        fits = [b for b in range(len(bins)) if room[b] >= lengths[item]]
-        best = min(fits, key=lambda b: room[b], default=None)
-        if best is None:
-            bins.append([])
-            room.append(max(micro_tokens, lengths[item]))
-            best = len(bins) - 1
-        bins[best].append(item)
-        room[best] -= lengths[item]
+    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    bins = _best_fit(order, lengths, micro_tokens)
     each = max(1, -(-len(bins) // ranks))
+    # The fewest micro-batches are known now; spread the items over that many evenly, if that still fits.
+    bins = _level(order, lengths, micro_tokens, each * ranks) or bins
+    costs = [sum(cost(lengths[i]) for i in items) for items in bins]
     dealt: list[list[tuple[int, ...]]] = [[] for _ in range(ranks)]
     load = [0.0] * ranks
-    costs = [sum(cost(lengths[i]) for i in items) for items in bins]
     for b in sorted(range(len(bins)), key=lambda b: (-costs[b], b)):
         rank = min((r for r in range(ranks) if len(dealt[r]) < each), key=lambda r: (load[r], r))
         dealt[rank].append(tuple(sorted(bins[b])))
         load[rank] += costs[b]
     return [micros + [()] * (each - len(micros)) for micros in dealt]
+
+
+def _best_fit(order: Sequence[int], lengths: Sequence[int], micro_tokens: int) -> list[list[int]]:
+    """Each item, longest first, into the fullest micro-batch that still takes it."""
+    bins: list[list[int]] = []
+    room: list[int] = []
+    for item in order:
+        fits = [b for b in range(len(bins)) if room[b] >= lengths[item]]
+        best = min(fits, key=lambda b: room[b], default=len(bins))
+        if best == len(bins):
+            bins.append([])
+            room.append(max(micro_tokens, lengths[item]))
+        bins[best].append(item)
+        room[best] -= lengths[item]
+    return bins
+
+
+def _level(order: Sequence[int], lengths: Sequence[int], micro_tokens: int, count: int) -> list[list[int]] | None:
+    """Each item, longest first, into the cheapest of `count` micro-batches; None where one gets too long."""
+    bins: list[list[int]] = [[] for _ in range(count)]
+    tokens, load = [0] * count, [0.0] * count
+    for item in order:
+        fits = [b for b in range(count) if not bins[b] or tokens[b] + lengths[item] <= micro_tokens]
+        if not fits:
+            return None
+        best = min(fits, key=lambda b: (load[b], b))
+        bins[best].append(item)
+        tokens[best] += lengths[item]
+        load[best] += cost(lengths[item])
+    return [items for items in bins if items]
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ special token of the template's own). The mask comes from these pieces and from 
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import NamedTuple
 
@@ -19,6 +19,8 @@ Message = Mapping[str, str]
 """`role` (system, user or assistant) and `content`."""
 
 CHATML_END = "<|im_end|>"
+SMOLLM2_SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
+"""What SmolLM2-Instruct's own template says where there is no system message; without it the model is far weaker."""
 
 
 class Piece(NamedTuple):
@@ -44,6 +46,8 @@ class ChatTemplate:
     """Pieces of one turn, from (message, end token, whether it is the last message)."""
     opening: tuple[Piece, ...]
     """The generation prompt: what opens an assistant turn."""
+    default_system: str = ""
+    """System message put before a conversation that has none."""
 
     def render(self, messages: Sequence[Message], generation_prompt: bool = False) -> tuple[Piece, ...]:
         """Pieces whose texts, joined, are the conversation.
@@ -52,6 +56,8 @@ class ChatTemplate:
             messages: at least one.
             generation_prompt: end with the opening of an assistant turn.
         """
+        if self.default_system and messages[0]["role"] != "system":
+            messages = [{"role": "system", "content": self.default_system}, *messages]
         pieces: list[Piece] = []
         for index, message in enumerate(messages):
             pieces += self.turn(message, self.end, index == len(messages) - 1)
@@ -105,7 +111,16 @@ def _chatml(eos: str) -> ChatTemplate:
     return ChatTemplate("chatml", CHATML_END, _CHATML_JINJA, _chatml_turn, opening)
 
 
-TEMPLATES: dict[str, Callable[[str], ChatTemplate]] = {"tulu": _tulu, "chatml": _chatml}
+def _smollm2(eos: str) -> ChatTemplate:
+    chatml = _chatml(eos)
+    system = (
+        "{% if messages[0]['role'] != 'system' %}"
+        "{{ '<|im_start|>system\n" + SMOLLM2_SYSTEM + "<|im_end|>\n' }}{% endif %}"
+    )
+    return replace(chatml, name="smollm2", jinja=system + _CHATML_JINJA, default_system=SMOLLM2_SYSTEM)
+
+
+TEMPLATES: dict[str, Callable[[str], ChatTemplate]] = {"tulu": _tulu, "chatml": _chatml, "smollm2": _smollm2}
 """Templates by name, each made from the tokenizer's EOS token."""
 
 

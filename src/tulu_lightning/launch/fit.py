@@ -103,7 +103,7 @@ class TuluCLI(LightningCLI):
             "data": pl.LightningDataModule,
         }
 
-    def _parse_ckpt_path(self) -> None:
+    def _no_parse(self) -> None:
         """Leave the config alone: Lightning would let a checkpoint's hyperparameters override what the user asks for."""
 
     # Building ---------------------------------------------------------------------------------------------------

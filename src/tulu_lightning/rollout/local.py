@@ -6,34 +6,26 @@ causal LM that transformers knows will do.
 """
 
 import copy
-import inspect
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Self
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.initialization import no_init_weights
-from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import logging as transformers_logging
 
 from tulu_lightning.errors import InputError
-from tulu_lightning.rollout import decoding
+from tulu_lightning.rollout.chunk import Chunk, Row
+from tulu_lightning.rollout.decoding import CachedLM, use_fast_attention
 from tulu_lightning.rollout.engine import Progress, RefreshError
 from tulu_lightning.rollout.fingerprint import full, mark
-from tulu_lightning.rollout.sampling import pick, uniforms
+from tulu_lightning.rollout.sampling import uniforms
 from tulu_lightning.types import Completion, Sampling
 
 __all__ = ["LocalEngine"]
-
-
-class _Row(NamedTuple):
-    """One completion to make: sample `sample` of prompt `prompt`."""
-
-    prompt: int
-    sample: int
 
 
 class LocalEngine:
@@ -55,7 +47,7 @@ class LocalEngine:
         self._model: PreTrainedModel = model.eval().requires_grad_(False)
         self._version = version
         self.max_rows, self.batch_tokens = max_rows, batch_tokens
-        self._takes = frozenset(inspect.signature(model.forward).parameters)
+        self._lm = CachedLM(model)
 
     @classmethod
     def from_folder(
@@ -66,7 +58,7 @@ class LocalEngine:
             model = AutoModelForCausalLM.from_pretrained(
                 path, dtype=dtype or torch.float32, local_files_only=True, trust_remote_code=False
             )
-        _use_fast_attention(model)
+        use_fast_attention(model)
         return cls(model.to(device), **limits)
 
     @classmethod
@@ -87,7 +79,7 @@ class LocalEngine:
         devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
         with torch.random.fork_rng(devices), no_init_weights(), _quiet():
             own = AutoModelForCausalLM.from_config(config, dtype=dtype or model.dtype, trust_remote_code=False)
-        _use_fast_attention(own)
+        use_fast_attention(own)
         engine = cls(own.to(device or model.device), **limits)
         # Uninitialised memory until here: refresh proves that every tensor was written.
         engine.refresh(model.state_dict().items(), 0)
@@ -105,7 +97,7 @@ class LocalEngine:
 
     def close(self) -> None:
         """Give the weights' memory back; no other call may follow."""
-        del self._model
+        del self._model, self._lm
 
     # -- weights --
 
@@ -169,15 +161,17 @@ class LocalEngine:
         self._check(prompts, n, sampling)
         if keys is not None and len(keys) != len(prompts):
             raise InputError("generate", f"{len(keys)} keys for {len(prompts)} prompts", "Give one key a prompt.")
-        made: dict[_Row, Completion] = {}
+        made: dict[Row, Completion] = {}
         for rows in self._chunks(prompts, n, sampling.max_new_tokens):
             names = [(row.prompt if keys is None else keys[row.prompt], row.sample) for row in rows]
-            chunk = _Chunk(self, prompts, rows, sampling, uniforms(seed, names, sampling.max_new_tokens))
+            chunk = Chunk(
+                self._lm, self._version, prompts, rows, sampling, uniforms(seed, names, sampling.max_new_tokens)
+            )
             for finished in chunk.run():
                 made.update(finished)
                 if progress is not None:
                     progress(len(made), len(prompts) * n)
-        return [[made[_Row(i, j)] for j in range(n)] for i in range(len(prompts))]
+        return [[made[Row(i, j)] for j in range(n)] for i in range(len(prompts))]
 
     def _check(self, prompts: Sequence[Sequence[int]], n: int, sampling: Sampling) -> None:
         where = "generate"
@@ -202,118 +196,19 @@ class LocalEngine:
                 what = f"its ids span [{min(prompt)}, {max(prompt)}], the model knows {text_config.vocab_size} tokens"
                 raise InputError(f"{where}, prompt {i}", what, "Use the model's own tokenizer.")
 
-    def _chunks(self, prompts: Sequence[Sequence[int]], n: int, new: int) -> Iterator[list[_Row]]:
+    def _chunks(self, prompts: Sequence[Sequence[int]], n: int, new: int) -> Iterator[list[Row]]:
         """Rows to decode together: neighbours in length, samples of equal prompts side by side, longest first."""
         order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), tuple(prompts[i])))
-        chunk: list[_Row] = []
+        chunk: list[Row] = []
         for i in order:
             for j in range(n):
                 longest = len(prompts[chunk[0].prompt]) if chunk else 0
                 if chunk and (len(chunk) == self.max_rows or (len(chunk) + 1) * (longest + new) > self.batch_tokens):
                     yield chunk
                     chunk = []
-                chunk.append(_Row(i, j))
+                chunk.append(Row(i, j))
         if chunk:
             yield chunk
-
-    def forward(self, ids: Tensor, mask: Tensor, positions: Tensor, cache: Any) -> Tensor:
-        """Logits `[B, V]` after the last of `ids` [B, L]; `mask` [B, past + L] and `positions` [B, L] know of padding."""
-        inputs: dict[str, Any] = {"attention_mask": mask, "past_key_values": cache, "use_cache": True}
-        # An index and not the number 1: that cuts a strided slice of the hidden states, for which torch on CPU copies the
-        # head once per row (1.7 GB for 32 rows of a 49k vocabulary).
-        optional = {"position_ids": positions, "logits_to_keep": torch.tensor([ids.shape[1] - 1], device=ids.device)}
-        inputs.update({name: value for name, value in optional.items() if name in self._takes})
-        out: CausalLMOutputWithPast = self._model(input_ids=ids, **inputs)
-        assert out.logits is not None
-        return out.logits[:, -1]
-
-    @property
-    def device(self) -> torch.device:
-        """Where the weights are."""
-        return self._model.device
-
-    @property
-    def config(self) -> PretrainedConfig:
-        """The model's config."""
-        return self._model.config
-
-
-class _Chunk:
-    """Rows decoded together. Axis B: the rows still running, in the order of the cache."""
-
-    def __init__(
-        self,
-        engine: LocalEngine,
-        prompts: Sequence[Sequence[int]],
-        rows: Sequence[_Row],
-        sampling: Sampling,
-        uniform_RL: Tensor,
-    ) -> None:
-        self.engine, self.rows, self.sampling, self.version = engine, rows, sampling, engine.version
-        self.device = engine.device
-        self.uniform_RL = uniform_RL.to(self.device)
-        self.stop_ids = torch.tensor(sorted(set(sampling.stop_ids)), dtype=torch.int64, device=self.device)
-        self.ids_RL = torch.zeros(uniform_RL.shape, dtype=torch.int64, device=self.device)
-        self.logp_RL = torch.zeros(uniform_RL.shape, device=self.device)
-        self.alive_B = torch.arange(len(rows), device=self.device)
-        self._prefill([tuple(prompts[row.prompt]) for row in rows])
-
-    def _prefill(self, prompts: Sequence[tuple[int, ...]]) -> None:
-        distinct = list(dict.fromkeys(prompts))
-        width = max(map(len, distinct))
-        ids = torch.zeros(len(distinct), width, dtype=torch.int64)
-        mask = torch.zeros_like(ids)
-        for row, prompt in enumerate(distinct):
-            ids[row, width - len(prompt) :] = torch.tensor(prompt)
-            mask[row, width - len(prompt) :] = 1
-        ids, mask = ids.to(self.device), mask.to(self.device)
-        positions = (mask.cumsum(-1) - 1).clamp_(min=0)
-        self.cache = decoding.new_cache(self.engine.config, width + self.sampling.max_new_tokens)
-        logits = self.engine.forward(ids, mask, positions, self.cache)
-        place = {prompt: i for i, prompt in enumerate(distinct)}
-        index = torch.tensor([place[prompt] for prompt in prompts], device=self.device)
-        if len(distinct) < len(prompts):
-            self.cache.reorder_cache(index)
-        self.logits_BV, self.mask_BS, self.position_B = logits[index], mask[index], positions[index, -1]
-
-    def run(self) -> Iterator[dict[_Row, Completion]]:
-        """Decode until no row is left, handing out rows as they finish."""
-        for step in range(self.sampling.max_new_tokens):
-            last = step + 1 == self.sampling.max_new_tokens
-            token_B, logp_B = pick(self.logits_BV, self.sampling.temperature, self.uniform_RL[self.alive_B, step])
-            self.ids_RL[self.alive_B, step], self.logp_RL[self.alive_B, step] = token_B, logp_B
-            stop_B = torch.isin(token_B, self.stop_ids)
-            done_B = stop_B | last
-            if done_B.any():
-                yield dict(self._finished(done_B, stop_B, step + 1))
-                if done_B.all():
-                    return
-                token_B = self._drop(done_B, token_B)
-            self._advance(token_B)
-
-    def _finished(self, done_B: Tensor, stop_B: Tensor, length: int) -> Iterator[tuple[_Row, Completion]]:
-        for row, stopped in zip(self.alive_B[done_B].tolist(), stop_B[done_B].tolist(), strict=True):
-            ids_L, logp_L = self.ids_RL[row, :length].cpu().clone(), self.logp_RL[row, :length].cpu().clone()
-            if not torch.isfinite(logp_L).all():
-                raise RuntimeError(f"weights of version {self.version} give probabilities that are not finite numbers")
-            yield self.rows[row], Completion(ids_L, logp_L, "stop" if stopped else "length", self.version)
-
-    def _drop(self, done_B: Tensor, token_B: Tensor) -> Tensor:
-        keep = (~done_B).nonzero()[:, 0]
-        self.cache.reorder_cache(keep)
-        self.alive_B, self.mask_BS, self.position_B = self.alive_B[keep], self.mask_BS[keep], self.position_B[keep]
-        return token_B[keep]
-
-    def _advance(self, token_B: Tensor) -> None:
-        self.position_B = self.position_B + 1
-        self.mask_BS = torch.cat([self.mask_BS, self.mask_BS.new_ones(len(token_B), 1)], 1)
-        self.logits_BV = self.engine.forward(token_B[:, None], self.mask_BS, self.position_B[:, None], self.cache)
-
-
-def _use_fast_attention(model: PreTrainedModel) -> None:
-    """Our attention where the architecture would take SDPA through the attention interface; else its own."""
-    if model.config._attn_implementation == "sdpa" and model._supports_attention_backend:
-        model.set_attn_implementation(decoding.NAME)
 
 
 @contextmanager

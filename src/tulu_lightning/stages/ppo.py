@@ -219,13 +219,13 @@ class PPO(Stage):
     def learn(self, experience: Sequence[Sequence[Experience]]) -> Epochs:
         """K epochs of mini-batches: the critic's update, then the policy's."""
         epochs = Epochs()
-        optimizers = self.optimizers()
+        optimizer, critic_optimizer = self.optimizers()  # type: ignore[misc]
         for epoch in range(self.epochs):
             for part in self._shuffled(experience, epoch):
                 tokens = float(self.reduce_sum(torch.tensor([float(sum(e.old_N.numel() for e in part))])))
-                epochs.critic_grad_norm = self._critic_update(part, tokens, optimizers[1], epochs)  # type: ignore[index]
+                epochs.critic_grad_norms.append(self._critic_update(part, tokens, critic_optimizer, epochs))
                 if self.step >= self.critic_config.warmup_steps:
-                    epochs.grad_norm = self._policy_update(part, tokens, optimizers[0], epochs)  # type: ignore[index]
+                    epochs.grad_norms.append(self._policy_update(part, tokens, optimizer, epochs))
         return epochs
 
     def _shuffled(self, parts: Sequence[Sequence[Experience]], epoch: int) -> list[Sequence[Experience]]:

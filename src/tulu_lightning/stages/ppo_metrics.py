@@ -11,6 +11,7 @@ from tulu_lightning.core.advantages import explained_variance
 from tulu_lightning.core.kl import k1, k2, k3
 from tulu_lightning.core.policy import PolicyTerms, ValueTerms
 from tulu_lightning.rollout.experience import Experience, Group
+from tulu_lightning.rollout.scoring import response_text
 from tulu_lightning.types import Outcome
 
 __all__ = ["Epochs", "step_metrics", "table"]
@@ -24,7 +25,8 @@ class Epochs:
         self.value = torch.zeros(3, dtype=torch.float64)  # loss, clipped, tokens
         self.ratio_max = 1.0
         self.first_ratio_error: float | None = None
-        self.grad_norm = self.critic_grad_norm = 0.0
+        self.grad_norms: list[float] = []
+        self.critic_grad_norms: list[float] = []
 
     def add_policy(self, terms: PolicyTerms) -> None:
         """Count one micro-batch of the policy's loss."""
@@ -51,8 +53,8 @@ class Epochs:
             "clip_share": clipped / max(tokens, 1),
             "value_loss": value_loss / max(value_tokens, 1),
             "value_clip_share": value_clipped / max(value_tokens, 1),
-            "grad_norm": self.grad_norm,
-            "critic_grad_norm": self.critic_grad_norm,
+            "grad_norm": _mean(self.grad_norms),
+            "critic_grad_norm": _mean(self.critic_grad_norms),
         }
 
 
@@ -104,7 +106,7 @@ def table(groups: Sequence[Group], experience: Sequence[Experience], tokenizer: 
                 {
                     "row": group.prompt.row,
                     "prompt": group.prompt.text,
-                    "response": tokenizer.decode(completion.ids_L.tolist(), skip_special_tokens=True),
+                    "response": response_text(completion, tokenizer),
                     "target": group.prompt.target,
                     "outcome": group.verdicts[sample].outcome,
                     "score": group.verdicts[sample].score,

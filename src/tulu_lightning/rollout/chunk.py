@@ -1,0 +1,101 @@
+"""A chunk of rows, sampled token by token: prompts once, then all rows that still run, one token a step."""
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from tulu_lightning.rollout.decoding import CachedLM
+from tulu_lightning.rollout.sampling import pick
+from tulu_lightning.types import Completion, Sampling
+
+__all__ = ["Chunk", "Row"]
+
+
+class Row(NamedTuple):
+    """One completion to make: sample `sample` of prompt `prompt`."""
+
+    prompt: int
+    sample: int
+
+
+class Chunk:
+    """Rows decoded together. Axis B: the rows still running, in the order of the cache; axis S: tokens in the cache.
+
+    Args:
+        lm: the model.
+        version: of its weights, stamped on the completions.
+        prompts: of the whole call; `rows` say which ones are meant.
+        rows: the completions to make.
+        sampling: how.
+        uniform_RL: the random numbers of each row.
+    """
+
+    def __init__(
+        self,
+        lm: CachedLM,
+        version: int,
+        prompts: Sequence[Sequence[int]],
+        rows: Sequence[Row],
+        sampling: Sampling,
+        uniform_RL: Tensor,
+    ) -> None:
+        self.lm, self.version, self.rows, self.sampling, self.device = lm, version, rows, sampling, lm.device
+        self.uniform_RL = uniform_RL.to(self.device)
+        self.stop_ids = torch.tensor(sorted(set(sampling.stop_ids)), dtype=torch.int64, device=self.device)
+        self.ids_RL = torch.zeros(uniform_RL.shape, dtype=torch.int64, device=self.device)
+        self.logp_RL = torch.zeros(uniform_RL.shape, device=self.device)
+        self.alive_B = torch.arange(len(rows), device=self.device)
+        self._prefill([tuple(prompts[row.prompt]) for row in rows])
+
+    def _prefill(self, prompts: Sequence[tuple[int, ...]]) -> None:
+        distinct = list(dict.fromkeys(prompts))
+        width = max(map(len, distinct))
+        ids = torch.zeros(len(distinct), width, dtype=torch.int64)
+        mask = torch.zeros_like(ids)
+        for row, prompt in enumerate(distinct):
+            ids[row, width - len(prompt) :] = torch.tensor(prompt)
+            mask[row, width - len(prompt) :] = 1
+        ids, mask = ids.to(self.device), mask.to(self.device)
+        positions = (mask.cumsum(-1) - 1).clamp_(min=0)
+        self.cache = self.lm.new_cache(width + self.sampling.max_new_tokens)
+        logits = self.lm(ids, mask, positions, self.cache)
+        place = {prompt: i for i, prompt in enumerate(distinct)}
+        index = torch.tensor([place[prompt] for prompt in prompts], device=self.device)
+        if len(distinct) < len(prompts):
+            self.cache.reorder_cache(index)
+        self.logits_BV, self.mask_BS, self.position_B = logits[index], mask[index], positions[index, -1]
+
+    def run(self) -> Iterator[dict[Row, Completion]]:
+        """Decode until no row is left, handing out rows as they finish."""
+        for step in range(self.sampling.max_new_tokens):
+            last = step + 1 == self.sampling.max_new_tokens
+            token_B, logp_B = pick(self.logits_BV, self.sampling.temperature, self.uniform_RL[self.alive_B, step])
+            self.ids_RL[self.alive_B, step], self.logp_RL[self.alive_B, step] = token_B, logp_B
+            stop_B = torch.isin(token_B, self.stop_ids)
+            done_B = stop_B | last
+            if done_B.any():
+                yield dict(self._finished(done_B, stop_B, step + 1))
+                if done_B.all():
+                    return
+                token_B = self._drop(done_B, token_B)
+            self._advance(token_B)
+
+    def _finished(self, done_B: Tensor, stop_B: Tensor, length: int) -> Iterator[tuple[Row, Completion]]:
+        for row, stopped in zip(self.alive_B[done_B].tolist(), stop_B[done_B].tolist(), strict=True):
+            ids_L, logp_L = self.ids_RL[row, :length].cpu().clone(), self.logp_RL[row, :length].cpu().clone()
+            if not torch.isfinite(logp_L).all():
+                raise RuntimeError(f"weights of version {self.version} give probabilities that are not finite numbers")
+            yield self.rows[row], Completion(ids_L, logp_L, "stop" if stopped else "length", self.version)
+
+    def _drop(self, done_B: Tensor, token_B: Tensor) -> Tensor:
+        keep = (~done_B).nonzero()[:, 0]
+        self.cache.reorder_cache(keep)
+        self.alive_B, self.mask_BS, self.position_B = self.alive_B[keep], self.mask_BS[keep], self.position_B[keep]
+        return token_B[keep]
+
+    def _advance(self, token_B: Tensor) -> None:
+        self.position_B = self.position_B + 1
+        self.mask_BS = torch.cat([self.mask_BS, self.mask_BS.new_ones(len(token_B), 1)], 1)
+        self.logits_BV = self.lm(token_B[:, None], self.mask_BS, self.position_B[:, None], self.cache)

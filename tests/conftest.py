@@ -1,0 +1,46 @@
+"""Fixtures that every folder uses: tiny models, the real SmolLM2 where it is installed, a quiet single thread."""
+
+import pytest
+import torch
+
+from tulu_lightning.assets.models import resolve_model
+from tulu_lightning.errors import InputError
+from tulu_lightning.types import Document, Segment
+
+
+@pytest.fixture(scope="session")
+def tiny() -> str:
+    """Folder of a random Llama with grouped-query attention."""
+    return str(resolve_model("tiny-random-llama"))
+
+
+@pytest.fixture(scope="session")
+def smol() -> str:
+    """Folder of the real SmolLM2-135M-Instruct."""
+    try:
+        return str(resolve_model("smollm2-135m-instruct"))
+    except InputError as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture(scope="session")
+def documents():
+    """Plain documents, DPO pairs and groups of four, short and long, as a function of the vocabulary's size."""
+
+    def build(vocabulary: int, seed: int = 0) -> list[Document]:
+        g = torch.Generator().manual_seed(seed)
+
+        def segment(tokens: int, weight: float, parent: int = -1) -> Segment:
+            ids = torch.randint(0, vocabulary, (tokens,), generator=g)
+            return Segment(ids, torch.full((tokens,), weight), parent)
+
+        def group(prompt: int, *children: int) -> Document:
+            return Document((segment(prompt, 0), *(segment(n, 1, 0) for n in children)))
+
+        plain = [Document((segment(n, 1),)) for n in (300, 20, 1, 33)]
+        pairs = [group(30, 8, 7), group(40, 300, 5)]
+        groups = [group(12, 3, 1, 4, 2), group(270, 40, 40, 30, 50)]
+        chain = Document((segment(5, 0), segment(6, 1, 0), segment(7, 1, 1), segment(3, 1, 0)))
+        return [*plain, *pairs, *groups, chain]
+
+    return build
