@@ -3,6 +3,7 @@
 import errno
 import importlib
 import os
+import re
 import sys
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -121,9 +122,16 @@ def disk_fault(error: BaseException | None) -> str | None:
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
         seen.add(id(error))
-        if isinstance(error, OSError) and error.errno in DISK_REMEDIES:
-            where = error.filename2 or error.filename or "the disk"
-            remedy = DISK_REMEDIES[error.errno]
-            return f"{os.fsdecode(where)}: {os.strerror(error.errno)}. {remedy}, and run the same command again; what was finished is kept."
+        code, where = _disk_code(error)
+        if code in DISK_REMEDIES:
+            return f"{where}: {os.strerror(code)}. {DISK_REMEDIES[code]}, and run the same command again; what was finished is kept."
         error = error.__cause__ or error.__context__
     return None
+
+
+def _disk_code(error: BaseException) -> tuple[int, str]:
+    """The system's error number (0 for none) and the file; libraries in Rust, such as safetensors, tell it in words."""
+    if isinstance(error, OSError):
+        return error.errno or 0, os.fsdecode(error.filename2 or error.filename or "the disk")
+    told = re.search(r"\(os error (\d+)\)", str(error))
+    return int(told[1]) if told else 0, "the disk"

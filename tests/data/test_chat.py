@@ -21,7 +21,7 @@ def tokenizer(request):
     return load_tokenizer(request.param)
 
 
-@pytest.fixture(params=["tulu", "chatml"])
+@pytest.fixture(params=["tulu", "chatml", "smollm2"])
 def template(request, tokenizer):
     return chat_template(request.param, tokenizer)
 
@@ -58,6 +58,14 @@ def test_chatml_renders_without_a_default_system_prompt():
     assert text_of(template, turns("u1", "a1"), generation_prompt=True) == (
         "<|im_start|>user\nu1<|im_end|>\n<|im_start|>assistant\na1<|im_end|>\n<|im_start|>assistant\n"
     )
+
+
+@pytest.mark.parametrize("messages", CONVERSATIONS)
+def test_the_smollm2_template_is_the_models_own(tokenizer, messages):
+    if len(tokenizer) < 1000:
+        pytest.skip("for SmolLM2's tokenizer")
+    own = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    assert text_of(chat_template("smollm2", tokenizer), messages, generation_prompt=True) == own
 
 
 def grid(tokenizer, template, messages) -> list[tuple[str, bool]]:
@@ -142,7 +150,7 @@ def test_special_tokens_in_messages_stay_text(tokenizer, template):
 
 def test_no_bos_is_added(tokenizer, template):
     ids, _ = encode(tokenizer, template, turns("Hi", "Hello."))
-    expected = {"tulu": "<", "chatml": "<|im_start|>"}[template.name]
+    expected = "<" if template.name == "tulu" else "<|im_start|>"
     assert tokenizer.decode(ids[0]).startswith(expected)
     assert tokenizer.decode(ids).startswith(text_of(template, turns("Hi")))
 

@@ -8,7 +8,8 @@ import yaml
 
 from tulu_lightning import cli as command
 from tulu_lightning.errors import InputError
-from tulu_lightning.launch.fit import fit, main, without_tips
+from tulu_lightning.launch.fit import fit, main
+from tulu_lightning.launch.quiet import without_noise
 
 
 def test_fit_trains_and_returns_what_it_trained(toy):
@@ -158,17 +159,23 @@ def test_a_bad_config_ends_with_status_2_and_one_line(toy, capsys):
     )
 
 
-def test_lightnings_advertisements_are_left_out(caplog):
+def test_what_says_nothing_about_the_run_is_left_out(caplog):
     logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
     logger.addHandler(caplog.handler)
     try:
-        with without_tips():
+        with without_noise():
             logger.warning("💡 Tip: buy this")
-            logger.warning("GPU available: False")
+            logger.warning("GPU available: False, used: False")
+            logger.warning("GPU available: True (cuda), used: True")
         logger.warning("💡 later")
     finally:
         logger.removeHandler(caplog.handler)
-    assert dict.fromkeys(caplog.messages) == dict.fromkeys(["GPU available: False", "💡 later"])
+    assert dict.fromkeys(caplog.messages) == dict.fromkeys(["GPU available: True (cuda), used: True", "💡 later"])
+
+
+def test_a_command_without_rows_says_so_before_it_runs(toy):
+    with pytest.raises(InputError, match=r"^tulu validate: ToyData has no rows for this command \(no val_dataloader\)\."):
+        main(["validate", "--config", toy])
 
 
 def test_help_of_a_command_names_it_and_ends_well(capsys):

@@ -31,7 +31,14 @@ def resolve_model(path: str) -> Path:
         if "/" not in path:
             remedy = f"{nearest(path, NAMED_MODELS)} Or give the path of a Hugging Face model folder."
             raise InputError(path, "there is no model and no folder of that name", remedy)
-        raise InputError(path, "there is no such model folder", "Give the path of an existing one.")
+        remedy = "Give the path of an existing one."
+        if folder.name == "promoted":  # what a stage leaves at its end
+            stage = folder.parent.name
+            remedy = (
+                f"Run the stage that leaves it first (`tulu fit --config configs/{stage}.yaml` fills runs/{stage}), "
+                "or give another start checkpoint (--model.init_args.backbone.path)."
+            )
+        raise InputError(path, "there is no such model folder", remedy)
     _check_folder(folder)
     return folder
 

@@ -14,6 +14,8 @@ from typing import Any
 
 import lightning as L
 
+from tulu_lightning.models.sharding import Fsdp2
+
 __all__ = ["Checkpoints", "checkpoint_path"]
 
 
@@ -33,12 +35,12 @@ class Checkpoints(L.Callback):
     def __init__(self, every_n_steps: int = 100, keep: int = 1) -> None:
         super().__init__()
         self.every_n_steps, self.keep = every_n_steps, keep
-        self.stop_requested = False
+        self.stop_requested, self._speaks = False, True
         self._previous: dict[int, Any] = {}
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Take over the signals; after Lightning, whose own handlers would run collectives inside a handler."""
-        self.stop_requested = False
+        self.stop_requested, self._speaks = False, trainer.is_global_zero
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
                 self._previous[number] = signal.signal(number, self._request)
@@ -47,15 +49,17 @@ class Checkpoints(L.Callback):
         if self.stop_requested:
             raise KeyboardInterrupt
         self.stop_requested = True
-        print("\nstopping: finishing this step and saving it (again to stop at once)", flush=True)
+        if self._speaks:
+            print("\nstopping: finishing this step and saving it (again to stop at once)", flush=True)
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *_: object) -> None:
-        """Save if it is time to."""
+        """Save if it is time to. One rank's signal stops all of them, after the same step."""
+        stop = trainer.strategy.reduce_boolean_decision(self.stop_requested, all=False)
         due = self.every_n_steps and pl_module.step % self.every_n_steps == 0
-        if due or pl_module.finished or self.stop_requested:
+        if due or pl_module.finished or stop:
             self.save(trainer, pl_module.step)
-        if self.stop_requested:
-            trainer.should_stop = True
+        if stop:
+            self.stop_requested = trainer.should_stop = True
 
     def on_train_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Give the signals back."""
@@ -76,14 +80,17 @@ class Checkpoints(L.Callback):
         if path.exists():
             return
         path.parent.mkdir(parents=True, exist_ok=True)
-        if trainer.world_size > 1:
+        if isinstance(trainer.strategy, Fsdp2):
             trainer.save_checkpoint(path)  # the strategy does the same for a folder
         else:
             beside = path.with_name(f".{path.name}.tmp")
-            trainer.save_checkpoint(beside)
-            with beside.open("rb") as file:
-                os.fsync(file.fileno())
-            beside.replace(path)
+            try:
+                trainer.save_checkpoint(beside)
+                with beside.open("rb") as file:
+                    os.fsync(file.fileno())
+                beside.replace(path)
+            finally:  # half a file would keep a full disk full
+                beside.unlink(missing_ok=True)
         if trainer.is_global_zero:
             for old in sorted(path.parent.glob("step-*.ckpt"))[: -self.keep]:
                 shutil.rmtree(old) if old.is_dir() else old.unlink()

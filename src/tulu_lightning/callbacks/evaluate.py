@@ -1,5 +1,6 @@
 """When the held-out prompts are scored: before a stage's first step and after its last."""
 
+import io
 from pathlib import Path
 from typing import Any
 
@@ -69,13 +70,14 @@ class Evaluate(L.Callback):
         engine = pl_module.make_engine()
         sampling = Sampling(self.max_new_tokens, 0.0, self._stop_ids)
         tokenizer: Any = trainer.datamodule.tokenizer  # type: ignore[attr-defined]
-        with Progress(f"{type(pl_module).__name__} {path.stem}", len(self._prompts)) as progress:
+        stream = None if trainer.is_global_zero else io.StringIO()  # one rank speaks for all
+        with Progress(f"{type(pl_module).__name__} {path.stem}", len(self._prompts), stream=stream) as progress:
             scores = evaluate(
                 engine, tokenizer, self._prompts, sampling, progress=lambda done, total: progress.update(done)
             )
         engine.close()
         if trainer.is_global_zero:
-            path.parent.mkdir(parents=True, exist_ok=True)
             scores.to_json(path)
-            print(f"{path.stem}: accuracy {scores.accuracy:.3f} [{scores.low:.3f}, {scores.high:.3f}], n = {scores.n}")
+            low, high = scores.interval
+            print(f"{path.stem}: accuracy {scores.accuracy:.3f} [{low:.3f}, {high:.3f}], n = {scores.n}", flush=True)
         return scores

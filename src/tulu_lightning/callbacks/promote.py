@@ -21,7 +21,8 @@ __all__ = ["Promote"]
 class Promote(L.Callback):
     """After the last step: export a Hugging Face folder, decide by the paired scores, and move `promoted`.
 
-    Without an `Evaluate` callback there is nothing to decide by, and the final weights are promoted as they are.
+    Without an `Evaluate` callback there is nothing to decide by, and the final weights are promoted as they are; with
+    one and no rule, a gain beyond chance is asked for.
     Writes `summary.json`, the stage's closing record, last: a run that was killed before has none.
 
     Args:
@@ -65,8 +66,7 @@ class Promote(L.Callback):
         evaluate = self._evaluate(trainer)
         if evaluate is None or evaluate.before is None or evaluate.after is None:
             return Decision(True, "no held-out scores to decide by", None, None, None)
-        before, after = ([item["score"] for item in s.items] for s in (evaluate.before, evaluate.after))
-        return (self.rule or PromotionRule(max_loss=1.0)).decide(before, after)
+        return (self.rule or PromotionRule()).decide(evaluate.before.per_item, evaluate.after.per_item)
 
     def _record(self, run: Path, stage: Any, folder: Path, decision: Decision) -> None:
         rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]

@@ -28,13 +28,14 @@ class Records(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Open the record at the present step."""
+        if not trainer.is_global_zero:
+            return
         folder = Path(trainer.default_root_dir)
         for name in ("metrics.jsonl", "rollouts.jsonl"):
             _keep_before(folder / name, pl_module.step)
-        if trainer.is_global_zero:
-            label = type(pl_module).__name__
-            self._progress = Progress(label, pl_module.total_steps, done=pl_module.step)
-            self._progress.__enter__()
+        label = type(pl_module).__name__
+        self._progress = Progress(label, pl_module.total_steps, done=pl_module.step)
+        self._progress.__enter__()
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *_: object) -> None:
         """Record the step that just ended."""

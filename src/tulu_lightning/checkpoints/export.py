@@ -45,22 +45,32 @@ def export(
             bos_token_id=tokenizer.bos_token_id, eos_token_id=list(stop_ids), pad_token_id=tokenizer.pad_token_id
         )
         lm.save_pretrained(beside, state_dict=state)
+        tokenizer.chat_template = chat_template
+        tokenizer.save_pretrained(beside)
+    except BaseException:
+        shutil.rmtree(beside, ignore_errors=True)  # half a folder would keep a full disk full
+        raise
     finally:
         lm.config._attn_implementation, lm.config.use_cache = kept["implementation"], kept["cache"]
-    tokenizer.chat_template = chat_template
-    tokenizer.save_pretrained(beside)
     shutil.rmtree(folder, ignore_errors=True)
     os.rename(beside, folder)
     return folder
 
 
 def full_state(lm: PreTrainedModel) -> dict[str, Tensor]:
-    """The whole state dict on the CPU, gathered from shards where there are any (a collective then)."""
+    """The whole state dict on the CPU, gathered from shards where there are any (a collective then).
+
+    Of tied tensors only the first name is in it: the copies are no longer one piece of memory, so nothing downstream
+    could tell that they are one tensor.
+    """
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
     if any(hasattr(p, "full_tensor") for p in lm.parameters()):
-        return get_model_state_dict(lm, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
-    return {name: tensor.detach().to("cpu", torch.float32) for name, tensor in lm.state_dict().items()}
+        state = get_model_state_dict(lm, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    else:
+        state = {name: tensor.detach().to("cpu", torch.float32) for name, tensor in lm.state_dict().items()}
+    every, first = ({name for name, _ in lm.named_parameters(remove_duplicate=once)} for once in (False, True))
+    return {name: tensor for name, tensor in state.items() if name not in every - first}
 
 
 def publish(folder: Path, link: Path) -> None:

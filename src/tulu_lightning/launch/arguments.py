@@ -8,7 +8,7 @@ from tulu_lightning.launch.compose import Layer, compose, merge, option_layer, v
 from tulu_lightning.launch.schema import class_of
 from tulu_lightning.launch.signatures import parameters
 
-__all__ = ["linked_options", "read_layers"]
+__all__ = ["linked_options", "read_layers", "with_lists_anew"]
 
 FLAGS = ("--print_config", "--help", "-h")
 
@@ -42,6 +42,21 @@ def read_layers(argv: Sequence[str]) -> list[Layer]:
             raise InputError("command line", f"{name!r} is given without a value", f"Write {name}=VALUE.")
         layers += compose(text) if name in ("-c", "--config") else [option_layer(name.lstrip("-"), text)]
     return layers
+
+
+def with_lists_anew(argv: Sequence[str]) -> list[str]:
+    """The same arguments with `--key=[]` before each `--key=[...]`, so that a list replaces the one below it.
+
+    The parser would otherwise complete its entries with those that they replace, if both lists are of one length.
+    """
+    result: list[str] = []
+    for index, token in enumerate(argv):
+        name, equals, text = token.partition("=")
+        value = text if equals else next(iter(argv[index + 1 : index + 2]), "")
+        if name.startswith("--") and not name.endswith("+") and value.lstrip().startswith("["):
+            result.append(f"{name}=[]")
+        result.append(token)
+    return result
 
 
 def linked_options(layers: Sequence[Layer]) -> list[str]:

@@ -6,7 +6,7 @@ them strictly (a key given twice is an error, not the last one's victory) and sa
 
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,6 +20,7 @@ __all__ = [
     "Layer",
     "compose",
     "dotted",
+    "list_paths",
     "merge",
     "option_layer",
     "origin",
@@ -181,6 +182,15 @@ def _merged(below: Any, above: Any) -> Any:
         appends = plain != key and isinstance(value, list)
         result[plain] = [*(below.get(plain) or []), *value] if appends else _merged(below.get(plain), value)
     return result
+
+
+def list_paths(data: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    """Dotted paths of the lists that a layer sets; those of `key+`, which append, are not among them."""
+    for key, value in data.items():
+        if isinstance(value, Mapping):
+            yield from list_paths(value, f"{prefix}{key}.")
+        elif isinstance(value, list) and not key.endswith("+"):
+            yield prefix + key
 
 
 def value_at(data: Any, path: KeyPath) -> Any:

@@ -4,10 +4,8 @@ A config is checked in full (keys, classes, values, the run folder) before any w
 """
 
 import argparse
-import logging
 import os
 import signal
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,16 +16,20 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.cli import LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities.model_helpers import is_overridden
 
+import tulu_lightning.models.sharding  # noqa: F401  registers `strategy: fsdp2`
+from tulu_lightning.callbacks.checkpoints import Checkpoints
 from tulu_lightning.errors import InputError
-from tulu_lightning.launch.arguments import linked_options, read_layers
+from tulu_lightning.launch.arguments import linked_options, read_layers, with_lists_anew
 from tulu_lightning.launch.compose import Layer, merge, origin
 from tulu_lightning.launch.parser import IncludingConfigFile, TuluParser, causes
+from tulu_lightning.launch.quiet import without_noise
 from tulu_lightning.launch.run_folder import ensure_writable, resolve_checkpoint, step_of
 from tulu_lightning.launch.schema import check_keys
 from tulu_lightning.launch.signatures import parameters
 
-__all__ = ["SaveConfig", "TuluCLI", "fit", "main", "without_tips"]
+__all__ = ["SaveConfig", "TuluCLI", "fit", "main"]
 
 SEED = 1
 
@@ -90,7 +92,7 @@ class TuluCLI(LightningCLI):
             remedy = "Give its class_path and init_args, or include a file that does."
             raise InputError(origin(self.layers, ("model",)), "'model' is missing", remedy)
         parser.layers = known.layers = self.layers
-        self.config = parser.parse_args([*args, *linked_options(self.layers)])
+        self.config = parser.parse_args([*with_lists_anew(args), *linked_options(self.layers)])
 
     @staticmethod
     def _top_level(parser: TuluParser) -> dict[str, Any]:
@@ -103,7 +105,7 @@ class TuluCLI(LightningCLI):
             "data": pl.LightningDataModule,
         }
 
-    def _no_parse(self) -> None:
+    def _parse_ckpt_path(self) -> None:
         """Leave the config alone: Lightning would let a checkpoint's hyperparameters override what the user asks for."""
 
     # Building ---------------------------------------------------------------------------------------------------
@@ -149,10 +151,20 @@ class TuluCLI(LightningCLI):
             raise InputError("trainer", " ".join(str(error).split()).rstrip("."), remedy) from error
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
+        self._refuse_without_rows(subcommand)
         kwargs = super()._prepare_subcommand_kwargs(subcommand)
         kwargs["ckpt_path"] = resolve_checkpoint(kwargs.get("ckpt_path"), self.run_folder)
         self._announce(subcommand, kwargs["ckpt_path"])
         return kwargs
+
+    def _refuse_without_rows(self, subcommand: str) -> None:
+        """A loop that the data has no rows for; Lightning would say so with a traceback."""
+        loader = {"validate": "val_dataloader", "test": "test_dataloader", "predict": "predict_dataloader"}.get(subcommand)
+        data: Any = self.datamodule
+        if data is not None and loader is not None and not is_overridden(loader, data):
+            what = f"{type(data).__name__} has no rows for this command (no {loader})"
+            remedy = "Score held-out prompts with the Evaluate callback in `tulu fit`, or give data that has them."
+            raise InputError(f"tulu {subcommand}", what, remedy)
 
     @rank_zero_only
     def _announce(self, subcommand: str, checkpoint: str | None) -> None:
@@ -177,7 +189,7 @@ def fit(config: str | Path, overrides: Sequence[str] = ()) -> TuluCLI:
 
     Raises:
         InputError: the config or the run folder is bad.
-        KeyboardInterrupt: Ctrl-C; Lightning has shut the run down in order.
+        KeyboardInterrupt: Ctrl-C; the run is saved where a `Checkpoints` callback had time for it.
     """
     try:
         return _run(["fit", "--config", str(config), *overrides])
@@ -206,8 +218,17 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _run(argv: Sequence[str]) -> TuluCLI:
-    with _interruptible(), without_tips():
-        return TuluCLI(argv)
+    with _interruptible(), without_noise():
+        cli = TuluCLI(argv)
+    if _stopped_early(cli):
+        raise KeyboardInterrupt
+    return cli
+
+
+def _stopped_early(cli: TuluCLI) -> bool:
+    """Whether `Checkpoints` took a Ctrl-C, saved, and ended the run before its last step."""
+    callbacks: list[Any] = cli.trainer.callbacks  # type: ignore[attr-defined]
+    return any(isinstance(c, Checkpoints) and c.stop_requested for c in callbacks) and not cli.model.finished
 
 
 @contextmanager
@@ -221,25 +242,3 @@ def _interruptible() -> Iterator[None]:
             signal.signal(signal.SIGINT, before)
             raise KeyboardInterrupt from leaving
         raise
-
-
-@contextmanager
-def without_tips() -> Iterator[None]:
-    """Keep Lightning's advertisements, and deprecations between its parts, out of the output."""
-
-    def keep(record: logging.LogRecord) -> bool:
-        return "💡" not in record.getMessage()
-
-    logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
-    logger.addFilter(keep)
-    try:
-        with warnings.catch_warnings():
-            for text in (
-                r"\s*``instantiate_classes`` was deprecated",
-                r"\s*By default only one Jsonarg",
-                r"`isinstance\(treespec",
-            ):
-                warnings.filterwarnings("ignore", message=text)
-            yield
-    finally:
-        logger.removeFilter(keep)

@@ -9,7 +9,7 @@ from jsonargparse import ActionConfigFile  # pyright: ignore[reportPrivateImport
 from lightning.pytorch.cli import LightningArgumentParser
 
 from tulu_lightning.errors import InputError
-from tulu_lightning.launch.compose import KeyPath, Layer, compose, dotted, origin, value_at
+from tulu_lightning.launch.compose import KeyPath, Layer, compose, dotted, list_paths, origin, value_at
 from tulu_lightning.launch.schema import suggest
 
 __all__ = ["IncludingConfigFile", "TuluParser", "causes", "explain"]
@@ -25,10 +25,18 @@ class IncludingConfigFile(ActionConfigFile):
         values: Any,
         option_string: str | None = None,
     ) -> None:
-        """Apply the file's layers one by one, parents first."""
+        """Apply the file's layers one by one, parents first.
+
+        `include` itself is declared without default and help, which keeps it out of what is printed and saved.
+
+        A list replaces the one below it: the parser would otherwise complete the entries of a list of the same length
+        with those that they replace, e.g. a source that names a `path` with the `rows` of another.
+        """
         for layer in compose(values):
+            for path in list_paths(layer.data):
+                if isinstance(namespace.get(path), list):
+                    namespace[path] = []
             super().__call__(parser, namespace, str(layer.path), option_string)
-            namespace.pop("include", None)  # merged by now, so what is printed or saved stands alone
 
 
 class ParserError(Exception):

@@ -1,12 +1,15 @@
 """Reading the YAML of a recipe or of `tulu pairs`: same `include`, same strict keys and one-line errors as `tulu fit`."""
 
+import argparse
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 from tulu_lightning.errors import InputError
-from tulu_lightning.launch.arguments import read_layers
+from tulu_lightning.launch.arguments import read_layers, with_lists_anew
 from tulu_lightning.launch.parser import IncludingConfigFile, TuluParser
+from tulu_lightning.launch.schema import check_keys
+from tulu_lightning.launch.signatures import parameters
 
 __all__ = ["read_config"]
 
@@ -25,14 +28,16 @@ def read_config(kind: type[T], command: str, argv: Sequence[str]) -> tuple[T, Pa
         The settings, and the last config file given.
 
     Raises:
-        InputError: an unknown key, a value of the wrong type, or a missing one.
+        InputError: an unknown key (with file, line and the nearest name), a value of the wrong type, or a missing one.
     """
     parser: Any = TuluParser(prog=command, description=kind.__doc__)
     parser.add_argument("-c", "--config", action=IncludingConfigFile, help="YAML file; its `include` lists parents.")
+    parser.add_argument("--include", type=list[str] | str, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
     parser.add_class_arguments(kind, None, fail_untyped=True)
     layers = read_layers(argv)
+    check_keys(layers, parameters(kind).hints)
     parser.layers = layers
-    namespace = parser.parse_args(list(argv))
+    namespace = parser.parse_args(with_lists_anew(argv))
     settings = parser.instantiate_classes(namespace)
     values = {name: value for name, value in vars(settings).items() if name in kind.__dataclass_fields__}  # type: ignore[attr-defined]
     files = [layer.path for layer in layers if layer.path is not None]

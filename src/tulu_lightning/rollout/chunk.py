@@ -12,6 +12,9 @@ from tulu_lightning.types import Completion, Sampling
 
 __all__ = ["Chunk", "Row"]
 
+MIN_PREFIX = 8
+"""Tokens that all prompts of a chunk must begin with before it pays to compute them apart."""
+
 
 class Row(NamedTuple):
     """One completion to make: sample `sample` of prompt `prompt`."""
@@ -50,22 +53,35 @@ class Chunk:
         self._prefill([tuple(prompts[row.prompt]) for row in rows])
 
     def _prefill(self, prompts: Sequence[tuple[int, ...]]) -> None:
+        """Compute each distinct prompt once, what all of them begin with once, and repeat the cache for the rows."""
         distinct = list(dict.fromkeys(prompts))
-        width = max(map(len, distinct))
-        ids = torch.zeros(len(distinct), width, dtype=torch.int64)
-        mask = torch.zeros_like(ids)
-        for row, prompt in enumerate(distinct):
-            ids[row, width - len(prompt) :] = torch.tensor(prompt)
-            mask[row, width - len(prompt) :] = 1
-        ids, mask = ids.to(self.device), mask.to(self.device)
-        positions = (mask.cumsum(-1) - 1).clamp_(min=0)
-        self.cache = self.lm.new_cache(width + self.sampling.max_new_tokens)
-        logits = self.lm(ids, mask, positions, self.cache)
+        widest = max(map(len, distinct))
+        self.cache = self.lm.new_cache(widest + self.sampling.max_new_tokens)
+        start = _common(distinct) if self.lm.can_share_prefix(self.cache) else 0
+        if len(distinct) > 1 and start >= MIN_PREFIX:
+            ids, mask, positions = self._padded([distinct[0][:start]], start)
+            self.lm(ids, mask, positions, self.cache)
+            self.lm.select(self.cache, torch.zeros(len(distinct), dtype=torch.int64, device=self.device))
+        else:
+            start = 0
+        ids, mask, positions = self._padded([prompt[start:] for prompt in distinct], widest - start)
+        mask = torch.cat([mask.new_ones(len(distinct), start), mask], 1)
+        logits = self.lm(ids, mask, positions + start, self.cache)
         place = {prompt: i for i, prompt in enumerate(distinct)}
         index = torch.tensor([place[prompt] for prompt in prompts], device=self.device)
         if len(distinct) < len(prompts):
-            self.cache.reorder_cache(index)
-        self.logits_BV, self.mask_BS, self.position_B = logits[index], mask[index], positions[index, -1]
+            self.lm.select(self.cache, index)
+        self.logits_BV, self.mask_BS, self.position_B = logits[index], mask[index], positions[index, -1] + start
+
+    def _padded(self, rows: Sequence[Sequence[int]], width: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Token ids, mask and positions `[rows, width]`, padded on the left."""
+        ids = torch.zeros(len(rows), width, dtype=torch.int64)
+        mask = torch.zeros_like(ids)
+        for row, tokens in enumerate(rows):
+            ids[row, width - len(tokens) :] = torch.tensor(tokens)
+            mask[row, width - len(tokens) :] = 1
+        positions = (mask.cumsum(-1) - 1).clamp_(min=0)
+        return ids.to(self.device), mask.to(self.device), positions.to(self.device)
 
     def run(self) -> Iterator[dict[Row, Completion]]:
         """Decode until no row is left, handing out rows as they finish."""
@@ -91,7 +107,7 @@ class Chunk:
 
     def _drop(self, done_B: Tensor, token_B: Tensor) -> Tensor:
         keep = (~done_B).nonzero()[:, 0]
-        self.cache.reorder_cache(keep)
+        self.lm.select(self.cache, keep)
         self.alive_B, self.mask_BS, self.position_B = self.alive_B[keep], self.mask_BS[keep], self.position_B[keep]
         return token_B[keep]
 
@@ -99,3 +115,10 @@ class Chunk:
         self.position_B = self.position_B + 1
         self.mask_BS = torch.cat([self.mask_BS, self.mask_BS.new_ones(len(token_B), 1)], 1)
         self.logits_BV = self.lm(token_B[:, None], self.mask_BS, self.position_B[:, None], self.cache)
+
+
+def _common(prompts: Sequence[tuple[int, ...]]) -> int:
+    """Tokens that all prompts begin with; at least one token of each stays out, as its hidden state is needed."""
+    low, high, longest = min(prompts), max(prompts), min(map(len, prompts)) - 1
+    # What the first and the last in lexicographic order share, all share.
+    return next((i for i in range(longest) if low[i] != high[i]), longest)

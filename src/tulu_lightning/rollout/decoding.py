@@ -57,43 +57,44 @@ class GrowingLayer(DynamicLayer):
         self.capacity = capacity
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Append along the token axis; room runs out only when the first estimate was too low."""
+        """Append along the token axis. Room runs out only where the first estimate was too low."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-            self._reserve(key_states, value_states)
+            self._reserve(key_states, value_states, key_states.shape[0])
         start, end = self.filled, self.filled + key_states.shape[-2]
         if end > self.capacity:
             self.capacity = max(end, 2 * self.capacity)
-            self._reserve(self.keys, self.values)
-        self.room_k[:, :, start:end] = key_states
-        self.room_v[:, :, start:end] = value_states
-        self._view(end)
-        return self.keys, self.values
+            self._move(torch.arange(key_states.shape[0], device=key_states.device))
+        self._room_k[:, :, start:end] = key_states
+        self._room_v[:, :, start:end] = value_states
+        return self._view(end)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Keep, repeat or drop rows: row i becomes what row `beam_idx[i]` was."""
-        old_k, old_v, end = self.keys, self.values, self.filled
-        self._reserve(old_k, old_v, len(beam_idx))
-        torch.index_select(old_k, 0, beam_idx, out=self.room_k[:, :, :end])
-        torch.index_select(old_v, 0, beam_idx, out=self.room_v[:, :, :end])
-        self._view(end)
+        if self.filled:
+            self._move(beam_idx)
 
     @property
     def filled(self) -> int:
         """Tokens held."""
         return self.get_seq_length()
 
-    def _reserve(self, keys: Tensor, values: Tensor, rows: int | None = None) -> None:
-        """New room; keeps what is held, unless the number of rows changes."""
-        self.room_k, self.room_v = (
-            x.new_empty(rows or x.shape[0], x.shape[1], self.capacity, x.shape[3]) for x in (keys, values)
-        )
-        if rows is None and self.filled:
-            end = self.filled
-            self.room_k[:, :, :end], self.room_v[:, :, :end] = keys, values
+    def _move(self, rows: Tensor) -> None:
+        """New room with these rows of the old one."""
+        end, (old_k, old_v) = self.filled, self._view(self.filled)
+        self._reserve(old_k, old_v, len(rows))
+        self._room_k[:, :, :end] = old_k.index_select(0, rows)
+        self._room_v[:, :, :end] = old_v.index_select(0, rows)
+        self._view(end)
 
-    def _view(self, end: int) -> None:
-        self.keys, self.values = self.room_k[:, :, :end], self.room_v[:, :, :end]
+    def _reserve(self, keys: Tensor, values: Tensor, rows: int) -> None:
+        self._room_k = keys.new_empty(rows, keys.shape[1], self.capacity, keys.shape[3])
+        self._room_v = values.new_empty(rows, values.shape[1], self.capacity, values.shape[3])
+
+    def _view(self, end: int) -> tuple[Tensor, Tensor]:
+        keys, values = self._room_k[:, :, :end], self._room_v[:, :, :end]
+        self.keys, self.values = keys, values
+        return keys, values
 
 
 class CachedLM:
@@ -117,6 +118,19 @@ class CachedLM:
         cache = DynamicCache(config=self.model.config)
         cache.layers = [GrowingLayer(capacity) if type(layer) is DynamicLayer else layer for layer in cache.layers]
         return cache
+
+    @staticmethod
+    def select(cache: DynamicCache, rows: Tensor) -> None:
+        """Row i of the cache becomes what row `rows[i]` was: keeps, drops and repeats rows."""
+        cache.reorder_cache(rows)  # type: ignore[arg-type]
+
+    def can_share_prefix(self, cache: DynamicCache) -> bool:
+        """Whether padding may stand between cached tokens and new ones.
+
+        It may where the model is told the positions and every layer sees all tokens; a sliding window would count the
+        padding.
+        """
+        return "position_ids" in self._takes and all(isinstance(layer, GrowingLayer) for layer in cache.layers)
 
     def __call__(self, ids: Tensor, mask: Tensor, positions: Tensor, cache: DynamicCache) -> Tensor:
         """Logits `[B, V]` after the last of `ids` [B, L]; `mask` [B, past + L] and `positions` [B, L] tell of padding."""

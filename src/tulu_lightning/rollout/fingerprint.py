@@ -34,7 +34,7 @@ def mark(tensor: Tensor) -> str:
     for block, part in enumerate(bits_N.split(_BLOCK)):
         weights = _weights(tensor.device)[: len(part)]
         # Each block's own odd factor tells blocks apart; the weights tell places within one.
-        total += (part.to(torch.int64) * weights).sum().item() * (2 * block + 1)
+        total += int((part.to(torch.int64) * weights).sum()) * (2 * block + 1)
     shape = ",".join(map(str, tensor.shape))
     return f"{str(tensor.dtype).removeprefix('torch.')}[{shape}]:{total & _MASK:016x}"
 

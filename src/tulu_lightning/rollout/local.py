@@ -59,7 +59,8 @@ class LocalEngine:
                 path, dtype=dtype or torch.float32, local_files_only=True, trust_remote_code=False
             )
         use_fast_attention(model)
-        return cls(model.to(device), **limits)
+        model.to(device)  # type: ignore[arg-type]
+        return cls(model, **limits)
 
     @classmethod
     def from_model(
@@ -79,6 +80,7 @@ class LocalEngine:
         devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
         with torch.random.fork_rng(devices), no_init_weights(), _quiet():
             own = AutoModelForCausalLM.from_config(config, dtype=dtype or model.dtype, trust_remote_code=False)
+        own.tie_weights()  # left out together with the initial weights
         use_fast_attention(own)
         engine = cls(own.to(device or model.device), **limits)
         # Uninitialised memory until here: refresh proves that every tensor was written.
@@ -144,7 +146,7 @@ class LocalEngine:
 
     # -- sampling --
 
-    @torch.inference_mode()
+    @torch.no_grad()  # not inference mode: its tensors could not be trained on
     def generate(
         self,
         prompts: Sequence[Sequence[int]],

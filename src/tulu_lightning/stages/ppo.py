@@ -126,11 +126,14 @@ class PPO(Stage):
             self.critic_config.optimizer.build(self.critic.parameters()),
         ]
 
-    def on_fit_start(self) -> None:
-        """Build the engine; the `RolloutRefresh` callback keeps it current."""
-        super().on_fit_start()
+    def setup(self, stage: str) -> None:
+        """Refuse several processes, too."""
+        super().setup(stage)
         if self.trainer.world_size > 1:
             raise InputError("trainer.devices", f"is {self.trainer.world_size}", "PPO runs in one process for now.")
+
+    def on_fit_start(self) -> None:
+        """Build the engine; the `RolloutRefresh` callback keeps it current."""
         self._reference[0].to(self.device)
         if self.engine is None:
             self.engine = self.make_engine(getattr(torch, self.rollout.engine_dtype))

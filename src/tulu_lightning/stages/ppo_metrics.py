@@ -24,14 +24,14 @@ class Epochs:
         self.policy = torch.zeros(4, dtype=torch.float64)  # loss, ratio, clipped, tokens
         self.value = torch.zeros(3, dtype=torch.float64)  # loss, clipped, tokens
         self.ratio_max = 1.0
-        self.first_ratio_error: float | None = None
+        self.first_ratio_error = 0.0
         self.grad_norms: list[float] = []
         self.critic_grad_norms: list[float] = []
 
     def add_policy(self, terms: PolicyTerms) -> None:
         """Count one micro-batch of the policy's loss."""
-        if self.first_ratio_error is None:
-            self.first_ratio_error = float((terms.ratio_N - 1).abs().max())
+        if not self.grad_norms:  # no update yet: the policy is the one that the old log-probs are of
+            self.first_ratio_error = max(self.first_ratio_error, float((terms.ratio_N - 1).abs().max()))
         self.ratio_max = max(self.ratio_max, float(terms.ratio_N.max()))
         sums = (terms.loss_N.detach().sum(), terms.ratio_N.sum(), terms.clipped_N.sum(), terms.loss_N.numel())
         self.policy += torch.tensor([float(x) for x in sums], dtype=torch.float64)
@@ -49,7 +49,7 @@ class Epochs:
             "policy_loss": loss / max(tokens, 1),
             "ratio_mean": ratio / tokens if tokens else 1.0,
             "ratio_max": self.ratio_max,
-            "first_ratio_error": self.first_ratio_error or 0.0,
+            "first_ratio_error": self.first_ratio_error,
             "clip_share": clipped / max(tokens, 1),
             "value_loss": value_loss / max(value_tokens, 1),
             "value_clip_share": value_clipped / max(value_tokens, 1),

@@ -106,17 +106,29 @@ class Stage(L.LightningModule):
 
     @property
     def finished(self) -> bool:
-        """Every planned step is done."""
-        return self.step >= self.total_steps
+        """Every planned step is done, or as many as `trainer.limit_train_batches` allows."""
+        return self.step >= min(self.total_steps, self.trainer.num_training_batches)
 
-    def on_fit_start(self) -> None:
-        """Refuse what would divide or shuffle behind our back."""
+    def setup(self, stage: str) -> None:
+        """Refuse, before any weights load, what would divide, average or shuffle behind our back."""
         trainer = self.trainer
+        if trainer.world_size > 1 and not isinstance(trainer.strategy, Fsdp2):
+            raise InputError(
+                "trainer.strategy",
+                f"is {type(trainer.strategy).__name__} with {trainer.world_size} processes",
+                "Use fsdp2: any other would average micro-batches that this package sums.",
+            )
         if trainer.accumulate_grad_batches != 1:
             raise InputError(
                 "trainer.accumulate_grad_batches",
                 f"is {trainer.accumulate_grad_batches}",
                 "Leave it at 1: a batch is a whole step here, cut by data.micro_tokens.",
+            )
+        if trainer.max_steps != -1:
+            raise InputError(
+                "trainer.max_steps",
+                f"is {trainer.max_steps}, and Lightning counts every call of every optimiser there",
+                "Use data.init_args.max_steps, which counts whole steps.",
             )
         if trainer.world_size > 1 and trainer._accelerator_connector.use_distributed_sampler:
             raise InputError(

@@ -1,0 +1,147 @@
+"""What a stage leaves is an ordinary Hugging Face folder that is whole or not there."""
+
+import json
+import os
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tulu_lightning.assets.models import load_tokenizer
+from tulu_lightning.checkpoints.export import export, full_state, publish
+from tulu_lightning.core.packing import pack
+from tulu_lightning.data.chat import chat_template, stop_ids
+from tulu_lightning.models.backbone import Backbone, PackedLM
+from tulu_lightning.types import Document, Segment
+
+MESSAGES = [
+    {"role": "user", "content": "What is 31 + 28?"},
+    {"role": "assistant", "content": "59"},
+    {"role": "user", "content": "And 1 more?"},
+]
+
+
+@pytest.fixture
+def policy(tiny):
+    """A policy whose weights are not those of any folder."""
+    lm = PackedLM(Backbone(tiny), tiny)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in lm.parameters():
+            parameter += 0.02 * torch.randn(parameter.shape, generator=generator)
+    return lm
+
+
+def write(policy, folder, template="tulu", state=None):
+    tokenizer = load_tokenizer(policy.lm.config._name_or_path)
+    bound = chat_template(template, tokenizer)
+    stops = stop_ids(tokenizer, bound)
+    return export(policy.lm, state or full_state(policy.lm), tokenizer, folder, bound.jinja, stops), bound, stops
+
+
+def test_transformers_loads_it_with_the_same_logits(policy, tmp_path):
+    folder, *_ = write(policy, tmp_path / "step-000001")
+    ids = torch.arange(1, 40)
+    ours = policy(pack([Document((Segment(ids, torch.ones(39)),))])).logp_N
+    loaded = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")
+    assert loaded.dtype == torch.float32
+    original = policy.lm.state_dict()
+    assert all(torch.equal(tensor, original[name]) for name, tensor in loaded.state_dict().items())
+    theirs = loaded(ids[None]).logits[0, :-1].log_softmax(-1).gather(1, ids[1:, None])[:, 0]
+    torch.testing.assert_close(theirs, ours, rtol=0, atol=1e-5)
+    again = PackedLM(Backbone(str(folder)), str(folder))
+    assert torch.equal(again(pack([Document((Segment(ids, torch.ones(39)),))])).logp_N, ours), "ours reads it exactly"
+
+
+def test_it_names_nothing_that_only_this_package_has(policy, tmp_path):
+    folder, *_ = write(policy, tmp_path / "out")
+    config = json.loads((folder / "config.json").read_text())
+    assert config["use_cache"] is True
+    assert "tulu" not in json.dumps(config)
+    assert policy.lm.config._attn_implementation == "tulu_segments", "training goes on as before"
+    assert policy.lm.config.use_cache is False
+
+
+@pytest.mark.parametrize("template", ["tulu", "chatml", "smollm2"])
+def test_its_chat_template_writes_what_was_trained(template, policy, tmp_path):
+    folder, bound, _ = write(policy, tmp_path / "out", template)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    theirs = tokenizer.apply_chat_template(MESSAGES, tokenize=False, add_generation_prompt=True)
+    assert theirs == "".join(piece.text for piece in bound.render(MESSAGES, generation_prompt=True))
+
+
+def test_its_generation_config_knows_every_stop_token(policy, tmp_path):
+    folder, _, stops = write(policy, tmp_path / "out", "chatml")
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    assert stops
+    assert model.generation_config.eos_token_id == list(stops)
+    assert model.generation_config.pad_token_id == load_tokenizer(str(folder)).pad_token_id
+
+
+def test_a_tied_head_is_written_once_even_if_its_memory_is_no_longer_shared(policy, tmp_path):
+    state = full_state(policy.lm)
+    assert "lm_head.weight" not in state
+    folder, *_ = write(policy, tmp_path / "out", state={name: tensor.clone() for name, tensor in state.items()})
+    assert load_file(folder / "model.safetensors").keys() == state.keys()
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    assert torch.equal(model.lm_head.weight, state["model.embed_tokens.weight"])
+
+
+@pytest.mark.parametrize("method", ["save_pretrained", "rename"])
+def test_killed_midway_it_leaves_no_half_folder(method, policy, tmp_path, monkeypatch):
+    class Killed(BaseException):
+        pass
+
+    def die(*args, **kwargs):
+        raise Killed
+
+    folder = tmp_path / "exports" / "step-000001"
+    with monkeypatch.context() as patch:
+        if method == "rename":
+            patch.setattr(os, "rename", die)
+        else:
+            patch.setattr(type(policy.lm), "save_pretrained", die)
+        with pytest.raises(Killed):
+            write(policy, folder)
+    assert not folder.exists()
+    assert policy.lm.config._attn_implementation == "tulu_segments"
+    write(policy, folder)
+    assert [path.name for path in folder.parent.iterdir()] == ["step-000001"], "what was left is cleared away"
+
+
+def test_a_failed_second_export_leaves_the_first_one(policy, tmp_path, monkeypatch):
+    folder, *_ = write(policy, tmp_path / "step-000001")
+    before = (folder / "model.safetensors").read_bytes()
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(type(policy.lm), "save_pretrained", full)
+    with pytest.raises(OSError, match="No space left"):
+        write(policy, folder)
+    assert (folder / "model.safetensors").read_bytes() == before
+
+
+def test_promoted_points_to_the_old_or_the_new_export_and_never_nowhere(tmp_path, monkeypatch):
+    old, new, link = tmp_path / "exports" / "a", tmp_path / "exports" / "b", tmp_path / "promoted"
+    for folder in (old, new):
+        folder.mkdir(parents=True)
+        (folder / "name").write_text(folder.name)
+    publish(old, link)
+    assert (link / "name").read_text() == "a"
+
+    seen = []
+    replace = type(link).replace
+
+    def watch(self, target):
+        seen.append((target / "name").read_text())
+        return replace(self, target)
+
+    monkeypatch.setattr(type(link), "replace", watch)
+    publish(new, link)
+    assert seen == ["a"], "up to the last moment it is the old one"
+    assert (link / "name").read_text() == "b"
+    tmp_path.rename(tmp_path.with_name("moved"))
+    moved = tmp_path.with_name("moved") / "promoted" / "name"
+    assert moved.read_text() == "b", "a run folder can be moved"
