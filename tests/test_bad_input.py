@@ -126,9 +126,7 @@ def test_row_17_is_not_json(refused, tmp_path):
 
 def test_a_row_without_messages(refused, tmp_path):
     said = refused(*rows(tmp_path, "sft", [*good(2), {"text": "hello"}]))
-    assert said == (
-        f"{tmp_path}/rows.jsonl, row 3: the row has no field 'messages' (it has text). Add 'messages'."
-    )
+    assert said == (f"{tmp_path}/rows.jsonl, row 3: the row has no field 'messages' (it has text). Add 'messages'.")
 
 
 def test_a_role_that_does_not_exist(refused, tmp_path):
@@ -142,7 +140,7 @@ def test_a_role_that_does_not_exist(refused, tmp_path):
 def test_a_row_longer_than_the_limit(refused, tmp_path):
     long = {"messages": [QUESTION, {"role": "assistant", "content": "9" * 300}]}
     said = refused(*rows(tmp_path, "sft", [*good(1), long], on_overflow="error"))
-    # 33 bytes of headers and question, 14 of the reply's header, 300 of the reply and its end token
+    # One token a byte: 9 + 16 + 1 of the question with its header, 14 of the reply's header, 300 + 1 of the reply.
     assert said == (
         f"{tmp_path}/rows.jsonl, row 2: the row has 341 tokens, and max_tokens is 256. "
         "Raise max_tokens, shorten the row, or set on_overflow to drop."

@@ -73,5 +73,5 @@ def test_a_filler_computes_and_counts_for_nothing():
     [[], [Document((segment([], []),))], [Document((segment([1], [0], 0),))], [Document((segment([1], [0], 3),))]],
 )
 def test_nonsense_is_refused(documents):
-    with pytest.raises(ValueError, match="pack needs|parent comes first"):
+    with pytest.raises(ValueError, match=r"pack needs|parent comes first"):
         pack(documents)

@@ -174,7 +174,9 @@ def test_what_says_nothing_about_the_run_is_left_out(caplog):
 
 
 def test_a_command_without_rows_says_so_before_it_runs(toy):
-    with pytest.raises(InputError, match=r"^tulu validate: ToyData has no rows for this command \(no val_dataloader\)\."):
+    with pytest.raises(
+        InputError, match=r"^tulu validate: ToyData has no rows for this command \(no val_dataloader\)\."
+    ):
         main(["validate", "--config", toy])
 
 
@@ -184,3 +186,17 @@ def test_help_of_a_command_names_it_and_ends_well(capsys):
     assert out.startswith("usage: tulu [options] fit ")
     assert "--trainer.max_steps" in out
     assert "--include" not in out
+
+
+def test_a_list_replaces_the_one_below_entry_by_entry_nothing_is_kept(toy, write):
+    parent = write("parent.yaml", "include: toy.yaml\ndata: {init_args: {sources: [{path: a, weight: 3.0}]}}\n")
+    leaf = write("leaf.yaml", "include: parent.yaml\ndata: {init_args: {sources: [{path: b}]}}\n")
+    assert fit(parent).datamodule.sources == [launch_toys.Source("a", 3.0)]
+    assert fit(leaf).datamodule.sources == [launch_toys.Source("b", 1.0)]
+    for option in (["--data.init_args.sources=[{path: c}]"], ["--data.sources", "[{path: c}]"]):
+        assert fit(parent, option).datamodule.sources == [launch_toys.Source("c", 1.0)]
+
+
+def test_a_plus_still_appends_to_the_list_below(toy, write):
+    leaf = write("leaf.yaml", "include: toy.yaml\ndata: {init_args: {sources+: [{path: b}]}}\n")
+    assert [source.path for source in fit(leaf).datamodule.sources] == ["a.jsonl", "b"]

@@ -75,7 +75,9 @@ def test_token_ids_reach_the_trainer_as_they_were_sampled(tmp_path, monkeypatch)
 
     def spy(self, prompts, *args, **kwargs):
         result = generate(self, prompts, *args, **kwargs)
-        sampled.extend((tuple(p), tuple(c.ids_L.tolist())) for p, group in zip(prompts, result, strict=True) for c in group)
+        sampled.extend(
+            (tuple(p), tuple(c.ids_L.tolist())) for p, group in zip(prompts, result, strict=True) for c in group
+        )
         return result
 
     monkeypatch.setattr(LocalEngine, "generate", spy)
@@ -101,7 +103,9 @@ def test_token_ids_reach_the_trainer_as_they_were_sampled(tmp_path, monkeypatch)
 )
 def test_a_right_answer_earns_ten_a_wrong_one_nothing_and_a_cut_one_costs_ten(text, finish, expected):
     tokenizer = load_tokenizer(TINY)
-    ids_L = torch.tensor(tokenizer.encode(text, add_special_tokens=False) + [tokenizer.eos_token_id] * (finish == "stop"))
+    ids_L = torch.tensor(
+        tokenizer.encode(text, add_special_tokens=False) + [tokenizer.eos_token_id] * (finish == "stop")
+    )
     completion = Completion(ids_L, torch.zeros(len(ids_L)), finish, 0)
     prompt = Prompt((1, 2), "59", "last_number", "What is 31 + 28?", 0)
     (group,) = ppo().score([Group(prompt, (completion,), (), ())])
@@ -110,7 +114,9 @@ def test_a_right_answer_earns_ten_a_wrong_one_nothing_and_a_cut_one_costs_ten(te
 
 def test_sampling_from_stale_weights_is_refused(tmp_path):
     stage = ppo()
-    with pytest.raises(RuntimeError, match=r"holds the weights of step 0, training is at step 1: add the RolloutRefresh"):
+    with pytest.raises(
+        RuntimeError, match=r"holds the weights of step 0, training is at step 1: add the RolloutRefresh"
+    ):
         fit(stage, prompt_data(max_steps=2), tmp_path, refresh=False)
     assert stage.step == 1
 

@@ -102,7 +102,8 @@ def config(tmp_path, name, *callbacks):
 
 def tulu(argv):
     """The command in a process of its own."""
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"}
+    path = os.pathsep.join([str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     return subprocess.run(
         [sys.executable, "-m", "tulu_lightning", *argv], capture_output=True, text=True, env=environment, check=False
     )
@@ -117,11 +118,14 @@ def test_killed_while_saving_and_run_again_is_never_killed(tmp_path, capsys):
     left = sorted(path.name for path in (run / "checkpoints").iterdir())
     assert left == [".step-000005.ckpt.tmp", "step-000003.ckpt", "step-000004.ckpt"]
     assert not (run / "summary.json").exists()
+    (run / "checkpoints" / ".step-000002.ckpt.tmp").write_bytes(b"half a file of another kill")
 
     capsys.readouterr()
     assert cli.main(config(tmp_path, "sft")) == 0
     assert "resuming from" in (out := capsys.readouterr().out)
     assert "(step 4)" in out
+    left = sorted(path.name for path in (run / "checkpoints").iterdir())
+    assert left == ["step-000007.ckpt", "step-000008.ckpt"]
     straight = tmp_path / "straight" / "run"
     assert_same(*(load_file(folder / "promoted" / "model.safetensors") for folder in (straight, run)))
     assert records(run) == records(straight)

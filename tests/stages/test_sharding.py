@@ -13,7 +13,7 @@ import torch
 import yaml
 from lightning.pytorch import Trainer
 from safetensors.torch import load_file
-from stage_runs import sft, sft_data
+from stage_runs import sft
 from torch.distributed.checkpoint import FileSystemReader
 from transformers import AutoModelForCausalLM
 
@@ -53,7 +53,8 @@ def two_processes(argv):
         port = str(probe.getsockname()[1])
     launch = ["torch.distributed.run", "--nproc-per-node", "2", "--master-port", port, "-m", "tulu_lightning"]
     sharded = ["--trainer.strategy", "fsdp2", "--trainer.devices", "2", "--trainer.accelerator", "cpu"]
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"}
+    path = os.pathsep.join([str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     return subprocess.run(
         [sys.executable, "-m", *launch, *argv, *sharded],
         capture_output=True,
@@ -117,8 +118,10 @@ def test_losses_gradient_norms_and_rows_are_those_of_one_process(runs):
     for single, sharded in zip(lines(one), lines(two), strict=True):
         for key in ("loss", "grad_norm", "lr", "tokens", "trained_tokens"):
             assert sharded[key] == pytest.approx(single[key], rel=1e-5), (single["step"], key)
-    single, *ranks = ({row["step"]: row for row in lines(run, name)} for run, name in
-                      ((one, "rows-0.jsonl"), (two, "rows-0.jsonl"), (two, "rows-1.jsonl")))
+    single, *ranks = (
+        {row["step"]: row for row in lines(run, name)}
+        for run, name in ((one, "rows-0.jsonl"), (two, "rows-0.jsonl"), (two, "rows-1.jsonl"))
+    )
     for step in range(STEPS):
         shares = [set(rank[step]["mine"]) for rank in ranks]
         assert shares[0] | shares[1] == set(single[step]["mine"]) == set(ranks[0][step]["step_rows"])

@@ -52,7 +52,7 @@ class Checkpoints(L.Callback):
         if self._speaks:
             print("\nstopping: finishing this step and saving it (again to stop at once)", flush=True)
 
-    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *_: object) -> None:
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *_: object, **__: object) -> None:
         """Save if it is time to. One rank's signal stops all of them, after the same step."""
         stop = trainer.strategy.reduce_boolean_decision(self.stop_requested, all=False)
         due = self.every_n_steps and pl_module.step % self.every_n_steps == 0
@@ -80,6 +80,9 @@ class Checkpoints(L.Callback):
         if path.exists():
             return
         path.parent.mkdir(parents=True, exist_ok=True)
+        if trainer.is_global_zero:
+            for left_over in path.parent.glob(".step-*.ckpt.tmp"):  # of a kill in the middle of a save
+                _remove(left_over)
         if isinstance(trainer.strategy, Fsdp2):
             trainer.save_checkpoint(path)  # the strategy does the same for a folder
         else:
@@ -93,4 +96,8 @@ class Checkpoints(L.Callback):
                 beside.unlink(missing_ok=True)
         if trainer.is_global_zero:
             for old in sorted(path.parent.glob("step-*.ckpt"))[: -self.keep]:
-                shutil.rmtree(old) if old.is_dir() else old.unlink()
+                _remove(old)
+
+
+def _remove(checkpoint: Path) -> None:
+    shutil.rmtree(checkpoint) if checkpoint.is_dir() else checkpoint.unlink()

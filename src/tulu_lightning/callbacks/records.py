@@ -37,7 +37,7 @@ class Records(L.Callback):
         self._progress = Progress(label, pl_module.total_steps, done=pl_module.step)
         self._progress.__enter__()
 
-    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *_: object) -> None:
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *_: object, **__: object) -> None:
         """Record the step that just ended."""
         for logger in trainer.loggers:
             logger.log_metrics(pl_module.metrics, step=pl_module.step)

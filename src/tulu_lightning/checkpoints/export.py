@@ -66,7 +66,9 @@ def full_state(lm: PreTrainedModel) -> dict[str, Tensor]:
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
     if any(hasattr(p, "full_tensor") for p in lm.parameters()):
-        state = get_model_state_dict(lm, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+        state: dict[str, Any] = get_model_state_dict(
+            lm, options=StateDictOptions(full_state_dict=True, cpu_offload=True)
+        )
     else:
         state = {name: tensor.detach().to("cpu", torch.float32) for name, tensor in lm.state_dict().items()}
     every, first = ({name for name, _ in lm.named_parameters(remove_duplicate=once)} for once in (False, True))

@@ -86,7 +86,7 @@ class Moments(NamedTuple):
 
     mean: float
     std: float
-    count: int
+    tokens: int
 
 
 def moments(x_N: Tensor, reduce_sum: Callable[[Tensor], Tensor] = lambda sums: sums) -> Moments:
@@ -111,7 +111,7 @@ def whiten(x_N: Tensor, over: Moments) -> Tensor:
     Advantages only; returns are never whitened. Over the *global* batch, so the number of ranks does not matter
     (Tülu 3's script did it per rank).
     """
-    if over.count < 2 or over.std < 1e-8:
+    if over.tokens < 2 or over.std < 1e-8:
         return x_N
     return (x_N - over.mean) / (over.std + 1e-8)
 

@@ -55,7 +55,8 @@ class _TokenLogprobs(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_logp_N: Tensor, grad_entropy_N: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        grad_logp_N, grad_entropy_N = grad_outputs
         hidden_ND, head_VD, target_N, lse_N, entropy_N = ctx.saved_tensors
         need_hidden, need_head = ctx.needs_input_grad[:2]
         weight_VD = head_VD.to(hidden_ND.dtype)

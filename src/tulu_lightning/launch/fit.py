@@ -32,6 +32,7 @@ from tulu_lightning.launch.signatures import parameters
 __all__ = ["SaveConfig", "TuluCLI", "fit", "main"]
 
 SEED = 1
+LOADERS = {"validate": "val_dataloader", "test": "test_dataloader", "predict": "predict_dataloader"}
 
 
 class SaveConfig(SaveConfigCallback):
@@ -159,7 +160,7 @@ class TuluCLI(LightningCLI):
 
     def _refuse_without_rows(self, subcommand: str) -> None:
         """A loop that the data has no rows for; Lightning would say so with a traceback."""
-        loader = {"validate": "val_dataloader", "test": "test_dataloader", "predict": "predict_dataloader"}.get(subcommand)
+        loader = LOADERS.get(subcommand)
         data: Any = self.datamodule
         if data is not None and loader is not None and not is_overridden(loader, data):
             what = f"{type(data).__name__} has no rows for this command (no {loader})"

@@ -160,12 +160,7 @@ def _segment_attention(
         key, value = key.repeat_interleave(heads, 1), value.repeat_interleave(heads, 1)
     parts = []
     for tile in segment_tiles:
-        keys, values = (
-            torch.cat([x[:, :, first:stop] for first, stop in tile.keys], 2)
-            if len(tile.keys) > 1
-            else x[:, :, tile.keys[0][0] : tile.keys[0][1]]
-            for x in (key, value)
-        )
+        keys, values = _visible(key, tile.keys), _visible(value, tile.keys)
         queries = query[:, :, tile.start : tile.end]
         parts.append(
             F.scaled_dot_product_attention(
@@ -173,6 +168,12 @@ def _segment_attention(
             )
         )
     return torch.cat(parts, 2).transpose(1, 2), None
+
+
+def _visible(x: Tensor, ranges: Sequence[tuple[int, int]]) -> Tensor:
+    """The tokens of some ranges; a view where there is only one."""
+    parts = [x[:, :, first:stop] for first, stop in ranges]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
 
 
 AttentionInterface.register(NAME, _segment_attention)

@@ -6,7 +6,7 @@ out. The log-prob function runs inside `PackedLM.forward` because FSDP gathers t
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -116,7 +116,7 @@ class PackedLM(_Packed):
     def forward(self, pack: Pack, temperature: float = 1.0, entropy: bool = False) -> TokenStats:
         """Log-probs (and entropies) of the scored tokens; the head is not computed for any other."""
         hidden_ND = self.source_hidden(self.lm.get_decoder(), pack)
-        head = self.lm.get_output_embeddings()
+        head: Any = self.lm.get_output_embeddings()
         return token_logprobs(hidden_ND, head.weight, pack.target_N, temperature, entropy)
 
 

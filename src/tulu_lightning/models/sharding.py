@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from lightning.fabric.utilities.load import _METADATA_FILENAME
 from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
 from torch import nn
+from torch.distributed.checkpoint.state_dict_saver import save as save_sharded
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
@@ -39,7 +39,7 @@ class Fsdp2(ModelParallelStrategy):
             beside.mkdir(parents=True)
         self.barrier()
         optimizers = {f"optimizer_{i}": state for i, state in enumerate(checkpoint.pop("optimizer_states", []))}
-        dcp.save({"state_dict": checkpoint.pop("state_dict"), **optimizers}, checkpoint_id=beside)
+        save_sharded({"state_dict": checkpoint.pop("state_dict"), **optimizers}, checkpoint_id=beside)
         if self.global_rank == 0:
             torch.save(checkpoint, beside / _METADATA_FILENAME)
             _sync(beside)
@@ -73,7 +73,8 @@ def shard(module: nn.Module, mesh: DeviceMesh, compute_dtype: torch.dtype = torc
     )
     for layer in _layers(module):
         fully_shard(layer, mesh=mesh, mp_policy=policy)
-    return fully_shard(module, mesh=mesh, mp_policy=policy)
+    fully_shard(module, mesh=mesh, mp_policy=policy)
+    return module
 
 
 def _layers(module: nn.Module) -> nn.ModuleList:

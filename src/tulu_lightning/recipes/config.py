@@ -30,7 +30,9 @@ def read_config(kind: type[T], command: str, argv: Sequence[str]) -> tuple[T, Pa
     Raises:
         InputError: an unknown key (with file, line and the nearest name), a value of the wrong type, or a missing one.
     """
-    parser: Any = TuluParser(prog=command, description=kind.__doc__)
+    if not argv:
+        raise InputError("command line", "no config is given", f"Write `{command} --config FILE`.")
+    parser: Any = TuluParser(prog=command, description=kind.__doc__ or "")
     parser.add_argument("-c", "--config", action=IncludingConfigFile, help="YAML file; its `include` lists parents.")
     parser.add_argument("--include", type=list[str] | str, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
     parser.add_class_arguments(kind, None, fail_untyped=True)

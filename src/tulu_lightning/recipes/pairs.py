@@ -4,6 +4,7 @@ The paper's on-policy idea (Tülu 3, section 5.2) in its smallest form: the judg
 beside the text and are what DPO trains on.
 """
 
+import hashlib
 import json
 import random
 import time
@@ -107,12 +108,23 @@ def make_pairs(config: PairsConfig) -> dict[str, Any]:
 
 def _claim(output: Path, config: PairsConfig) -> None:
     """Refuse a folder whose samples came from other settings; they would be mixed without a word."""
-    settings = json.dumps({**asdict(config), "model": str(resolve_model(config.model))}, indent=1, default=str)
+    folder = resolve_model(config.model)
+    model = {"model": str(folder), "weights": _weights(folder)}
+    settings = json.dumps({**asdict(config), **model}, indent=1, default=str)
     path = output / "settings.json"
     if path.exists() and path.read_text() != settings:
         raise InputError(str(output), "holds samples made with other settings", "Give another output, or remove it.")
     output.mkdir(parents=True, exist_ok=True)
     _write(path, settings)
+
+
+def _weights(folder: Path) -> str:
+    """Checksum of the weights: `promoted` is one path for whatever was promoted last."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.glob("*.safetensors")):
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
 
 
 def _write(path: Path, text: str) -> None:

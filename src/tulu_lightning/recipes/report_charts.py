@@ -38,7 +38,7 @@ class Chart(NamedTuple):
 
 CHARTS = (
     Chart("Loss", "what the optimiser minimises", ("loss",)),
-    Chart("Reward", "per response: verifier, penalty for no end, KL term", ("reward",)),
+    Chart("Reward", "per response: verifier, penalty for no end; without the KL term", ("reward",)),
     Chart("Verifier score", "mean over the sampled responses", ("score",), share=True),
     Chart("KL to the reference", "nats a token, k1 estimate", ("kl",)),
     Chart("Response length", "tokens", ("length",)),

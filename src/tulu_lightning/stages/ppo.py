@@ -233,7 +233,7 @@ class PPO(Stage):
 
     def _shuffled(self, parts: Sequence[Sequence[Experience]], epoch: int) -> list[Sequence[Experience]]:
         generator = torch.Generator().manual_seed(mix_seed(self.rollout.seed, self.step, epoch))
-        return [parts[i] for i in torch.randperm(len(parts), generator=generator)]
+        return [parts[i] for i in torch.randperm(len(parts), generator=generator).tolist()]
 
     def _critic_update(self, part: Sequence[Experience], tokens: float, optimizer: Any, epochs: Epochs) -> float:
         assert self.critic is not None
