@@ -2,8 +2,9 @@
 
     python benchmarks/seeds.py --config configs/recipes/smol.yaml --seeds 1 2 3 --out benchmarks/results/smol_seeds.json
 
-Runs `tulu recipe` once a seed (a run that is there already is only read), then writes one JSON file and prints one line
-a seed and stage. The intervals are paired bootstraps over the same held-out items, 95%.
+Runs `tulu recipe` once a seed (one that was stopped goes on), then writes one JSON file and prints one line a seed and
+stage. `--collect RUN ...` reads finished run folders instead, such as that of `make demo`. The intervals are paired
+bootstraps over the same held-out items, 95%.
 """
 
 import argparse
@@ -25,21 +26,28 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--runs", default="runs/seeds", help="folder for the run folders")
     parser.add_argument("--out", default="benchmarks/results/smol_seeds.json")
+    parser.add_argument("--collect", type=Path, nargs="+", metavar="RUN", help="read these run folders, run nothing")
     options = parser.parse_args()
-    results = []
-    for seed in options.seeds:
-        run = Path(options.runs, f"seed-{seed}")
-        command = ["recipe", "--config", options.config, f"--seed={seed}", f"--run={run}"]
-        subprocess.run([sys.executable, "-m", "tulu_lightning", *command], check=True)
-        results.append({"seed": seed, "command": "tulu " + " ".join(command), "stages": stages(run)})
-    record = {
-        "machine": machine(),
-        "versions": json.loads((run / "recipe.json").read_text())["versions"],
-        "runs": results,
-    }
-    Path(options.out).write_text(json.dumps(record, indent=1) + "\n")
+    runs = options.collect or [
+        recipe(options.config, seed, Path(options.runs, f"seed-{seed}")) for seed in options.seeds
+    ]
+    records = [json.loads((run / "recipe.json").read_text()) for run in runs]
+    results = [
+        {"seed": record["seeds"]["seed"], "command": record["command"], "stages": stages(run)}
+        for record, run in zip(records, runs, strict=True)
+    ]
+    whole = {"machine": machine(), "versions": records[0]["versions"], "runs": results}
+    Path(options.out).parent.mkdir(parents=True, exist_ok=True)
+    Path(options.out).write_text(json.dumps(whole, indent=1) + "\n")
     show(results)
     return 0
+
+
+def recipe(config: str, seed: int, run: Path) -> Path:
+    """Run the recipe with one seed, in a process of its own; returns the run folder."""
+    command = ["recipe", "--config", config, f"--seed={seed}", f"--run={run}"]
+    subprocess.run([sys.executable, "-m", "tulu_lightning", *command], check=True)
+    return run
 
 
 def stages(run: Path) -> dict[str, Any]:

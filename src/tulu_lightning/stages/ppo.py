@@ -241,7 +241,7 @@ class PPO(Stage):
             terms = self.value_loss(self.critic(e.micro.pack), e.values_N, e.returns_N)
             self.backward_sum(self.value_coefficient * terms.loss_N.sum(), tokens)
             epochs.add_value(terms)
-        return self.update(self.critic_config.optimizer, optimizer, self.critic.parameters())
+        return self.update(self.critic_config.optimizer, optimizer, self.critic.parameters(), "critic")
 
     def _policy_update(self, part: Sequence[Experience], tokens: float, optimizer: Any, epochs: Epochs) -> float:
         for e in part:

@@ -27,11 +27,11 @@ from tulu_lightning.stages.optimizer import AdamW
 __all__ = ["NonFiniteError", "Stage"]
 
 SKIPS = 5
-"""Steps in a row whose gradient may be non-finite before the run stops."""
+"""Updates in a row whose gradient is non-finite before the run stops."""
 
 
 class NonFiniteError(RuntimeError):
-    """Gradients were not finite for several steps in a row."""
+    """A network's gradients were not finite for several updates in a row."""
 
 
 class Stage(L.LightningModule):
@@ -47,7 +47,8 @@ class Stage(L.LightningModule):
         super().__init__()
         self.automatic_optimization = False
         self.backbone, self.optimizer = backbone, optimizer
-        self.step, self.skipped = 0, 0
+        self.step = 0
+        self.skipped: dict[str, int] = {}
         self.metrics: dict[str, float] = {}
         self.samples: list[dict[str, Any]] = []
         self.policy: PackedLM | None = None
@@ -150,10 +151,12 @@ class Stage(L.LightningModule):
         """Backward of a summed loss, divided once by the global denominator; × ranks undoes gradient averaging."""
         self.manual_backward(loss_sum * (self.trainer.world_size / denominator))
 
-    def update(self, settings: AdamW, optimizer: Any, parameters: Iterable[nn.Parameter]) -> float:
+    def update(
+        self, settings: AdamW, optimizer: Any, parameters: Iterable[nn.Parameter], network: str = "policy"
+    ) -> float:
         """Clip, set the rate for this step, update, clear. Returns the gradient norm before clipping.
 
-        A non-finite norm skips the update.
+        A non-finite norm skips the update; each network counts its own.
 
         Raises:
             NonFiniteError: after several such steps in a row.
@@ -163,18 +166,22 @@ class Stage(L.LightningModule):
         for group in optimizer.optimizer.param_groups:
             group["lr"] = settings.lr_at(self.step, self.total_steps)
         finite = norm == norm and norm != float("inf")
-        self.skipped = 0 if finite else self.skipped + 1
+        self.skipped[network] = 0 if finite else self.skipped.get(network, 0) + 1
         if finite:
             optimizer.step()
-        elif self.skipped >= SKIPS:
-            raise NonFiniteError(f"the gradient was not finite for {SKIPS} steps in a row, up to step {self.step}")
+        elif self.skipped[network] >= SKIPS:
+            raise NonFiniteError(
+                f"the {network}'s gradient was not finite for {SKIPS} updates in a row, up to step {self.step}"
+            )
         optimizer.zero_grad(set_to_none=True)
         return norm
 
     def reduce_sum(self, sums: Tensor) -> Tensor:
         """Sum a tensor over ranks; the identity on one process."""
         if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-            dist.all_reduce(sums)
+            moved = sums.to(self.device)  # NCCL reduces on its own device only
+            dist.all_reduce(moved)
+            return moved.to(sums.device)
         return sums
 
     def finish_step(self, metrics: dict[str, float]) -> None:
