@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from tulu_lightning.evaluation.heldout import Item, Scores
+
 HOSTILE = '</script><script>alert("x")</script><img src="https://evil.example/a.png" onerror=alert(1)> & \u202e \ud800'
 
 
@@ -20,19 +22,23 @@ def dump_lines(path: Path, rows: list[dict]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
-def scores(accuracy: float, n: int = 300) -> dict:
-    half = 1.96 * math.sqrt(accuracy * (1 - accuracy) / n)
-    item = {"row": 0, "prompt": "What is 31+27?", "response": "58", "outcome": "right", "score": 1.0, "tokens": 3}
-    return {
-        "name": "heldout",
-        "n": n,
-        "accuracy": accuracy,
-        "low": accuracy - half,
-        "high": accuracy + half,
-        "mean_tokens": 4.2,
-        "settings_hash": "a1b2c3",
-        "items": [{**item, "finish": "stop"}],
-    }
+def scores(accuracy: float, n: int = 300) -> Scores:
+    """As the evaluation writes them, so that writer and reader cannot drift apart."""
+    right = round(accuracy * n)
+    items = tuple(
+        Item(
+            row=row,
+            prompt="What is 31+27?",
+            target="58",
+            response="58" if row < right else "57",
+            outcome="right" if row < right else "wrong",
+            score=float(row < right),
+            tokens=3,
+            finish="stop",
+        )
+        for row in range(n)
+    )
+    return Scores("heldout", 1, "a1b2c3", 0, items)
 
 
 def common(stage: str, step: int, loss: float, rng: random.Random) -> dict:
@@ -142,7 +148,7 @@ def write_run(root: Path) -> Path:
         dump_lines(folder / "metrics.jsonl", [ROWS[stage](step, rng) for step in range(steps)])
         (folder / "config.yaml").write_text(f"stage: {stage}\nseed: 1\nmodel:\n  lr: 1.0e-05\n  beta: 0.05\n")
         for when, accuracy in zip(("before", "after"), ACCURACY[stage], strict=True):
-            dump(folder / "scores" / f"{when}.json", scores(accuracy))
+            scores(accuracy).to_json(folder / "scores" / f"{when}.json")
         difference, low, high = GAIN[stage]
         reason = (
             "the lower end of the paired interval is above -1 point" if stage != "dpo" else "no clear loss [-2, +6]"

@@ -16,9 +16,10 @@ def printed(run_dir, width=80):
 
 def test_the_rows_hold_accuracy_interval_difference_and_cost(run_dir):
     ppo = dict(zip(HEADINGS, score_rows(read_run(run_dir))[3], strict=True))
-    # 0.45 and 0.68 of 300, plus and minus 1.96 * sqrt(p (1 - p) / 300): 5.63 and 5.28 points.
-    assert ppo["Before"] == ("45.0%", "39.4–50.6")
-    assert ppo["After"] == ("68.0%", "62.7–73.3")
+    # Wilson, z² = 3.84, n = 300: centres 0.4506 and 0.6777, half widths 1.96 sqrt(p (1 - p) / n + z² / 4n²) / 1.0128 =
+    # 0.0559 and 0.0525.
+    assert ppo["Before"] == ("45.0%", "39.5–50.7")
+    assert ppo["After"] == ("68.0%", "62.5–73.0")
     assert ppo["Difference"] == ("+23.0 pts", "+17.0 to +29.0")
     assert (ppo["Time"].text, ppo["Tokens"].text) == ("8m 32s", "123k")
     assert ppo["Peak memory"].text == "3.2 GiB"  # 3.4e9 / 2**30 = 3.17

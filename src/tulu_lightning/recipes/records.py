@@ -215,16 +215,19 @@ def _read_metrics(path: Path, label: str, notes: list[str]) -> list[dict[str, fl
 
 def _read_scores(path: Path, label: str, notes: list[str]) -> Scores | None:
     value = _read_object(path, label, notes)
-    if value is None or (accuracy := number(value.get("accuracy"))) is None:
+    summary = _mapping(value.get("summary")) if value else {}
+    if value is None or (accuracy := number(summary.get("accuracy"))) is None:
         return None
-    n = number(value.get("n"))
+    n = number(summary.get("n"))
+    interval = summary.get("interval")
+    low, high = interval if isinstance(interval, list) and len(interval) == 2 else (None, None)
     return Scores(
         accuracy=accuracy,
-        low=number(value.get("low")),
-        high=number(value.get("high")),
+        low=number(low),
+        high=number(high),
         n=None if n is None else int(n),
-        mean_tokens=number(value.get("mean_tokens")),
-        settings_hash=_text(value.get("settings_hash")),
+        mean_tokens=number(summary.get("mean_tokens")),
+        settings_hash=_text(value.get("settings")),
     )
 
 
