@@ -9,7 +9,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from tulu_lightning import cli
 from tulu_lightning.callbacks import records
@@ -78,6 +78,36 @@ def test_a_value_that_cannot_be(refused, tmp_path):
     assert said == "optimizer.lr: is -1.0. It must be above 0."
 
 
+@pytest.mark.parametrize(
+    ("stage", "settings", "said"),
+    [
+        ("dpo", {"loss": {"beta": 0.0}}, "loss.beta: is 0.0. It must be above 0."),
+        ("sft", {"optimizer": {"beta1": 1.5}}, "optimizer.beta1: is 1.5. It is a share: 0 to below 1."),
+        ("ppo", {"rollout": {"temperature": 0.0}}, "rollout.temperature: is 0.0. It must be above 0: greedy"),
+        ("ppo", {"epochs": 0}, "model.epochs: is 0. Use at least 1."),
+        ("ppo", {"mini_batches": 0}, "model.mini_batches: is 0. Use at least 1."),
+        ("ppo", {"value_loss": {"clip": 0.0}}, "value_loss.clip: is 0.0. It must be above 0."),
+        ("ppo", {"critic": {"warmup_steps": -1}}, "critic.warmup_steps: is -1. Use 0 or more."),
+    ],
+)
+def test_a_setting_out_of_its_range(stage, settings, said, refused, tmp_path):
+    assert refused(*leaf(tmp_path, stage, model={"init_args": settings})).startswith(said)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "instead"),
+    [
+        ("gradient_clip_val", 1.0, "model.init_args.optimizer.max_grad_norm"),
+        ("accumulate_grad_batches", 2, "data.micro_tokens"),
+        ("precision", "bf16-true", "model.init_args.backbone.compute_dtype"),
+    ],
+)
+def test_a_trainer_setting_that_the_stage_has_its_own_for(key, value, instead, refused, tmp_path):
+    said = refused(*leaf(tmp_path, "sft", trainer={key: value}))
+    assert said.startswith(f"trainer.{key}: is {value}")
+    assert instead in said
+
+
 # Models -------------------------------------------------------------------------------------------------------------
 
 
@@ -102,6 +132,15 @@ def test_a_model_folder_that_lacks_something(removed, missing, refused, tmp_path
     said = refused(*leaf(tmp_path, "sft", model={"init_args": {"backbone": {"path": str(folder)}}}))
     assert said.startswith(f"{folder}: the model folder has no {missing}")
     assert said.endswith("Save the model there with save_pretrained(), as safetensors, together with its tokenizer.")
+
+
+def test_a_critic_with_another_tokenizer(refused, tmp_path, tiny):
+    folder = shutil.copytree(tiny, tmp_path / "critic")
+    tokenizer = AutoTokenizer.from_pretrained(tiny)
+    tokenizer.add_tokens(["<|more|>"])
+    tokenizer.save_pretrained(folder)
+    said = refused(*leaf(tmp_path, "ppo", model={"init_args": {"critic": {"path": str(folder)}}}))
+    assert said.startswith(f"critic.path: {folder} has another tokenizer than the policy {tiny}.")
 
 
 # Rows ---------------------------------------------------------------------------------------------------------------
@@ -145,6 +184,23 @@ def test_a_row_longer_than_the_limit(refused, tmp_path):
         f"{tmp_path}/rows.jsonl, row 2: the row has 341 tokens, and max_tokens is 256. "
         "Raise max_tokens, shorten the row, or set on_overflow to drop."
     )
+
+
+def test_rows_with_more_tokens_than_the_model_has_positions(refused, tmp_path, tiny):
+    folder = shutil.copytree(tiny, tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 40}))
+    model = {"init_args": {"backbone": {"path": str(folder)}}}
+    for stage in ("sft", "dpo", "ppo"):
+        said = refused(*leaf(tmp_path, stage, model=model))
+        assert said.startswith("data: the longest row has ")
+        assert f"the model {folder} has 40 positions" in said
+
+
+def test_token_ids_beyond_the_vocabulary(refused, tmp_path, tiny):
+    pair = {"prompt_ids": [7, 8], "chosen_ids": [9, 264], "rejected_ids": [10]}
+    said = refused(*rows(tmp_path, "dpo", [pair]))
+    assert said.startswith(f"data: a row has the token id 264, and the model {tiny} knows 0 to 263.")
 
 
 def test_a_target_that_is_not_a_number(refused, tmp_path):

@@ -9,7 +9,8 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from tulu_lightning import cli
-from tulu_lightning.assets.models import load_tokenizer
+from tulu_lightning.assets.models import load_tokenizer, resolve_model
+from tulu_lightning.checkpoints.identity import weights_digest
 from tulu_lightning.data.preference import PreferenceData
 from tulu_lightning.data.prompts import PromptData
 from tulu_lightning.data.sources import Source
@@ -65,6 +66,7 @@ def test_a_pair_is_a_right_answer_that_stopped_and_one_that_is_wrong_or_was_cut(
     assert summary["prompts"] == PROMPTS == len(groups)
     assert summary["samples"] == 6 * PROMPTS
     assert 0 < summary["pairs"] == len(rows) <= PROMPTS
+    assert summary["start_digest"] == weights_digest(resolve_model(config.model))
     prompts = {tuple(prompt["ids"]): prompt["row"] for prompt in _prompts(config)}
     for row in rows:
         group = groups[prompts[tuple(row["prompt_ids"])]]
@@ -108,6 +110,20 @@ def test_what_dpo_trains_on_are_the_ids_that_were_sampled(config, judged, monkey
     tokenizer = load_tokenizer(config.model)
     row = lines(config, "pairs.jsonl")[0]
     assert row["chosen"] == tokenizer.decode(row["chosen_ids"], skip_special_tokens=True)
+
+
+def test_the_prompt_beside_a_pair_is_its_own_also_where_rows_were_left_out(config, judged, tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    texts = [f"{'x' * (300 if i % 3 == 0 else 3)} {i}" for i in range(24)]
+    rows = [{"messages": [{"role": "user", "content": t}], "ground_truth": "1", "verifier": "exact"} for t in texts]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = replace(config, sources=[Source("prompts", path=str(path))], max_tokens=256)
+    assert make_pairs(config)["prompts"] == 16, "every third is longer than 256 bytes"
+    tokenizer = load_tokenizer(config.model)
+    made = lines(config, "pairs.jsonl")
+    assert len(made) > 4
+    for row in made:
+        assert row["prompt"][-1]["content"] in tokenizer.decode(row["prompt_ids"])
 
 
 def test_cut_in_the_middle_of_a_line_and_run_again_is_never_cut(config, judged, tmp_path):

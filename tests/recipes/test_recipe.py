@@ -3,20 +3,24 @@
 import itertools
 import json
 import os
+import shutil
 import signal
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from tulu_lightning import cli
+from tulu_lightning.assets.models import resolve_model
+from tulu_lightning.checkpoints.identity import weights_digest
 from tulu_lightning.data.base import StepData
 from tulu_lightning.errors import InputError
 from tulu_lightning.recipes.recipe import main
 from tulu_lightning.stages.dpo import DPO
+from tulu_lightning.stages.sft import SFT
 from tulu_lightning.stages.stage import Stage
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -47,7 +51,7 @@ def test_each_stage_starts_from_the_last_ones_promoted_checkpoint(finished):
     assert [summary(finished, stage)["stage"] for stage in STAGES] == list(STAGES)
     assert [summary(finished, stage)["promoted"] for stage in STAGES] == [True] * 3
     for before, after in itertools.pairwise(STAGES):
-        assert summary(finished, after)["start"] == str(finished / before / "promoted")
+        assert Path(summary(finished, after)["start"]).samefile(finished / before / "promoted")
     weights = [load_file(finished / stage / "promoted" / "model.safetensors") for stage in STAGES]
     for one, other in itertools.pairwise(weights):
         assert any(not torch.equal(one[name], other[name]) for name in one), "the stage learned something"
@@ -103,10 +107,27 @@ def test_ctrl_c_in_dpo_ends_with_130_and_the_same_command_goes_on(finished, tmp_
     assert "== sft: finished before" in said
     assert "(step 3)" in said
     assert (run / "sft" / "summary.json").stat().st_mtime_ns == untouched
+    starts = json.loads((run / "recipe.json").read_text())["starts"]
+    assert [start["versions"]["torch"] for start in starts] == [torch.__version__] * 2
     for stage in STAGES:
         assert steps(run / stage) == steps(finished / stage)
         one, other = (load_file(folder / stage / "promoted" / "model.safetensors") for folder in (run, finished))
         assert all(torch.equal(one[name], other[name]) for name in one), "as if it had never been stopped"
+
+
+def test_ctrl_c_in_a_stages_last_step_finishes_the_stage_and_stops_the_recipe(tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    start = SFT.on_train_batch_start
+
+    def interrupted(self, batch, batch_idx):
+        if self.step == self.total_steps - 1:
+            os.kill(os.getpid(), signal.SIGINT)
+        return start(self, batch, batch_idx)
+
+    monkeypatch.setattr(SFT, "on_train_batch_start", interrupted)
+    assert cli.main(["recipe", *argv(run)]) == 130
+    assert summary(run, "sft")["promoted"] is True
+    assert not (run / "dpo").exists()
 
 
 def test_ctrl_c_outside_the_steps_also_ends_with_130(tmp_path, monkeypatch, capsys):
@@ -121,6 +142,22 @@ def test_ctrl_c_outside_the_steps_also_ends_with_130(tmp_path, monkeypatch, caps
 def test_a_folder_of_another_recipe_is_refused(finished):
     with pytest.raises(InputError, match="was started with another seed"):
         main([*argv(finished), "--seed=2"])
+
+
+def test_a_finished_stage_whose_start_weights_were_made_anew_is_refused(finished, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    record = json.loads((run / "recipe.json").read_text())
+    record["settings"]["run"] = str(run)
+    (run / "recipe.json").write_text(json.dumps(record))
+    promoted = run / "sft" / "promoted"
+    assert summary(run, "dpo")["start_digest"] == weights_digest(promoted)
+    assert main(argv(run)) == 0
+
+    weights = load_file(promoted / "model.safetensors")
+    save_file({name: 2 * w for name, w in weights.items()}, promoted / "model.safetensors", {"format": "pt"})
+    with pytest.raises(InputError, match=r"dpo: started from other weights than .*sft/promoted holds now\. Remove"):
+        main(argv(run))
 
 
 def recipe(tmp_path, *stages, **settings):
@@ -150,7 +187,9 @@ REJECTING = (
 @pytest.mark.parametrize("on_reject", ["stop", "continue"])
 def test_a_stage_that_gains_nothing_is_not_promoted(on_reject, tmp_path, capsys):
     first = {"name": "sft", "fit": str(CONFIGS / "sft_tiny.yaml"), "set": [REJECTING]}
-    second = {"name": "dpo", "fit": str(CONFIGS / "dpo_tiny.yaml")}
+    # A later config's own start, of some other run, must not come in by the back door.
+    elsewhere = ["model.init_args.backbone.path=elsewhere/promoted"]
+    second = {"name": "dpo", "fit": str(CONFIGS / "dpo_tiny.yaml"), "set": elsewhere}
     command = recipe(tmp_path, first, second, on_reject=on_reject)
     run = tmp_path / "run"
     if on_reject == "stop":
@@ -159,8 +198,13 @@ def test_a_stage_that_gains_nothing_is_not_promoted(on_reject, tmp_path, capsys)
         assert not (run / "dpo").exists()
     else:
         assert main(command) == 0
-        assert "sft was not promoted; going on from the start weights" in capsys.readouterr().out
         assert summary(run, "dpo")["start"] == summary(run, "sft")["start"]
+    said = capsys.readouterr().out
+    assert (f"sft was not promoted; going on from {resolve_model('tiny-random-llama')}" in said) == (
+        on_reject == "continue"
+    )
+    assert f"report: {run / 'report.html'}" in said, "also of a recipe that stops there"
+    assert (run / "report.html").stat().st_size > 0
     assert summary(run, "sft")["promoted"] is False
     assert not (run / "sft" / "promoted").exists()
     assert json.loads((run / "sft" / "scores" / "after.json").read_text())["summary"]["n"] == 8

@@ -81,6 +81,32 @@ def test_two_rollouts_a_step_and_outcome_are_kept(run_dir):
     assert [r.outcome for r in read_run(run_dir).rollouts] == ["right", "right", "wrong"]
 
 
+def test_rollouts_of_every_stage_are_read_in_the_order_of_the_stages(run_dir):
+    row = {"step": 0, "prompt": "p", "response": "r", "outcome": "right"}
+    (run_dir / "zero").mkdir()
+    for name in ("zero", "ppo"):
+        (run_dir / name / "rollouts.jsonl").write_text(json.dumps(row) + "\n")
+    (run_dir / "zero" / "metrics.jsonl").write_text('{"step": 0}\n')
+    assert [r.stage for r in read_run(run_dir).rollouts] == ["ppo", "zero"]
+
+
+def test_the_folder_of_one_stage_is_a_run_of_that_stage(run_dir):
+    whole, alone = read_run(run_dir), read_run(run_dir / "ppo")
+    assert alone.name == "ppo"
+    assert alone.stages == (stage(whole, "ppo"),)
+    assert alone.rollouts == whole.rollouts
+    assert alone.notes == ()
+
+
+def test_a_start_with_other_packages_is_noted(run_dir):
+    path = run_dir / "recipe.json"
+    recipe = json.loads(path.read_text())
+    same = {"time": "2026-11-23", "versions": recipe["versions"]}
+    other = {"time": "2026-11-24", "versions": {**recipe["versions"], "torch": "2.14.0", "new": "1"}}
+    path.write_text(json.dumps({**recipe, "starts": [same, other, "torn"]}))
+    assert read_run(run_dir).notes == ("Started again 2026-11-24 with other packages: torch 2.14.0.",)
+
+
 @pytest.mark.parametrize("value", [None, True, "1", float("nan"), float("inf"), 10**400, [1]])
 def test_only_finite_numbers_are_numbers(value):
     assert number(value) is None

@@ -197,6 +197,14 @@ def test_ten_rollouts_spread_over_the_run_half_of_them_right(run_dir):
     assert sum("rollout" in (attrs.get("class") or "").split() for _, attrs in page_of(run_dir).tags) == 10
 
 
+def test_rollouts_of_several_stages_are_shown_apart(run_dir):
+    shutil.copy(run_dir / "ppo" / "rollouts.jsonl", run_dir / "dpo" / "rollouts.jsonl")
+    page = page_of(run_dir)
+    assert sum("rollout" in (attrs.get("class") or "").split() for _, attrs in page.tags) == 20
+    section = page.text.split("Sample rollouts")[1]
+    assert section.index("dpo") < section.index("ppo")
+
+
 def test_where_none_is_right_the_wrong_ones_fill_up():
     wrong = [Rollout(i, "p", "r", "wrong", 0.0, 0.0, 0.0, 1, "stop") for i in range(30)]
     chosen = pick_rollouts(wrong)

@@ -3,6 +3,9 @@
 A save goes to a hidden name beside its own and is renamed, so a name is either whole or not there. Ctrl-C (or
 SIGTERM) sets a flag; the step in progress is finished, saved, and the run ends resumable. A second Ctrl-C does not
 wait.
+
+A run folder holds one run. Its `identity.json` says which, and a start with other settings, or one that would begin
+anew over what is there, is refused.
 """
 
 import os
@@ -14,9 +17,15 @@ from typing import Any
 
 import lightning as L
 
+from tulu_lightning.checkpoints.identity import check_identity, read_identity, write_identity
+from tulu_lightning.errors import InputError
 from tulu_lightning.models.sharding import Fsdp2
 
 __all__ = ["Checkpoints", "checkpoint_path"]
+
+LEFT = ("checkpoints/step-*.ckpt", "scores/after.json", "summary.json")
+"""What only a run that got somewhere leaves in its folder; a start from step 0 would mix it with its own."""
+SCORES = "scores/before.json"
 
 
 def checkpoint_path(run: Path, step: int) -> Path:
@@ -30,13 +39,43 @@ class Checkpoints(L.Callback):
     Args:
         every_n_steps: steps between saves; 0 saves only at the end and when stopping.
         keep: how many of the newest to keep.
+
+    Raises:
+        InputError: `every_n_steps` is below 0 or `keep` below 1.
     """
 
     def __init__(self, every_n_steps: int = 100, keep: int = 1) -> None:
         super().__init__()
+        if every_n_steps < 0:
+            raise InputError("Checkpoints.every_n_steps", f"is {every_n_steps}", "Use 0 to save only at the end.")
+        if keep < 1:
+            raise InputError("Checkpoints.keep", f"is {keep}", "Use at least 1.")
         self.every_n_steps, self.keep = every_n_steps, keep
         self.stop_requested, self._speaks = False, True
         self._previous: dict[int, Any] = {}
+
+    def setup(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
+        """Refuse a folder that holds another run, before its config is written there and any weights load."""
+        if stage != "fit":
+            return
+        run = Path(trainer.default_root_dir)
+        identity = pl_module.identity()
+        if _left(run, *LEFT, SCORES):
+            check_identity(str(run), read_identity(run), identity)
+        trainer.strategy.barrier("identity")  # nobody reads what the first rank writes next
+        if trainer.is_global_zero:
+            write_identity(run, identity)
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        """Refuse to start at step 0 over what an earlier start of the same run has left.
+
+        A run that was killed before its first checkpoint has left nothing that matters, and simply starts again.
+        """
+        run = Path(trainer.default_root_dir)
+        if pl_module.step == 0 and (found := _left(run, *LEFT)):
+            what = f"the run would start from step 0, and the folder holds {found} of an earlier start"
+            remedy = "Set ckpt_path to auto to go on, give another run folder (trainer.default_root_dir), or remove it."
+            raise InputError(str(run), what, remedy)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Take over the signals; after Lightning, whose own handlers would run collectives inside a handler."""
@@ -77,8 +116,6 @@ class Checkpoints(L.Callback):
     def save(self, trainer: L.Trainer, step: int) -> None:
         """Write the checkpoint beside its name, rename it, then drop older ones."""
         path = checkpoint_path(Path(trainer.default_root_dir), step)
-        if path.exists():
-            return
         path.parent.mkdir(parents=True, exist_ok=True)
         if trainer.is_global_zero:
             for left_over in path.parent.glob(".step-*.ckpt.tmp"):  # of a kill in the middle of a save
@@ -95,8 +132,18 @@ class Checkpoints(L.Callback):
             finally:  # half a file would keep a full disk full
                 beside.unlink(missing_ok=True)
         if trainer.is_global_zero:
-            for old in sorted(path.parent.glob("step-*.ckpt"))[: -self.keep]:
-                _remove(old)
+            saved = sorted(path.parent.glob("step-*.ckpt"), key=_order)
+            for old in [other for other in saved if _order(other) <= _order(path)][: -self.keep]:
+                _remove(old)  # later ones are of a run that was taken back to an earlier step: not ours to remove
+
+
+def _left(run: Path, *patterns: str) -> str:
+    """The first thing found, by its name in the folder; nothing is the empty text."""
+    return next((str(path.relative_to(run)) for pattern in patterns for path in sorted(run.glob(pattern))), "")
+
+
+def _order(checkpoint: Path) -> tuple[int, str]:
+    return len(checkpoint.name), checkpoint.name  # by step, also beyond six digits
 
 
 def _remove(checkpoint: Path) -> None:

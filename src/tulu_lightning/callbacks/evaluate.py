@@ -8,7 +8,8 @@ import lightning as L
 
 from tulu_lightning.data.prompts import PromptData
 from tulu_lightning.data.sources import Source
-from tulu_lightning.evaluation.heldout import Scores, evaluate
+from tulu_lightning.errors import InputError
+from tulu_lightning.evaluation.heldout import HeldOut, Scores
 from tulu_lightning.progress import Progress
 from tulu_lightning.types import Prompt, Sampling
 
@@ -51,30 +52,42 @@ class Evaluate(L.Callback):
         self._prompts, self._stop_ids = prompts.prompts, prompts.stop_ids
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: Any) -> None:
-        """Score the start weights, once: a resumed run has the record already."""
+        """Score the start weights, once: a resumed run has the record already.
+
+        Raises:
+            InputError: a resumed run has the record, but of other prompts or another sampling.
+        """
         path = self._path(trainer, "before")
-        if path.exists():
-            self.before = Scores.from_json(path)
+        kept = Scores.from_json(path) if path.exists() else None
+        if kept is not None and kept.settings == self._task.settings:
+            self.before = kept
         elif pl_module.step == 0:
             self.before = self._score(trainer, pl_module, path)
+        elif kept is not None:
+            what = f"its scores are of other held-out prompts or sampling, and training is at step {pl_module.step}"
+            remedy = "Set Evaluate back to what it was at the start, or give another run folder."
+            raise InputError(str(path), what, remedy)
+        elif trainer.is_global_zero:
+            print(f"no scores of the start weights in {path}: this run cannot show a gain, so it will not be promoted")
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Score the final weights, if the run came to its end."""
         if pl_module.finished:
             self.after = self._score(trainer, pl_module, self._path(trainer, "after"))
 
+    @property
+    def _task(self) -> HeldOut:
+        return HeldOut(self._prompts, Sampling(self.max_new_tokens, 0.0, self._stop_ids))
+
     def _path(self, trainer: L.Trainer, when: str) -> Path:
         return Path(trainer.default_root_dir, "scores", f"{when}.json")
 
     def _score(self, trainer: L.Trainer, pl_module: Any, path: Path) -> Scores:
         engine = pl_module.make_engine()
-        sampling = Sampling(self.max_new_tokens, 0.0, self._stop_ids)
         tokenizer: Any = trainer.datamodule.tokenizer  # type: ignore[attr-defined]
         stream = None if trainer.is_global_zero else io.StringIO()  # one rank speaks for all
         with Progress(f"{type(pl_module).__name__} {path.stem}", len(self._prompts), stream=stream) as progress:
-            scores = evaluate(
-                engine, tokenizer, self._prompts, sampling, progress=lambda done, total: progress.update(done)
-            )
+            scores = self._task.evaluate(engine, tokenizer, progress=lambda done, total: progress.update(done))
         engine.close()
         if trainer.is_global_zero:
             scores.to_json(path)

@@ -11,9 +11,11 @@ from typing import Any
 import lightning as L
 
 from tulu_lightning.callbacks.evaluate import Evaluate
+from tulu_lightning.callbacks.records import Records
 from tulu_lightning.checkpoints.export import export, full_state, publish
 from tulu_lightning.core.promotion import Decision, PromotionRule
 from tulu_lightning.errors import InputError
+from tulu_lightning.evaluation.heldout import compare
 
 __all__ = ["Promote"]
 
@@ -22,7 +24,7 @@ class Promote(L.Callback):
     """After the last step: export a Hugging Face folder, decide by the paired scores, and move `promoted`.
 
     Without an `Evaluate` callback there is nothing to decide by, and the final weights are promoted as they are; with
-    one and no rule, a gain beyond chance is asked for.
+    one and no rule, a gain beyond chance is asked for. Scores that are missing or do not compare promote nothing.
     Writes `summary.json`, the stage's closing record, last: a run that was killed before has none.
 
     Args:
@@ -34,11 +36,22 @@ class Promote(L.Callback):
         self.rule = rule
 
     def setup(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
-        """A rule needs scores; find out before the run, not after."""
-        if self.rule is not None and self._evaluate(trainer) is None:
+        """A rule needs scores, and the closing record those of every step; find out before the run, not after.
+
+        Raises:
+            InputError: no `Records`, a rule without an `Evaluate`, or an `Evaluate` that comes after this callback.
+        """
+        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+        evaluate = self._evaluate(trainer)
+        if not any(isinstance(c, Records) for c in callbacks):
+            raise InputError("callbacks", "Promote is there, but there is no Records", "Add Records before Promote.")
+        if self.rule is not None and evaluate is None:
             raise InputError(
                 "callbacks", "Promote has a rule, but there is no Evaluate", "Add Evaluate before Promote."
             )
+        if evaluate is not None and callbacks.index(evaluate) > callbacks.index(self):
+            what = "Promote stands before Evaluate, so it would decide before the final weights are scored"
+            raise InputError("callbacks", what, "List Evaluate before Promote.")
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Export, decide, publish, record; nothing if the run was stopped before its end."""
@@ -64,8 +77,15 @@ class Promote(L.Callback):
 
     def _decide(self, trainer: L.Trainer) -> Decision:
         evaluate = self._evaluate(trainer)
-        if evaluate is None or evaluate.before is None or evaluate.after is None:
+        if evaluate is None:
             return Decision(True, "no held-out scores to decide by", None, None, None)
+        if evaluate.before is None or evaluate.after is None:
+            missing = "start" if evaluate.before is None else "final"
+            return Decision(False, f"there are no held-out scores of the {missing} weights", None, None, None)
+        try:
+            compare(evaluate.before, evaluate.after)
+        except InputError as error:
+            return Decision(False, f"the held-out scores do not compare: {error.what}", None, None, None)
         return (self.rule or PromotionRule()).decide(evaluate.before.per_item, evaluate.after.per_item)
 
     def _record(self, run: Path, stage: Any, folder: Path, decision: Decision) -> None:
@@ -77,7 +97,8 @@ class Promote(L.Callback):
             "tokens": int(sum(row["tokens"] for row in rows)),
             "trained_tokens": int(sum(row["trained_tokens"] for row in rows)),
             "peak_memory_bytes": peak_memory_bytes(),
-            "start": stage.folder,
+            "start": stage.start,
+            "start_digest": stage.start_digest,
             "export": str(folder),
             "promoted": decision.promote,
             "decision": asdict(decision),

@@ -1,6 +1,7 @@
 """The record of a run: one JSON line a step, the logger, the progress line, and rollouts for people to read."""
 
 import json
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -73,7 +74,12 @@ def _head(stage: Any) -> dict[str, Any]:
 def _append(path: Path, rows: list[dict[str, Any]]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file:
-        file.writelines(json.dumps(row) + "\n" for row in rows)
+        file.writelines(json.dumps(_finite(row), allow_nan=False) + "\n" for row in rows)
+
+
+def _finite(row: dict[str, Any]) -> dict[str, Any]:
+    """NaN and infinity as null: JSON has neither."""
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
 
 
 def _keep_before(path: Path, step: int) -> None:

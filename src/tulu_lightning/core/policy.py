@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from tulu_lightning.core.kl import LOG_LIMIT
+from tulu_lightning.core.settings import require
 
 __all__ = ["ClippedPolicy", "ClippedValue", "PolicyTerms", "ValueTerms"]
 
@@ -31,6 +32,10 @@ class ClippedPolicy:
 
     clip_low: float = 0.2
     clip_high: float = 0.2
+
+    def __post_init__(self) -> None:
+        require(0 < self.clip_low <= 1, "policy_loss.clip_low", self.clip_low, "It must be above 0 and at most 1.")
+        require(self.clip_high > 0, "policy_loss.clip_high", self.clip_high, "It must be above 0.")
 
     def __call__(self, logp_N: Tensor, old_N: Tensor, advantages_N: Tensor) -> PolicyTerms:
         """Loss per token from the log-probs of the sampled tokens now and at the start of the step."""
@@ -53,6 +58,9 @@ class ClippedValue:
     """`½ max((V - R)², (V_clip - R)²)`, V_clip within ±clip of the value at the start of the step."""
 
     clip: float = 0.2
+
+    def __post_init__(self) -> None:
+        require(self.clip > 0, "value_loss.clip", self.clip, "It must be above 0.")
 
     def __call__(self, values_N: Tensor, old_N: Tensor, returns_N: Tensor) -> ValueTerms:
         """Loss per token. Units are those of the reward: clip 0.2 is small beside a reward of 10."""

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tulu_lightning.core.settings import require
+
 __all__ = ["DPO", "Pair", "PairLoss"]
 
 
@@ -43,8 +45,7 @@ class DPO:
     """Divide each answer's log-ratio by its number of scored tokens."""
 
     def __post_init__(self) -> None:
-        if not self.beta > 0:
-            raise ValueError(f"beta is {self.beta}; it must be above 0")
+        require(0 < self.beta < float("inf"), "loss.beta", self.beta, "It must be above 0.")
 
     def __call__(self, policy: Pair, reference: Pair, lengths: Pair) -> PairLoss:
         """Loss per pair.

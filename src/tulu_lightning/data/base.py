@@ -1,9 +1,11 @@
 """What the three data modules have in common: sources in, whole optimiser steps out."""
 
+import hashlib
 from typing import Any, Generic, Literal, TypeVar
 
 import lightning as L
 from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
@@ -74,6 +76,7 @@ class StepData(L.LightningDataModule, Generic[Item]):
         self._items: list[Item] = []
         self._source_names: list[str] = []
         self._lengths: list[int] = []
+        self._digest: str | None = None
 
     @staticmethod
     def _check_counts(counts: dict[str, int]) -> None:
@@ -148,6 +151,19 @@ class StepData(L.LightningDataModule, Generic[Item]):
             counts[name] = (rows + 1, tokens + length, trained + self._trained(item))
         return counts
 
+    def digest(self) -> str:
+        """Hash of the kept rows as they are trained on: token ids, weights, targets, in order. Hexadecimal.
+
+        Nothing of the order, the step size or the cutting into passes is in it.
+        """
+        self.setup()
+        if self._digest is None:
+            digest = hashlib.sha256()
+            for item in self._items:
+                _feed(digest, item)
+            self._digest = digest.hexdigest()
+        return self._digest
+
     def _tokens(self, item: Item) -> int:
         raise NotImplementedError
 
@@ -183,6 +199,18 @@ class StepData(L.LightningDataModule, Generic[Item]):
 
     def _step_batch(self, plan: StepPlan, step: int, rank: int) -> Any:
         raise NotImplementedError
+
+
+def _feed(digest: "hashlib._Hash", value: Any) -> None:
+    if isinstance(value, Tensor):
+        digest.update(f"{value.dtype}{tuple(value.shape)}".encode())
+        digest.update(value.contiguous().numpy().tobytes())
+    elif isinstance(value, tuple) and not all(isinstance(part, int) for part in value):
+        digest.update(f"({len(value)}".encode())
+        for part in value:
+            _feed(digest, part)
+    else:
+        digest.update(repr(value).encode("utf-8", "surrogatepass"))
 
 
 class _Steps(Dataset):

@@ -141,6 +141,11 @@ class HeldOut:
     version: int = 1
     """Raise it whenever what is asked or how it is judged changes: scores of two versions do not compare."""
 
+    @property
+    def settings(self) -> str:
+        """What `Scores.settings` will be."""
+        return _settings(self.prompts, self.sampling, self.name, self.version, 0)
+
     def evaluate(
         self, engine: Engine, tokenizer: PreTrainedTokenizerBase, seed: int = 0, progress: Progress | None = None
     ) -> Scores:

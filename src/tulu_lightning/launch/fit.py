@@ -116,6 +116,12 @@ class TuluCLI(LightningCLI):
         """`trainer.default_root_dir`."""
         return Path(self._get(self.config, "trainer").default_root_dir)
 
+    @property
+    def stop_requested(self) -> bool:
+        """Whether `Checkpoints` took a Ctrl-C; in the last step the run is finished all the same."""
+        callbacks: list[Any] = self.trainer.callbacks  # type: ignore[attr-defined]
+        return any(isinstance(c, Checkpoints) and c.stop_requested for c in callbacks)
+
     def before_instantiate_classes(self) -> None:
         """Settle the run folder, and prove that it can be written, before anything is built."""
         settings = self._get(self.config, "trainer")
@@ -221,15 +227,9 @@ def main(argv: Sequence[str]) -> int:
 def _run(argv: Sequence[str]) -> TuluCLI:
     with _interruptible(), without_noise():
         cli = TuluCLI(argv)
-    if _stopped_early(cli):
+    if cli.stop_requested and not cli.model.finished:
         raise KeyboardInterrupt
     return cli
-
-
-def _stopped_early(cli: TuluCLI) -> bool:
-    """Whether `Checkpoints` took a Ctrl-C, saved, and ended the run before its last step."""
-    callbacks: list[Any] = cli.trainer.callbacks  # type: ignore[attr-defined]
-    return any(isinstance(c, Checkpoints) and c.stop_requested for c in callbacks) and not cli.model.finished
 
 
 @contextmanager

@@ -42,7 +42,7 @@ def step_of(checkpoint: str | Path) -> int | None:
 def latest_checkpoint(folder: str | Path) -> Path | None:
     """The newest complete checkpoint of a run, by step, or None.
 
-    Checkpoints (files, or folders when sharded) are written as `step-<n>.ckpt.tmp` and renamed, so one that has its
+    Checkpoints (files, or folders when sharded) are written as `.step-<n>.ckpt.tmp` and renamed, so one that has its
     name is complete.
     """
     found = Path(folder, "checkpoints").glob("step-*.ckpt")

@@ -9,7 +9,7 @@ its keys, so a pack of T tokens costs no T x T anything.
 Exactness (packed equals alone, forward and backward) is tested against transformers' own attention.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -19,6 +19,7 @@ from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
 from tulu_lightning.core.packing import ancestors
+from tulu_lightning.errors import InputError
 from tulu_lightning.types import Span
 
 __all__ = ["NAME", "Tile", "tiles"]
@@ -28,6 +29,8 @@ TILE = 256
 """Tokens up to which neighbours share one dense mask: fewer, larger kernel calls for a little masked work."""
 BLOCK = 512
 """Queries of one tile at most when a long child attends to its parent: bounds the mask."""
+EXTRAS = ("softcap", "s_aux", "position_bias", "attention_bias", "head_mask")
+"""What some architectures hand to their attention beside queries, keys and values."""
 
 
 class Tile(NamedTuple):
@@ -38,10 +41,12 @@ class Tile(NamedTuple):
     keys: tuple[tuple[int, int], ...]
     mask: Tensor | None
     """bool [queries, keys]; None means causal over one's own range."""
+    reach: int
+    """Most keys that one of the queries sees: the longest chain of segments that ends here, in tokens."""
 
 
 def tiles(spans: Sequence[Span], device: torch.device | None = None) -> tuple[Tile, ...]:
-    """Cut a pack into attention tiles, in token order. Computed once per pack and shared by all layers."""
+    """Cut a pack into attention tiles, in token order. Computed once per forward and shared by all layers."""
     result: list[Tile] = []
     group: list[int] = []
     for document in _documents(spans):
@@ -86,7 +91,7 @@ def _long(spans: Sequence[Span], document: list[int], device: torch.device | Non
         if span.end - span.start <= TILE:
             group.append(index)
         elif span.parent < 0:
-            result.append(Tile(span.start, span.end, ((span.start, span.end),), None))
+            result.append(Tile(span.start, span.end, ((span.start, span.end),), None, span.end - span.start))
         else:
             result += _blocks(spans, index, device)
     close()
@@ -97,7 +102,7 @@ def _dense(spans: Sequence[Span], group: list[int], seen: tuple[int, ...], devic
     """One tile for neighbouring segments; `seen` are ancestors outside the tile, visible to all of them."""
     start, end = spans[group[0]].start, spans[group[-1]].end
     if len(group) == 1 and not seen:
-        return Tile(start, end, ((start, end),), None)
+        return Tile(start, end, ((start, end),), None, end - start)
     mask = torch.zeros(end - start, end - start, dtype=torch.bool)
     for index in group:
         rows = slice(spans[index].start - start, spans[index].end - start)
@@ -108,8 +113,9 @@ def _dense(spans: Sequence[Span], group: list[int], seen: tuple[int, ...], devic
                 mask[rows, spans[parent].start - start : spans[parent].end - start] = True
     ranges = tuple((spans[parent].start, spans[parent].end) for parent in seen)
     before = sum(stop - first for first, stop in ranges)
+    reach = before + int(mask.sum(1).max())
     mask = torch.cat([torch.ones(end - start, before, dtype=torch.bool), mask], 1).to(device)
-    return Tile(start, end, (*ranges, (start, end)), mask)
+    return Tile(start, end, (*ranges, (start, end)), mask, reach)
 
 
 def _blocks(spans: Sequence[Span], index: int, device: torch.device | None) -> list[Tile]:
@@ -122,7 +128,8 @@ def _blocks(spans: Sequence[Span], index: int, device: torch.device | None) -> l
         queries = torch.arange(start, end)[:, None]
         mask = torch.ones(end - start, before + end - span.start, dtype=torch.bool)
         mask[:, before:] = torch.arange(span.start, end)[None] <= queries
-        result.append(Tile(start, end, (*ranges, (span.start, end)), mask.to(device)))
+        reach = before + end - span.start
+        result.append(Tile(start, end, (*ranges, (span.start, end)), mask.to(device), reach))
     return result
 
 
@@ -136,7 +143,8 @@ def _segment_attention(
     dropout: float = 0.0,
     *,
     segment_tiles: Sequence[Tile],
-    **_: object,
+    sliding_window: int | None = None,
+    **more: object,
 ) -> tuple[Tensor, None]:
     """Attention of one layer, in transformers' calling convention.
 
@@ -149,10 +157,16 @@ def _segment_attention(
         scaling: of the scores.
         dropout: must be 0; a ratio of policies is 1 only without it.
         segment_tiles: from `tiles`.
+        sliding_window: may be set as long as no chain of segments is longer: then it hides nothing.
+        more: what else a layer passes; extras that would change the scores are refused.
 
     Returns:
         [1, T, heads, head width] and no weights.
+
+    Raises:
+        InputError: the layer asks for more than causal attention.
     """
+    _refuse(sliding_window, more, segment_tiles)
     if attention_mask is not None or dropout:
         raise ValueError("packed attention takes neither an attention mask nor dropout")
     heads = query.shape[1] // key.shape[1]
@@ -168,6 +182,17 @@ def _segment_attention(
             )
         )
     return torch.cat(parts, 2).transpose(1, 2), None
+
+
+def _refuse(sliding_window: int | None, more: Mapping[str, object], segment_tiles: Sequence[Tile]) -> None:
+    extras = [name for name in EXTRAS if more.get(name) is not None]
+    if extras:
+        what = f"its attention layers use {' and '.join(extras)}, which packed attention does not compute"
+        raise InputError("model", what, "Give a model with plain causal attention.")
+    longest = max((tile.reach for tile in segment_tiles), default=0)
+    if sliding_window is not None and longest > sliding_window:
+        what = f"a row of {longest} tokens is longer than the model's sliding window of {sliding_window}"
+        raise InputError("model", what, "Lower data.init_args.max_tokens to the window, or give another model.")
 
 
 def _visible(x: Tensor, ranges: Sequence[tuple[int, int]]) -> Tensor:

@@ -10,12 +10,15 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from torch.distributed.fsdp import FSDPModule
+from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from tulu_lightning.core.logprobs import TokenStats, token_logprobs
 from tulu_lightning.errors import InputError
 from tulu_lightning.models import attention
+from tulu_lightning.models.loading import decoder_layers, load_causal_lm
+from tulu_lightning.models.probe import check_packed
 from tulu_lightning.types import Pack
 
 __all__ = ["Backbone", "PackedLM", "PackedValue"]
@@ -39,23 +42,16 @@ class Backbone:
         """Load fp32 weights from a local folder, with packed attention, no KV cache and no dropout.
 
         Raises:
-            InputError: `layers` is more than the model has.
+            InputError: the weights do not load, `layers` is more than the model has, or the architecture does not
+                compute the same packed as alone.
         """
         level = transformers_logging.get_verbosity()
         transformers_logging.set_verbosity_error()
         transformers_logging.disable_progress_bar()
         try:
-            lm = AutoModelForCausalLM.from_pretrained(
-                folder,
-                dtype=torch.float32,
-                attn_implementation=attention.NAME,
-                local_files_only=True,
-                trust_remote_code=False,
-                use_safetensors=True,
-            )
+            return self._prepare(load_causal_lm(folder, torch.float32, attention.NAME), folder)
         finally:
             transformers_logging.set_verbosity(level)
-        return self._prepare(lm, folder)
 
     def _prepare(self, lm: PreTrainedModel, folder: str) -> PreTrainedModel:
         lm.config.use_cache = False  # a cache makes transformers attend across documents without a word
@@ -63,14 +59,20 @@ class Backbone:
             if getattr(lm.config, name, 0.0):
                 raise InputError(folder, f"{name} is {getattr(lm.config, name)}", "Set it to 0 in its config.json.")
         if self.layers is not None:
-            have = len(lm.model.layers)
-            if not 1 <= self.layers <= have:
-                raise InputError(folder, f"layers is {self.layers}, the model has {have}", f"Use 1 to {have}.")
-            lm.model.layers = lm.model.layers[: self.layers]
-            lm.config.num_hidden_layers = self.layers
+            self._cut(lm, folder, self.layers)
+        check_packed(lm, folder)
         if self.activation_checkpointing:
             lm.gradient_checkpointing_enable({"use_reentrant": False})
         return lm.train()
+
+    @staticmethod
+    def _cut(lm: PreTrainedModel, folder: str, layers: int) -> None:
+        decoder: Any = lm.get_decoder()
+        present = decoder_layers(decoder, folder)
+        if not 1 <= layers <= len(present):
+            raise InputError(folder, f"layers is {layers}, the model has {len(present)}", f"Use 1 to {len(present)}.")
+        decoder.layers = present[:layers]
+        lm.config.num_hidden_layers = layers
 
     def autocast(self, device: torch.device) -> AbstractContextManager:
         """The context in which forward runs on one device (under FSDP2 the mixed-precision policy does this)."""
@@ -89,7 +91,9 @@ class _Packed(nn.Module):
     def source_hidden(self, decoder: nn.Module, pack: Pack) -> Tensor:
         """Hidden states at `pack.source_N`, in the compute dtype."""
         tiles = attention.tiles(pack.spans, pack.tokens_T.device)
-        with self.config.autocast(pack.tokens_T.device):
+        # A sharded module's mixed-precision policy casts by itself; autocast on top would cast a second time.
+        sharded = isinstance(self, FSDPModule)
+        with nullcontext() if sharded else self.config.autocast(pack.tokens_T.device):
             hidden_TD = decoder(
                 input_ids=pack.tokens_T[None],
                 position_ids=pack.positions_T[None],
@@ -139,4 +143,4 @@ class PackedValue(_Packed):
     def forward(self, pack: Pack) -> Tensor:
         """values_N, float32; the head's arithmetic is fp32 in any compute dtype."""
         hidden_ND = self.source_hidden(self.decoder, pack)
-        return self.head(hidden_ND.float())[:, 0]
+        return nn.functional.linear(hidden_ND.float(), self.head.weight.float())[:, 0]

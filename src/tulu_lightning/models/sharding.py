@@ -18,6 +18,8 @@ from torch.distributed.checkpoint.state_dict_saver import save as save_sharded
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
+from tulu_lightning.models.loading import decoder_layers
+
 __all__ = ["Fsdp2", "shard"]
 
 
@@ -61,12 +63,16 @@ def shard(module: nn.Module, mesh: DeviceMesh, compute_dtype: torch.dtype = torc
     """Shard a `PackedLM` or `PackedValue` in place: each decoder layer by itself, then the whole as root.
 
     The whole, not the transformers model, is the root: the head's weight is gathered in the root's forward, and that
-    is where log-probs are computed.
+    is where log-probs are computed. Training is tested in fp32, on two processes against one; of bf16 only the forward
+    is, on a mesh of one.
 
     Args:
         module: with full (or meta) parameters.
         mesh: the data-parallel mesh.
         compute_dtype: dtype of gathered parameters and matrix products; gradients are reduced in fp32.
+
+    Raises:
+        InputError: the architecture's layers are not where they can be found.
     """
     policy = MixedPrecisionPolicy(
         param_dtype=None if compute_dtype == torch.float32 else compute_dtype, reduce_dtype=torch.float32
@@ -78,7 +84,9 @@ def shard(module: nn.Module, mesh: DeviceMesh, compute_dtype: torch.dtype = torc
 
 
 def _layers(module: nn.Module) -> nn.ModuleList:
-    return next(child for name, child in module.named_modules() if name.endswith("layers"))  # type: ignore[return-value]
+    wrapped: Any = module
+    decoder = wrapped.lm.get_decoder() if hasattr(wrapped, "lm") else wrapped.decoder
+    return decoder_layers(decoder, wrapped.config.path)
 
 
 StrategyRegistry.register("fsdp2", Fsdp2, description="FSDP2 over all ranks")

@@ -4,7 +4,6 @@ The paper's on-policy idea (Tülu 3, section 5.2) in its smallest form: the judg
 beside the text and are what DPO trains on.
 """
 
-import hashlib
 import json
 import random
 import time
@@ -17,9 +16,10 @@ import torch
 
 from tulu_lightning.assets.models import resolve_model
 from tulu_lightning.callbacks.promote import peak_memory_bytes
+from tulu_lightning.checkpoints.identity import weights_digest
 from tulu_lightning.core.step_plan import mix_seed
 from tulu_lightning.data.prompts import PromptData
-from tulu_lightning.data.sources import Source, load
+from tulu_lightning.data.sources import Row, Source
 from tulu_lightning.errors import InputError
 from tulu_lightning.progress import Progress
 from tulu_lightning.recipes.config import read_config
@@ -72,7 +72,7 @@ def make_pairs(config: PairsConfig) -> dict[str, Any]:
             and a wrong response.
     """
     output = Path(config.output)
-    data = PromptData(
+    data = _PromptsAsWritten(
         sources=config.sources,
         tokenizer=config.model,
         max_tokens=config.max_tokens,
@@ -80,11 +80,10 @@ def make_pairs(config: PairsConfig) -> dict[str, Any]:
         template=config.template,
     )
     data.setup()
-    messages = [row["messages"] for source in config.sources for row in load(source)]
-    _claim(output, config)
+    digest = _claim(output, config)
     started = time.perf_counter()
     samples = _sample(config, data, output / "samples.jsonl")
-    rows = list(_pairs(samples, data.prompts, messages, config.seed))
+    rows = list(_pairs(samples, data.prompts, data.messages, config.seed))
     if not rows:
         raise InputError(
             str(output), "no prompt got both a right and a wrong response", "Use other prompts, or more samples."
@@ -101,30 +100,40 @@ def make_pairs(config: PairsConfig) -> dict[str, Any]:
         "seconds": time.perf_counter() - started,
         "peak_memory_bytes": peak_memory_bytes(),
         "model": str(resolve_model(config.model)),
+        "start_digest": digest,
     }
     _write(output / "summary.json", json.dumps(summary, indent=1))
     return summary
 
 
-def _claim(output: Path, config: PairsConfig) -> None:
-    """Refuse a folder whose samples came from other settings; they would be mixed without a word."""
+class _PromptsAsWritten(PromptData):
+    """Keeps the messages of each prompt: `messages[prompt.row]`."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.messages: list[Any] = []
+
+    def _read(self, source: Source, number: int, row: Row) -> Prompt:
+        prompt = super()._read(source, number, row)
+        self.messages.append(row["messages"])  # rows that are left out do not come here, and are not numbered
+        return prompt
+
+
+def _claim(output: Path, config: PairsConfig) -> str:
+    """Refuse a folder whose samples came from other settings; they would be mixed without a word.
+
+    Returns:
+        Digest of the weights: `promoted` is one path for whatever was promoted last.
+    """
     folder = resolve_model(config.model)
-    model = {"model": str(folder), "weights": _weights(folder)}
+    model = {"model": str(folder), "weights": weights_digest(folder)}
     settings = json.dumps({**asdict(config), **model}, indent=1, default=str)
     path = output / "settings.json"
     if path.exists() and path.read_text() != settings:
         raise InputError(str(output), "holds samples made with other settings", "Give another output, or remove it.")
     output.mkdir(parents=True, exist_ok=True)
     _write(path, settings)
-
-
-def _weights(folder: Path) -> str:
-    """Checksum of the weights: `promoted` is one path for whatever was promoted last."""
-    digest = hashlib.sha256()
-    for path in sorted(folder.glob("*.safetensors")):
-        with path.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()
+    return model["weights"]
 
 
 def _write(path: Path, text: str) -> None:

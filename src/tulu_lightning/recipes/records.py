@@ -5,7 +5,9 @@ left out, and every such thing becomes a note for the reader. Only a folder that
 
     RUN/recipe.json
     RUN/<stage>/config.yaml  metrics.jsonl  summary.json  scores/before.json  scores/after.json
-    RUN/ppo/rollouts.jsonl
+    RUN/<stage>/rollouts.jsonl
+
+A stage that was run by itself (`tulu fit`) is read as a run of that one stage.
 """
 
 import json
@@ -42,7 +44,7 @@ class Decision(NamedTuple):
 
 
 class Rollout(NamedTuple):
-    """One sampled response of the PPO stage, as it was scored."""
+    """One response that a stage sampled while it trained, as it was scored."""
 
     step: int
     prompt: str
@@ -53,6 +55,7 @@ class Rollout(NamedTuple):
     advantage: float | None
     tokens: int | None
     finish: str
+    stage: str = ""
 
 
 class StageRecord(NamedTuple):
@@ -103,25 +106,17 @@ def read_run(run_dir: Path) -> RunRecord:
     """Reads a run folder, whatever state it is in.
 
     Raises:
-        InputError: the folder does not exist, or holds neither a recipe.json nor a stage.
+        InputError: the folder does not exist, or is no stage and holds neither a recipe.json nor a stage.
     """
     if not run_dir.is_dir():
         raise InputError(str(run_dir), "no such folder", "Give the folder of a run, e.g. runs/smol.")
     notes: list[str] = []
-    recipe = _read_object(run_dir / "recipe.json", "recipe.json", notes)
-    folders = [p for p in sorted(run_dir.iterdir()) if any((p / name).is_file() for name in STAGE_FILES)]
-    if recipe is None and not folders and not (run_dir / "recipe.json").exists():
-        raise InputError(
-            str(run_dir), "holds neither recipe.json nor a stage", "Give the folder that `tulu recipe` wrote."
-        )
-    recipe = recipe or {}
-    planned = recipe.get("stages")
-    # A stage's name becomes a path, so one that is not a plain folder name is not followed out of the run.
-    names = [s for s in planned if isinstance(s, str) and Path(s).name == s] if isinstance(planned, list) else []
-    # Without the recipe, the order in which the stages took place is that of their configs.
-    folders.sort(key=lambda p: (p / "config.yaml").stat().st_mtime if (p / "config.yaml").exists() else math.inf)
-    names += [p.name for p in folders if p.name not in names]
-    stages = tuple(_read_stage(run_dir / name, notes) for name in names)
+    recipe = _read_object(run_dir / "recipe.json", "recipe.json", notes) or {}
+    if not (run_dir / "recipe.json").exists() and _is_stage(run_dir):
+        folders = [run_dir]
+    else:
+        folders = _stage_folders(run_dir, recipe)
+    _note_other_versions(recipe, notes)
     return RunRecord(
         path=run_dir,
         name=_text(recipe.get("name")) or run_dir.resolve().name,
@@ -129,10 +124,39 @@ def read_run(run_dir: Path) -> RunRecord:
         command=_text(recipe.get("command")),
         versions=_mapping(recipe.get("versions")),
         seeds=_mapping(recipe.get("seeds")),
-        stages=stages,
-        rollouts=tuple(_read_rollouts(run_dir / "ppo" / "rollouts.jsonl", notes)),
+        stages=tuple(_read_stage(folder, notes) for folder in folders),
+        rollouts=tuple(rollout for folder in folders for rollout in _read_rollouts(folder, notes)),
         notes=tuple(notes),
     )
+
+
+def _is_stage(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in STAGE_FILES)
+
+
+def _stage_folders(run_dir: Path, recipe: Mapping[str, Any]) -> list[Path]:
+    """Those that the recipe plans, in its order, then any others."""
+    found = [p for p in sorted(run_dir.iterdir()) if _is_stage(p)]
+    if not found and not (run_dir / "recipe.json").exists():
+        remedy = "Give the folder that `tulu recipe` or `tulu fit` wrote."
+        raise InputError(str(run_dir), "holds neither recipe.json nor a stage", remedy)
+    planned = recipe.get("stages")
+    # A stage's name becomes a path, so one that is not a plain folder name is not followed out of the run.
+    names = [s for s in planned if isinstance(s, str) and Path(s).name == s] if isinstance(planned, list) else []
+    # Without the recipe, the order in which the stages took place is that of their configs.
+    found.sort(key=lambda p: (p / "config.yaml").stat().st_mtime if (p / "config.yaml").exists() else math.inf)
+    names += [p.name for p in found if p.name not in names]
+    return [run_dir / name for name in names]
+
+
+def _note_other_versions(recipe: Mapping[str, Any], notes: list[str]) -> None:
+    """Say where a run went on with other packages than those it began with."""
+    first = _mapping(recipe.get("versions"))
+    starts = recipe.get("starts")
+    for start in starts if isinstance(starts, list) else ():
+        now = _mapping(_mapping(start).get("versions"))
+        if other := [f"{name} {now[name]}" for name in now if now[name] != first.get(name, now[name])]:
+            notes.append(f"Started again {_text(start.get('time'))} with other packages: {_text(', '.join(other))}.")
 
 
 def number(value: Any) -> float | None:
@@ -146,7 +170,7 @@ def number(value: Any) -> float | None:
 
 
 def _read_stage(folder: Path, notes: list[str]) -> StageRecord:
-    name = folder.name
+    name = folder.resolve().name
     config = folder / "config.yaml"
     summary = _read_object(folder / "summary.json", f"{name}/summary.json", notes)
     before, after = (
@@ -242,10 +266,11 @@ def _decision(summary: Mapping[str, Any] | None) -> Decision | None:
     return Decision(value.get("promote") is True, _text(value.get("reason")), difference, low, high)
 
 
-def _read_rollouts(path: Path, notes: list[str]) -> Iterator[Rollout]:
+def _read_rollouts(folder: Path, notes: list[str]) -> Iterator[Rollout]:
     """The first two rollouts of every (step, outcome): enough to show, and a long run still fits into memory."""
     seen: dict[tuple[float, str], int] = {}
-    for value in _read_lines(path, "ppo/rollouts.jsonl", notes):
+    name = folder.resolve().name
+    for value in _read_lines(folder / "rollouts.jsonl", f"{name}/rollouts.jsonl", notes):
         step, outcome = number(value.get("step")), _text(value.get("outcome"))
         if step is None or seen.get((step, outcome), 0) >= 2:
             continue
@@ -261,6 +286,7 @@ def _read_rollouts(path: Path, notes: list[str]) -> Iterator[Rollout]:
             advantage=number(value.get("advantage")),
             tokens=None if tokens is None else int(tokens),
             finish=_text(value.get("finish")),
+            stage=name,
         )
 
 

@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         InputError: RUN is not a run folder, the output cannot be written, or plotly is not installed.
     """
     parser = argparse.ArgumentParser(prog="tulu report", description="Write a run as one self-contained HTML page.")
-    parser.add_argument("run", type=Path, metavar="RUN", help="folder of the run, e.g. runs/smol")
+    parser.add_argument("run", type=Path, metavar="RUN", help="folder of a run or of one stage, e.g. runs/smol")
     parser.add_argument("--output", type=Path, metavar="FILE", help="where to write it; RUN/report.html by default")
     args = parser.parse_args(argv)
     print(write_report(args.run, args.output))
@@ -220,10 +220,15 @@ def pick_rollouts(rollouts: Sequence[Rollout], n: int = SHOWN_ROLLOUTS) -> list[
 
 
 def _rollouts(rollouts: Sequence[Rollout]) -> str:
-    cards = "".join(_rollout(rollout) for rollout in pick_rollouts(rollouts))
-    body = f'<div class="rollouts">{cards}</div>' if cards else '<p class="empty">No rollout has been recorded.</p>'
+    stages = list(dict.fromkeys(rollout.stage for rollout in rollouts))
+    body = ""
+    for stage in stages:
+        chosen = pick_rollouts([rollout for rollout in rollouts if rollout.stage == stage])
+        title = f"<h3>{_e(stage)}</h3>" if len(stages) > 1 else ""
+        body += f'{title}<div class="rollouts">{"".join(map(_rollout, chosen))}</div>'
+    body = body or '<p class="empty">No rollout has been recorded.</p>'
     return f"""<h2 id="rollouts">Sample rollouts</h2>
-<p class="lead">Responses sampled while PPO trained, from its first step to its last, with the verifier's verdict.</p>{body}"""
+<p class="lead">Responses sampled in training, from the first step to the last, with the verifier's verdict.</p>{body}"""
 
 
 def _rollout(rollout: Rollout) -> str:

@@ -18,6 +18,7 @@ from transformers.initialization import no_init_weights
 from transformers.utils import logging as transformers_logging
 
 from tulu_lightning.errors import InputError
+from tulu_lightning.models.loading import load_causal_lm
 from tulu_lightning.rollout.chunk import Chunk, Row
 from tulu_lightning.rollout.decoding import CachedLM, use_fast_attention
 from tulu_lightning.rollout.engine import Progress, RefreshError
@@ -53,11 +54,13 @@ class LocalEngine:
     def from_folder(
         cls, path: str | Path, dtype: torch.dtype | None = None, device: str | torch.device = "cpu", **limits: int
     ) -> Self:
-        """An engine with the weights of a Hugging Face folder, in `dtype` (float32 if left out)."""
+        """An engine with the weights of a Hugging Face folder, in `dtype` (float32 if left out).
+
+        Raises:
+            InputError: the weights do not load.
+        """
         with _quiet():
-            model = AutoModelForCausalLM.from_pretrained(
-                path, dtype=dtype or torch.float32, local_files_only=True, trust_remote_code=False
-            )
+            model = load_causal_lm(path, dtype or torch.float32)
         use_fast_attention(model)
         model.to(device)  # type: ignore[arg-type]
         return cls(model, **limits)
@@ -68,9 +71,12 @@ class LocalEngine:
         model: PreTrainedModel,
         dtype: torch.dtype | None = None,
         device: str | torch.device | None = None,
+        version: int = 0,
         **limits: int,
     ) -> Self:
         """An engine with a copy of the model's weights, in `dtype` on `device` (both the model's own if left out).
+
+        `version` is stamped on the copy and on every completion that it makes.
 
         The attention that the model trains with is not copied. Global random state is left as it was. A sharded model
         is gathered tensor by tensor; then all ranks must call.
@@ -84,7 +90,7 @@ class LocalEngine:
         use_fast_attention(own)
         engine = cls(own.to(device or model.device), **limits)
         # Uninitialised memory until here: refresh proves that every tensor was written.
-        engine.refresh(model.state_dict().items(), 0)
+        engine.refresh(model.state_dict().items(), version)
         return engine
 
     @property

@@ -1,5 +1,6 @@
 """Direct preference optimisation, length-normalised by default (Tülu 3, section 5)."""
 
+import io
 from typing import Any
 
 import torch
@@ -9,12 +10,16 @@ from tulu_lightning.core.preference import DPO as DPOLoss
 from tulu_lightning.core.preference import Pair
 from tulu_lightning.core.reduce import segment_sum
 from tulu_lightning.models.backbone import Backbone
+from tulu_lightning.progress import Progress
 from tulu_lightning.stages.optimizer import AdamW
 from tulu_lightning.stages.stage import Stage
 from tulu_lightning.types import Pack, StepBatch
 
 __all__ = ["DPO"]
 
+SUMS = ("loss", "rewards_chosen", "rewards_rejected", "accuracy", "length_chosen", "length_rejected")
+"""Metrics that are means over the step's pairs, in the order of `_pack_step`; after them come two counts."""
+COUNTS = ("tokens", "trained_tokens")
 PAIR = 3
 """Segments of a pair's document: the prompt, then chosen and rejected as its children."""
 
@@ -49,31 +54,33 @@ class DPO(Stage):
     @torch.no_grad()
     def _reference(self) -> Tensor:
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
-        logps = torch.full((len(data.documents), 2), float("nan"))
-        for pack in data.packs(range(len(data.documents)), data.micro_tokens):
-            pack = self.trainer.strategy.batch_to_device(pack)
-            logps[list(pack.rows)] = torch.stack(list(self.sums(pack)), 1).float().cpu()
+        total = len(data.documents)
+        logps = torch.full((total, 2), float("nan"))
+        done, stream = 0, None if self.trainer.is_global_zero else io.StringIO()  # one rank speaks for all
+        with Progress("DPO reference", total, stream=stream) as progress:
+            for pack in data.packs(range(total), data.micro_tokens):
+                pack = self.trainer.strategy.batch_to_device(pack)
+                logps[list(pack.rows)] = torch.stack(list(self.sums(pack)), 1).float().cpu()
+                done += len(pack.rows)
+                progress.update(done)
         return logps
 
     def training_step(self, batch: StepBatch, batch_idx: int) -> None:
         """One global step over all its pairs."""
-        sums = torch.zeros(8, dtype=torch.float64)
+        sums = torch.zeros(len(SUMS + COUNTS), dtype=torch.float64)
         for pack in batch.packs:
             sums += self._pack_step(pack, batch.denominator)
         norm = self.update(self.optimizer, self.optimizers(), self.model.parameters())
-        values = self.reduce_sum(sums).tolist()
-        names = ("loss", "rewards_chosen", "rewards_rejected", "accuracy", "length_chosen", "length_rejected")
-        metrics = {name: value / batch.denominator for name, value in zip(names, values, strict=False)}
-        margin = metrics["rewards_chosen"] - metrics["rewards_rejected"]
-        self.finish_step(
-            {**metrics, "margin": margin, "tokens": values[6], "trained_tokens": values[7], "grad_norm": norm}
-        )
+        values = dict(zip(SUMS + COUNTS, self.reduce_sum(sums).tolist(), strict=True))
+        metrics = {name: values[name] / batch.denominator for name in SUMS}
+        metrics["margin"] = metrics["rewards_chosen"] - metrics["rewards_rejected"]
+        self.finish_step({**metrics, **{name: values[name] for name in COUNTS}, "grad_norm": norm})
 
     def _pack_step(self, pack: Pack, denominator: float) -> Tensor:
         lengths, policy = self.lengths(pack), self.sums(pack)
         if not pack.rows:  # filler: the passes are for the collectives, the loss is nothing
             self.backward_sum(0.0 * policy.chosen_B.sum(), denominator)
-            return torch.zeros(8, dtype=torch.float64)
+            return torch.zeros(len(SUMS + COUNTS), dtype=torch.float64)
         assert self.reference_logps is not None
         reference = Pair(*self.reference_logps[list(pack.rows)].to(policy.chosen_B).unbind(1))
         terms = self.loss(policy, reference, lengths)
@@ -82,6 +89,10 @@ class DPO(Stage):
         per_pair = (terms.loss_B.detach(), *terms.rewards, right_B, *lengths)
         counts = [pack.tokens_T.numel(), pack.target_N.numel()]
         return torch.tensor([*(float(x.sum()) for x in per_pair), *counts], dtype=torch.float64)
+
+    def settings(self) -> dict[str, Any]:
+        """The loss."""
+        return {"loss": self.loss}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the reference: after the first step the start weights are gone."""

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from tulu_lightning.core.schedules import ScheduleName, lr_factor
-from tulu_lightning.errors import InputError
+from tulu_lightning.core.settings import require
 
 __all__ = ["AdamW"]
 
@@ -29,10 +29,14 @@ class AdamW:
     """Gradients are scaled down to this norm when theirs is larger; 0 switches clipping off."""
 
     def __post_init__(self) -> None:
-        if not self.lr > 0:
-            raise InputError("optimizer.lr", f"is {self.lr}", "It must be above 0.")
-        if not 0 <= self.warmup_ratio < 1:
-            raise InputError("optimizer.warmup_ratio", f"is {self.warmup_ratio}", "It is a share: 0 to below 1.")
+        require(0 < self.lr < float("inf"), "optimizer.lr", self.lr, "It must be above 0.")
+        for name in ("warmup_ratio", "beta1", "beta2"):
+            value = getattr(self, name)
+            require(0 <= value < 1, f"optimizer.{name}", value, "It is a share: 0 to below 1.")
+        require(0 < self.eps < float("inf"), "optimizer.eps", self.eps, "It must be above 0.")
+        for name in ("weight_decay", "max_grad_norm"):
+            value = getattr(self, name)
+            require(0 <= value < float("inf"), f"optimizer.{name}", value, "It must be 0 or more.")
 
     def build(self, parameters: Iterable[nn.Parameter]) -> torch.optim.AdamW:
         """The optimiser; fused, which on CPU is several times as fast as the default."""

@@ -1,68 +1,41 @@
 """PPO with verifiable rewards (Tülu 3, section 6): collect, score, estimate, K epochs of two clipped losses."""
 
+import os
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from dataclasses import replace
+from typing import Any
 
 import torch
+from lightning.pytorch.strategies import ModelParallelStrategy
 
 from tulu_lightning.assets.models import load_tokenizer, resolve_model
 from tulu_lightning.core.advantages import moments, whiten
 from tulu_lightning.core.policy import ClippedPolicy, ClippedValue
+from tulu_lightning.core.settings import require
 from tulu_lightning.core.step_plan import mix_seed
+from tulu_lightning.data.prompts import PromptData
 from tulu_lightning.errors import InputError
 from tulu_lightning.models.backbone import Backbone, PackedLM, PackedValue
+from tulu_lightning.models.limits import check_prompts
 from tulu_lightning.rollout.engine import Engine
 from tulu_lightning.rollout.experience import Experience, Group, Micro, estimate, micro_batches, reward
 from tulu_lightning.rollout.scoring import score_all
 from tulu_lightning.stages.optimizer import AdamW
 from tulu_lightning.stages.ppo_metrics import Epochs, step_metrics, table
+from tulu_lightning.stages.ppo_settings import Critic, Reward, Rollout
 from tulu_lightning.stages.stage import Stage
 from tulu_lightning.types import PromptBatch, Sampling
 
 __all__ = ["PPO", "Critic", "Reward", "Rollout"]
 
 
-@dataclass(frozen=True)
-class Critic:
-    """The value network: separate from the policy, with an optimiser of its own."""
-
-    optimizer: AdamW
-    path: str | None = None
-    """Folder to start from; the policy's own start when null. Any size with the policy's tokenizer will do (Tülu 3's
-    70B policy had an 8B critic)."""
-    layers: int | None = None
-    """Keep only the first so many decoder layers."""
-    warmup_steps: int = 0
-    """Steps at the start in which only the critic learns; a fresh head needs some."""
-
-
-@dataclass(frozen=True)
-class Rollout:
-    """How responses are sampled."""
-
-    max_new_tokens: int
-    samples_per_prompt: int = 1
-    temperature: float = 1.0
-    engine_dtype: Literal["float32", "bfloat16"] = "float32"
-    seed: int = 0
-
-
-@dataclass(frozen=True)
-class Reward:
-    """What a response earns (Tülu 3, eq. 8 and section 6.2)."""
-
-    right: float = 10.0
-    no_stop: float = -10.0
-    """Replaces the score of a response that was cut before it stopped."""
-    kl_coefficient: float = 0.05
-    """β of the k1 penalty per token."""
-
-
 class PPO(Stage):
     """One step: n responses to each prompt from an engine that provably holds the present weights, a verdict on each,
     then `epochs` passes of critic and policy updates over them.
+
+    The policy's learning rate is a function of the step, the critic's warm-up included: with `critic.warmup_steps` its
+    first update runs at the rate which its schedule has reached by then, not at the peak.
 
     Args:
         backbone: the policy's start, and the frozen reference.
@@ -79,6 +52,9 @@ class PPO(Stage):
         epochs: passes over each rollout batch (K).
         mini_batches: updates per pass.
         micro_tokens: limit of one pack, in tokens.
+
+    Raises:
+        InputError: a number out of its range, or a critic with another tokenizer.
     """
 
     def __init__(
@@ -97,16 +73,33 @@ class PPO(Stage):
         mini_batches: int = 1,
         micro_tokens: int = 4096,
     ) -> None:
+        for name, count in (("epochs", epochs), ("mini_batches", mini_batches), ("micro_tokens", micro_tokens)):
+            require(count >= 1, f"model.{name}", count, "Use at least 1.")
+        for name, share in (("gamma", gamma), ("lam", lam)):
+            require(0 <= share <= 1, f"model.{name}", share, "It lies between 0 and 1.")
+        remedy = "It must be above 0."
+        require(0 < value_coefficient < float("inf"), "model.value_coefficient", value_coefficient, remedy)
         super().__init__(backbone, optimizer)
         self.critic_config, self.rollout, self.reward = critic, rollout, reward or Reward()
         self.policy_loss, self.value_loss = policy_loss or ClippedPolicy(), value_loss or ClippedValue()
         self.value_coefficient, self.gamma, self.lam = value_coefficient, gamma, lam
         self.epochs, self.mini_batches, self.micro_tokens = epochs, mini_batches, micro_tokens
-        self.critic_folder = str(resolve_model(critic.path)) if critic.path else self.folder
+        self.critic_folder = os.path.realpath(resolve_model(critic.path)) if critic.path else self.folder
         self.tokenizer = load_tokenizer(self.folder)
+        self._check_critic_tokenizer()
         self.critic: PackedValue | None = None
         self.engine: Engine | None = None
         self._reference: list[PackedLM] = []  # in a list: not a submodule, so neither trained nor checkpointed
+
+    def _check_critic_tokenizer(self) -> None:
+        if self.critic_folder == self.folder:
+            return
+        if load_tokenizer(self.critic_folder).get_vocab() != self.tokenizer.get_vocab():
+            raise InputError(
+                "critic.path",
+                f"{self.critic_folder} has another tokenizer than the policy {self.folder}",
+                "The critic reads the policy's token ids: give one with the same tokenizer.",
+            )
 
     # Building ---------------------------------------------------------------------------------------------------
 
@@ -117,6 +110,13 @@ class PPO(Stage):
             config = replace(self.backbone, path=self.critic_folder, layers=self.critic_config.layers)
             self.critic = self.sharded(PackedValue(config, self.critic_folder), config)
             self._reference = [PackedLM(self.backbone, self.folder).requires_grad_(False)]
+
+    def settings(self) -> dict[str, Any]:
+        """Critic, sampling, reward, losses; `micro_tokens` only cuts."""
+        names = ("rollout", "reward", "policy_loss", "value_loss", "value_coefficient", "gamma", "lam", "epochs")
+        own = {name: getattr(self, name) for name in (*names, "mini_batches")}
+        critic = replace(self.critic_config, path=None)  # a path says nothing of the weights behind it
+        return {**own, "critic": critic, "critic start weights": self.digest_of(self.critic_folder)}
 
     def configure_optimizers(self) -> Any:
         """Two: the policy's and the critic's."""
@@ -131,6 +131,20 @@ class PPO(Stage):
         super().setup(stage)
         if self.trainer.world_size > 1:
             raise InputError("trainer.devices", f"is {self.trainer.world_size}", "PPO runs in one process for now.")
+
+    def configure_callbacks(self) -> list[Any]:
+        """Refuse sharding, on one process too: critic, reference and engine expect whole weights."""
+        if isinstance(self.trainer.strategy, ModelParallelStrategy):
+            remedy = "Leave it at auto: PPO runs in one process for now."
+            raise InputError("trainer.strategy", f"is {type(self.trainer.strategy).__name__}", remedy)
+        return super().configure_callbacks()
+
+    def check_data(self, data: Any) -> None:
+        """Prompts and their responses must fit the policy and the critic, too."""
+        if not isinstance(data, PromptData):
+            raise InputError("data", f"is {type(data).__name__}", "PPO samples from prompts: use PromptData.")
+        for folder in dict.fromkeys((self.folder, self.critic_folder)):
+            check_prompts(data.prompts, self.rollout.max_new_tokens, folder)
 
     def on_fit_start(self) -> None:
         """Build the engine; the `RolloutRefresh` callback keeps it current."""

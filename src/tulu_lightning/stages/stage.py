@@ -6,6 +6,7 @@ number of micro-batches nor of ranks is seen in the gradient. Steps are counted 
 every `optimizer.step()` of every optimiser.
 """
 
+import os
 import time
 from collections.abc import Iterable
 from typing import Any
@@ -16,10 +17,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from tulu_lightning.assets.models import resolve_model
+from tulu_lightning.checkpoints.identity import Value, check_identity, flat, weights_digest
 from tulu_lightning.core.logprobs import TokenStats
 from tulu_lightning.data import chat
+from tulu_lightning.data.base import StepData
+from tulu_lightning.data.packed import PackedData
 from tulu_lightning.errors import InputError
 from tulu_lightning.models.backbone import Backbone, PackedLM
+from tulu_lightning.models.limits import check_documents
 from tulu_lightning.models.sharding import Fsdp2, shard
 from tulu_lightning.rollout.local import LocalEngine
 from tulu_lightning.stages.optimizer import AdamW
@@ -49,10 +54,13 @@ class Stage(L.LightningModule):
         self.backbone, self.optimizer = backbone, optimizer
         self.step = 0
         self.skipped: dict[str, int] = {}
+        self._skipped_updates = 0
         self.metrics: dict[str, float] = {}
         self.samples: list[dict[str, Any]] = []
         self.policy: PackedLM | None = None
-        self.folder = str(resolve_model(backbone.path))
+        self.start = str(resolve_model(backbone.path))
+        self.folder = os.path.realpath(self.start)  # `promoted` may point elsewhere before the run ends
+        self._digests: dict[str, str] = {}
 
     # Building ---------------------------------------------------------------------------------------------------
 
@@ -86,9 +94,7 @@ class Stage(L.LightningModule):
     def make_engine(self, dtype: torch.dtype | None = None) -> LocalEngine:
         """An engine with a copy of the policy's present weights, stamped with the present step."""
         dtype = dtype or getattr(torch, self.backbone.compute_dtype)
-        engine = LocalEngine.from_model(self.model.lm, dtype)
-        engine.refresh(self.model.lm.state_dict().items(), self.step)
-        return engine
+        return LocalEngine.from_model(self.model.lm, dtype, version=self.step)
 
     def stop_ids(self) -> tuple[int, ...]:
         """Token ids that end a response, by the data module's template and the tokenizer."""
@@ -110,6 +116,43 @@ class Stage(L.LightningModule):
         """Every planned step is done, or as many as `trainer.limit_train_batches` allows."""
         return self.step >= min(self.total_steps, self.trainer.num_training_batches)
 
+    def configure_callbacks(self) -> list[Any]:
+        """Adds none: this hook is the only one that comes before Lightning's own checks, which end in a traceback."""
+        trainer = self.trainer
+        if trainer.precision != "32-true":
+            raise InputError(
+                "trainer.precision",
+                f"is {trainer.precision}",
+                "Leave it at 32-true; model.init_args.backbone.compute_dtype sets that of the matrix products.",
+            )
+        if trainer.gradient_clip_val:
+            raise InputError(
+                "trainer.gradient_clip_val",
+                f"is {trainer.gradient_clip_val}",
+                "Leave it out and set model.init_args.optimizer.max_grad_norm.",
+            )
+        if trainer.accumulate_grad_batches != 1:
+            raise InputError(
+                "trainer.accumulate_grad_batches",
+                f"is {trainer.accumulate_grad_batches}",
+                "Leave it at 1: a batch is a whole step here, cut by data.micro_tokens.",
+            )
+        return []
+
+    def check_data(self, data: Any) -> None:
+        """Refuse rows that the model cannot read.
+
+        Args:
+            data: the data module, set up.
+
+        Raises:
+            InputError: rows of another kind of stage, a token id outside the vocabulary, or a row with more tokens than
+                the model has positions.
+        """
+        if not isinstance(data, PackedData):
+            raise InputError("data", f"is {type(data).__name__}", f"{type(self).__name__} trains on packed documents.")
+        check_documents(data.documents, self.folder)
+
     def setup(self, stage: str) -> None:
         """Refuse, before any weights load, what would divide, average or shuffle behind our back."""
         trainer = self.trainer
@@ -118,12 +161,6 @@ class Stage(L.LightningModule):
                 "trainer.strategy",
                 f"is {type(trainer.strategy).__name__} with {trainer.world_size} processes",
                 "Use fsdp2: any other would average micro-batches that this package sums.",
-            )
-        if trainer.accumulate_grad_batches != 1:
-            raise InputError(
-                "trainer.accumulate_grad_batches",
-                f"is {trainer.accumulate_grad_batches}",
-                "Leave it at 1: a batch is a whole step here, cut by data.micro_tokens.",
             )
         if trainer.max_steps != -1:
             raise InputError(
@@ -137,10 +174,13 @@ class Stage(L.LightningModule):
                 "is true",
                 "Set it to false: Lightning would replace the step plan by a shuffling sampler.",
             )
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        if isinstance(data, StepData):
+            self.check_data(data)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> int | None:
         """Start the step's clock; a trainer that wants more epochs than the plan has gets nothing more."""
-        self._started = time.perf_counter()
+        self._started, self._skipped_updates = time.perf_counter(), 0
         return -1 if self.finished else None
 
     def forward(self, pack: Any, temperature: float = 1.0) -> TokenStats:
@@ -167,6 +207,7 @@ class Stage(L.LightningModule):
             group["lr"] = settings.lr_at(self.step, self.total_steps)
         finite = norm == norm and norm != float("inf")
         self.skipped[network] = 0 if finite else self.skipped.get(network, 0) + 1
+        self._skipped_updates += not finite
         if finite:
             optimizer.step()
         elif self.skipped[network] >= SKIPS:
@@ -190,6 +231,7 @@ class Stage(L.LightningModule):
             **metrics,
             "lr": self.optimizer.lr_at(self.step, self.total_steps),
             "seconds": time.perf_counter() - self._started,
+            "skipped_updates": float(self._skipped_updates),
         }
         self.step += 1
         if self.finished:
@@ -198,18 +240,55 @@ class Stage(L.LightningModule):
     # Checkpoints ------------------------------------------------------------------------------------------------
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep our own step counter."""
-        checkpoint["tulu_stage"] = {"step": self.step, "skipped": self.skipped, "class": type(self).__name__}
+        """Keep our own step counter, and what the run is."""
+        own = {"step": self.step, "skipped": self.skipped, "class": type(self).__name__, "identity": self.identity()}
+        checkpoint["tulu_stage"] = own
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Go on at the step that was finished.
 
         Raises:
-            InputError: the checkpoint is another stage's.
+            InputError: the checkpoint is another stage's; or, when training, the run's settings are not those it was
+                started with.
         """
         state = checkpoint.get("tulu_stage", {})
         if state.get("class") != type(self).__name__:
             raise InputError(
                 "ckpt_path", f"is a checkpoint of {state.get('class')}", f"Give one of {type(self).__name__}."
             )
+        if self._trainer is not None and self._trainer.state.fn == "fit":
+            check_identity("ckpt_path", state.get("identity", {}), self.identity())
         self.step, self.skipped = state["step"], state["skipped"]
+
+    def identity(self) -> dict[str, Value]:
+        """What decides the course of the run, as plain values by name; see `checkpoints.identity`.
+
+        Packing, ranks, saving and logging are not in it: they may change from one start to the next.
+        """
+        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+        result: dict[str, Value] = {"stage": type(self).__name__, "start weights": self.start_digest}
+        result |= {f"backbone.{name}": getattr(self.backbone, name) for name in ("compute_dtype", "layers")}
+        result |= flat("optimizer", self.optimizer)
+        for name, setting in self.settings().items():
+            result |= flat(name, setting)
+        if isinstance(data, StepData):
+            result |= {"data rows": data.digest(), "data.seed": data.seed, "total steps": self.total_steps}
+            result["data.examples_per_step"] = data.examples_per_step
+        if seed := os.environ.get("PL_GLOBAL_SEED"):
+            result["seed_everything"] = int(seed)
+        return result
+
+    def settings(self) -> dict[str, Any]:
+        """The stage's own part of `identity`: its losses and whatever else changes what is learned."""
+        return {}
+
+    @property
+    def start_digest(self) -> str:
+        """Hash of the start weights."""
+        return self.digest_of(self.folder)
+
+    def digest_of(self, folder: str) -> str:
+        """Hash of a model folder's weights, read once: they are loaded once, too."""
+        if folder not in self._digests:
+            self._digests[folder] = weights_digest(folder)
+        return self._digests[folder]

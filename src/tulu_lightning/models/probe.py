@@ -1,0 +1,98 @@
+"""Whether a model computes the same packed as alone, asked once when its weights load.
+
+Packed attention is plain causal attention over a chain of segments, and the head is a bare matrix. An architecture
+that needs more (soft caps, attention sinks, a logit scale, a recurrent state that runs on over the next document)
+would train on wrong numbers without an error. A few random tokens through both paths tell.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from tulu_lightning.core.packing import pack
+from tulu_lightning.errors import InputError
+from tulu_lightning.models import attention
+from tulu_lightning.types import Document, Pack, Segment
+
+__all__ = ["check_packed"]
+
+TOLERANCE = 1e-3
+"""Largest difference of two logits, relative to the largest logit; fp32 leaves about 1e-5."""
+REMEDY = "Give a model with plain causal attention and a bare output head (Llama, Qwen 2 and 3, Mistral and the like)."
+
+
+@torch.no_grad()
+def check_packed(lm: PreTrainedModel, folder: str) -> None:
+    """Refuse a model whose logits differ between a pack and each of its chains run alone by its own forward.
+
+    The pack holds a plain document and a prompt with two children, 20 tokens in all.
+
+    Args:
+        lm: with packed attention, its weights loaded.
+        folder: where it came from, for the message.
+
+    Raises:
+        InputError: they differ, or the architecture cannot run packed at all.
+    """
+    head: Any = lm.get_output_embeddings()
+    cap = getattr(lm.config, "final_logit_softcapping", None)
+    if head is None or getattr(head, "bias", None) is not None or cap:
+        raise InputError(folder, "its output head is more than one matrix (a bias or a soft cap)", REMEDY)
+    packed, chains = _example(lm.config.get_text_config(decoder=True).vocab_size)
+    training = lm.training
+    lm.eval()
+    try:
+        found_TV = _packed_logits(lm, head, packed)
+        with _own_attention(lm):
+            expected_TV = torch.cat([lm(ids_L[None], use_cache=False).logits[0, at:] for ids_L, at in chains])
+    except InputError as error:
+        raise InputError(folder, error.what, error.remedy) from error
+    except (TypeError, ValueError, AttributeError, RuntimeError, KeyError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+        raise InputError(folder, f"its architecture does not run packed ({reason})", REMEDY) from error
+    finally:
+        lm.train(training)
+    difference = float((found_TV - expected_TV).abs().max() / expected_TV.abs().max())
+    if not difference <= TOLERANCE:
+        what = f"packed, its logits are off by {difference:.1g} of the largest one from what they are alone"
+        raise InputError(folder, what, REMEDY)
+
+
+def _example(vocabulary: int) -> tuple[Pack, list[tuple[Tensor, int]]]:
+    """A pack, and its chains with the number of tokens of each that another chain has shown already."""
+    generator = torch.Generator().manual_seed(0)  # its own: the run's random state stays as it was
+    ids = torch.randint(0, vocabulary, (20,), generator=generator)
+    plain, prompt, first, second = ids.split([6, 6, 4, 4])
+    whole = torch.ones(6)
+    packed = pack(
+        [
+            Document((Segment(plain, whole),)),
+            Document((Segment(prompt, whole), Segment(first, whole[:4], 0), Segment(second, whole[:4], 0))),
+        ]
+    )
+    return packed, [(plain, 0), (torch.cat([prompt, first]), 0), (torch.cat([prompt, second]), 6)]
+
+
+def _packed_logits(lm: PreTrainedModel, head: Any, packed: Pack) -> Tensor:
+    decoder: Any = lm.get_decoder()
+    hidden_TD = decoder(
+        input_ids=packed.tokens_T[None],
+        position_ids=packed.positions_T[None],
+        use_cache=False,
+        segment_tiles=attention.tiles(packed.spans),
+    ).last_hidden_state[0]
+    return hidden_TD @ head.weight.T
+
+
+@contextmanager
+def _own_attention(lm: PreTrainedModel) -> Iterator[None]:
+    """The architecture's own, in its plainest form, which has all of its parts."""
+    lm.set_attn_implementation("eager")
+    try:
+        yield
+    finally:
+        lm.set_attn_implementation(attention.NAME)

@@ -1,0 +1,44 @@
+"""metrics.jsonl stays JSON, and skipped updates are seen in it."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.append(str(Path(__file__).parents[1] / "stages"))
+
+import stage_runs as runs
+
+from tulu_lightning.callbacks.records import _append
+
+
+def strict(text):
+    def refuse(name):
+        pytest.fail(f"{name} is not JSON")
+
+    return json.loads(text, parse_constant=refuse)
+
+
+def test_what_is_not_finite_is_written_as_null(tmp_path):
+    _append(tmp_path / "m.jsonl", [{"step": 1, "loss": float("nan"), "kl": float("-inf"), "lr": 0.5, "text": "NaN"}])
+    row = strict((tmp_path / "m.jsonl").read_text())
+    assert row == {"step": 1, "loss": None, "kl": None, "lr": 0.5, "text": "NaN"}
+
+
+def test_a_skipped_update_is_counted_in_its_own_step(tmp_path):
+    stage = runs.sft()
+    backward = stage.backward_sum
+    stage.backward_sum = lambda loss, denominator: backward(
+        loss * (float("nan") if stage.step == 1 else 1.0), denominator
+    )
+    runs.fit(stage, runs.sft_data(max_steps=3), tmp_path)
+    rows = [strict(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [row["skipped_updates"] for row in rows] == [0.0, 1.0, 0.0]
+    assert rows[1]["grad_norm"] is None
+
+
+def test_the_reference_pass_of_dpo_shows_how_far_it_is(tmp_path, capsys):
+    runs.fit(runs.dpo(), runs.preference_data(max_steps=1), tmp_path)
+    out = capsys.readouterr()
+    assert "DPO reference  40/40" in out.out + out.err
