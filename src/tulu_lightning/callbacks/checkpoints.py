@@ -67,10 +67,12 @@ class Checkpoints(L.Callback):
             write_identity(run, identity)
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: Any) -> None:
-        """Refuse to start at step 0 over what an earlier start of the same run has left.
+        """Refuse to start over before anything is scored; a sharded checkpoint has not been loaded yet here."""
+        if not trainer.strategy.restore_checkpoint_after_setup:
+            self._refuse_to_start_over(trainer, pl_module)
 
-        A run that was killed before its first checkpoint has left nothing that matters, and simply starts again.
-        """
+    def _refuse_to_start_over(self, trainer: L.Trainer, pl_module: Any) -> None:
+        # A run that was killed before its first checkpoint has left nothing that matters, and simply starts again.
         run = Path(trainer.default_root_dir)
         if pl_module.step == 0 and (found := _left(run, *LEFT)):
             what = f"the run would start from step 0, and the folder holds {found} of an earlier start"
@@ -78,7 +80,8 @@ class Checkpoints(L.Callback):
             raise InputError(str(run), what, remedy)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
-        """Take over the signals; after Lightning, whose own handlers would run collectives inside a handler."""
+        """Refuse to start over, and take over the signals; after Lightning, whose own handlers would run collectives inside a handler."""
+        self._refuse_to_start_over(trainer, pl_module)
         self.stop_requested, self._speaks = False, trainer.is_global_zero
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):

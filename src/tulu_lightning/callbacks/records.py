@@ -27,9 +27,9 @@ class Records(L.Callback):
         self.rollouts_per_step = rollouts_per_step
         self._progress: Progress | None = None
 
-    def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
-        """Open the record at the present step."""
-        if not trainer.is_global_zero:
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, *_: object, **__: object) -> None:
+        """Open the record before the first step; in on_train_start, another callback might still refuse the start."""
+        if not trainer.is_global_zero or self._progress is not None:
             return
         folder = Path(trainer.default_root_dir)
         for name in ("metrics.jsonl", "rollouts.jsonl"):
