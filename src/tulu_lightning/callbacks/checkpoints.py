@@ -80,7 +80,10 @@ class Checkpoints(L.Callback):
             raise InputError(str(run), what, remedy)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
-        """Refuse to start over, and take over the signals; after Lightning, whose own handlers would run collectives inside a handler."""
+        """Refuse to start over; take over the signals.
+
+        After Lightning, whose own handlers would run collectives inside a handler.
+        """
         self._refuse_to_start_over(trainer, pl_module)
         self.stop_requested, self._speaks = False, trainer.is_global_zero
         if threading.current_thread() is threading.main_thread():
