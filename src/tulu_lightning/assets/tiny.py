@@ -1,4 +1,4 @@
-"""`tiny-random-llama`: a seeded random Llama with a byte-level tokenizer, for tests and dry runs.
+"""`tiny-random-llama`: a seeded random Llama of 2.4M parameters with a byte-level tokenizer, for tests and dry runs.
 
 It knows nothing; its use is that every part of the program runs on it in milliseconds.
 """
@@ -22,7 +22,7 @@ VOCABULARY = 264  # 256 bytes and the special tokens, rounded up to a multiple o
 
 def folder() -> Path:
     """The model's folder, built on first use."""
-    return build_once(f"{NAME}-r1", _build)
+    return build_once(f"{NAME}-r2", _build)
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
@@ -46,8 +46,8 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 def _build(target: Path) -> None:
     config = LlamaConfig(
         vocab_size=VOCABULARY,
-        hidden_size=128,
-        intermediate_size=352,
+        hidden_size=256,
+        intermediate_size=512,
         num_hidden_layers=4,
         num_attention_heads=4,
         num_key_value_heads=2,
