@@ -13,6 +13,7 @@ import lightning as L
 from tulu_lightning.callbacks.evaluate import Evaluate
 from tulu_lightning.callbacks.records import Records
 from tulu_lightning.checkpoints.export import export, full_state, publish
+from tulu_lightning.checkpoints.files import write_whole
 from tulu_lightning.core.promotion import Decision, PromotionRule
 from tulu_lightning.errors import InputError
 from tulu_lightning.evaluation.heldout import compare
@@ -103,9 +104,7 @@ class Promote(L.Callback):
             "promoted": decision.promote,
             "decision": asdict(decision),
         }
-        beside = run / ".summary.json.tmp"
-        beside.write_text(json.dumps(summary, indent=1))
-        beside.replace(run / "summary.json")
+        write_whole(run / "summary.json", json.dumps(summary, indent=1))
 
 
 def peak_memory_bytes() -> int:

@@ -8,6 +8,7 @@ from typing import Any
 
 import lightning as L
 
+from tulu_lightning.checkpoints.files import write_whole
 from tulu_lightning.progress import Progress
 
 __all__ = ["Records"]
@@ -93,6 +94,4 @@ def _keep_before(path: Path, step: int) -> None:
                 kept.append(line + "\n")
         except (json.JSONDecodeError, KeyError):
             continue
-    beside = path.with_name(path.name + ".tmp")
-    beside.write_text("".join(kept))
-    beside.replace(path)
+    write_whole(path, "".join(kept))

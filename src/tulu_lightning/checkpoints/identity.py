@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from tulu_lightning.checkpoints.files import write_whole
 from tulu_lightning.errors import InputError
 
 __all__ = ["Value", "check_identity", "flat", "read_identity", "weights_digest", "write_identity"]
@@ -97,6 +98,4 @@ def read_identity(run: Path) -> dict[str, Value]:
 def write_identity(run: Path, identity: Mapping[str, Value]) -> None:
     """Write the record into a run folder, whole or not at all."""
     run.mkdir(parents=True, exist_ok=True)
-    beside = run / f".{NAME}.tmp"
-    beside.write_text(json.dumps(identity, indent=1), encoding="utf-8")
-    beside.replace(run / NAME)
+    write_whole(run / NAME, json.dumps(identity, indent=1))

@@ -16,6 +16,7 @@ import torch
 
 from tulu_lightning.assets.models import resolve_model
 from tulu_lightning.callbacks.promote import peak_memory_bytes
+from tulu_lightning.checkpoints.files import write_whole
 from tulu_lightning.checkpoints.identity import weights_digest
 from tulu_lightning.core.step_plan import mix_seed
 from tulu_lightning.data.prompts import PromptData
@@ -88,7 +89,7 @@ def make_pairs(config: PairsConfig) -> dict[str, Any]:
         raise InputError(
             str(output), "no prompt got both a right and a wrong response", "Use other prompts, or more samples."
         )
-    _write(output / "pairs.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    write_whole(output / "pairs.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
     counts = {"prompts": len(data.prompts), "samples": sum(map(len, samples.values())), "pairs": len(rows)}
     tokens = sum(len(sample["ids"]) for group in samples.values() for sample in group)
     right = sum(sample["right"] for group in samples.values() for sample in group)
@@ -102,7 +103,7 @@ def make_pairs(config: PairsConfig) -> dict[str, Any]:
         "model": str(resolve_model(config.model)),
         "start_digest": digest,
     }
-    _write(output / "summary.json", json.dumps(summary, indent=1))
+    write_whole(output / "summary.json", json.dumps(summary, indent=1))
     return summary
 
 
@@ -132,14 +133,8 @@ def _claim(output: Path, config: PairsConfig) -> str:
     if path.exists() and path.read_text() != settings:
         raise InputError(str(output), "holds samples made with other settings", "Give another output, or remove it.")
     output.mkdir(parents=True, exist_ok=True)
-    _write(path, settings)
+    write_whole(path, settings)
     return model["weights"]
-
-
-def _write(path: Path, text: str) -> None:
-    beside = path.with_name(f".{path.name}.tmp")
-    beside.write_text(text)
-    beside.replace(path)
 
 
 def _sample(config: PairsConfig, data: PromptData, path: Path) -> dict[int, list[dict[str, Any]]]:
@@ -188,7 +183,7 @@ def _read(path: Path, expected: int) -> dict[int, list[dict[str, Any]]]:
         if len(record["samples"]) == expected:
             samples[record["row"]] = record["samples"]
     if path.exists():  # drop a torn line, or the next record would be glued to it
-        _write(path, "".join(json.dumps({"row": row, "samples": group}) + "\n" for row, group in samples.items()))
+        write_whole(path, "".join(json.dumps({"row": row, "samples": group}) + "\n" for row, group in samples.items()))
     return samples
 
 

@@ -19,6 +19,7 @@ from rich.console import Console
 
 from tulu_lightning import __version__
 from tulu_lightning.callbacks.promote import reset_peak_memory
+from tulu_lightning.checkpoints.files import write_whole
 from tulu_lightning.checkpoints.identity import weights_digest
 from tulu_lightning.errors import InputError
 from tulu_lightning.launch.fit import fit
@@ -191,9 +192,7 @@ def _claim(run: Path, config: RecipeConfig, command: str) -> None:
             "settings": settings,
         }
     record["starts"] = [*record.get("starts", []), this]
-    beside = path.with_name(".recipe.json.tmp")
-    beside.write_text(json.dumps(record, indent=1))
-    beside.replace(path)
+    write_whole(path, json.dumps(record, indent=1))
 
 
 def _versions() -> dict[str, str]:
