@@ -1,7 +1,7 @@
 """Files and hub sets, opened through the `datasets` library.
 
-What it makes of a file is used only where it gives the file's own rows. Reading JSON it takes text that looks like a
-date for a date, skips empty lines, and fills a row that is null with nulls; then, and where it gives up, Python reads
+What it makes of a file is used only where it gives the file's own rows. Reading JSON lines it takes text that looks like
+a date for a date, skips empty lines, and fills a row that is null with nulls; then, and where it gives up, Python reads
 the file: exactly, and with an error that names the row.
 
 What it writes is kept in our cache folder by the file's content; small files leave nothing behind.
@@ -59,7 +59,8 @@ def open_file(path: str, split: str | None, row_name: Callable[[int], str]) -> t
         files = [file] if file.is_file() else [Path(found) for found in sorted(glob.glob(str(file), recursive=True))]
         return _open_all(files or [file], suffix)
     if file.name.endswith(JSON_SUFFIXES) and starts_a_list(file):
-        return _open_json_list(file, row_name)
+        # `datasets` would read a list as a whole too, by a library that takes text for rows and drops lone surrogates
+        return ListRows(_objects(read_list(file), row_name)), digest_of([file])
     return _open_json_lines(file, row_name)
 
 
@@ -96,12 +97,6 @@ def _open_json_lines(path: Path, row_name: Callable[[int], str]) -> tuple[Rows, 
     if data is not None and len(data) == lines:
         return ArrowRows(data), digest
     return ListRows(_objects(read_lines(path, row_name), row_name)), digest
-
-
-def _open_json_list(path: Path, row_name: Callable[[int], str]) -> tuple[Rows, str]:
-    digest = digest_of([path])
-    data = _json_through_datasets(path, digest)
-    return (ListRows(_objects(read_list(path), row_name)) if data is None else ArrowRows(data)), digest
 
 
 def _objects(rows: Any, row_name: Callable[[int], str]) -> list[dict[str, Any]]:
@@ -141,13 +136,14 @@ def _faithful(data: datasets.Dataset) -> bool:
 
 
 def _as_in_json(kind: pa.DataType) -> bool:
-    """Whether values of an Arrow type are what JSON had there; dates are guesses."""
+    """Whether values of an Arrow type are what JSON had there.
+
+    Dates are guesses. Files with a field of mixed types went through another JSON library, which drops lone surrogates.
+    """
     if pa.types.is_struct(kind):
         return all(_as_in_json(kind.field(index).type) for index in range(kind.num_fields))
     if pa.types.is_list(kind) or pa.types.is_large_list(kind):
         return _as_in_json(kind.value_type)
-    if isinstance(kind, pa.BaseExtensionType):
-        return str(kind) == "extension<arrow.json>"  # values of mixed types, kept as JSON text
     return str(kind) in ("string", "large_string", "bool", "int64", "double", "null")
 
 
