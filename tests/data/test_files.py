@@ -14,6 +14,7 @@ import zstandard
 from tulu_lightning.assets.cache import cache_dir
 from tulu_lightning.data import files
 from tulu_lightning.data.sources import Source, load, open_source
+from tulu_lightning.data.table import ArrowRows
 from tulu_lightning.errors import InputError
 
 CHAT = [
@@ -341,3 +342,13 @@ def test_the_libraries_are_as_loud_afterwards_as_before(tmp_path):
     load(Source("s", path=str(tmp_path / "a.jsonl")))
     assert datasets.logging.get_verbosity() == logging.INFO
     assert not datasets.are_progress_bars_disabled()
+
+
+def test_ordinary_json_lines_go_through_datasets_and_are_memory_mapped_when_large(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "read_lines", None)  # would fail
+    monkeypatch.setattr(files, "SMALL", 2000)
+    for name, rows, mapped in (("small", CHAT[:5], False), ("large", CHAT, True)):
+        jsonl(tmp_path / f"{name}.jsonl", rows)
+        found, _ = files.open_file(str(tmp_path / f"{name}.jsonl"), None, str)
+        assert isinstance(found, ArrowRows)
+        assert bool(found._data.cache_files) == mapped
