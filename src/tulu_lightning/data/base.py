@@ -20,7 +20,7 @@ from tulu_lightning.errors import InputError
 
 __all__ = ["Overflow", "StepData"]
 
-Overflow = Literal["error", "drop"]
+Overflow = Literal["error", "drop", "truncate"]
 Item = TypeVar("Item")
 CHUNK = 1000
 """Rows read at once."""

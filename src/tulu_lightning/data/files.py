@@ -23,7 +23,6 @@ import numpy as np
 import pyarrow as pa
 from datasets.packaged_modules.json.json import JsonConfig
 from datasets.table import InMemoryTable
-from huggingface_hub import utils as hub_utils
 
 from tulu_lightning.assets.cache import build_once, cache_dir
 from tulu_lightning.data.jsonl import count_lines, digest_of, read_lines, read_list, starts_a_list
@@ -227,11 +226,10 @@ def _load(kind: str, files: Sequence[Path], digest: str, **options: Any) -> data
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """No bars and no log lines of the libraries: what matters is in our own errors."""
-    bars, hub_bars = datasets.are_progress_bars_disabled(), hub_utils.are_progress_bars_disabled()
+    """No bars and no log lines of `datasets`: what matters is in our own errors. The hub's own show a download."""
+    bars = datasets.are_progress_bars_disabled()
     level = datasets.logging.get_verbosity()
     datasets.disable_progress_bars()
-    hub_utils.disable_progress_bars()
     datasets.logging.set_verbosity(logging.CRITICAL)
     try:
         yield
@@ -239,8 +237,6 @@ def _quiet() -> Iterator[None]:
         datasets.logging.set_verbosity(level)
         if not bars:
             datasets.enable_progress_bars()
-        if not hub_bars:
-            hub_utils.enable_progress_bars()
 
 
 def _reason(error: BaseException) -> str:
