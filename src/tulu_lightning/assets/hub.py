@@ -30,7 +30,7 @@ def fetch(hub_id: str) -> Path:
     try:
         return Path(snapshot_download(hub_id, allow_patterns=WANTED, ignore_patterns=UNWANTED))
     except Exception as error:  # the hub's client raises whatever it met
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
         what = f"there is no such model folder, and the hub gives no model of that name ({reason})"
         remedy = (
             "Give the path of a model folder; or check the name, the network, and for a gated model that its licence "

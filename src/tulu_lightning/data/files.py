@@ -243,4 +243,4 @@ def _reason(error: BaseException) -> str:
     while error.__cause__ is not None:  # `datasets` wraps what it met in "an error occurred"
         error = error.__cause__
     lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+    return lines[0].rstrip(".") if lines else type(error).__name__
