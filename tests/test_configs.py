@@ -2,12 +2,14 @@
 
 import json
 import re
+from functools import cache
 from pathlib import Path
 
 import pytest
 import yaml
 
 from tulu_lightning import cli
+from tulu_lightning.data import files
 from tulu_lightning.data.sources import Source, load
 from tulu_lightning.launch.compose import compose, merge, value_at
 
@@ -230,9 +232,12 @@ def test_the_papers_mixture_draws_its_sets_out_of_the_ready_one(monkeypatch):
     config = init_arg(composed("data/tulu3_sft.yaml"), "data.sources")
     values = [source["match"]["source"] for source in config]
     ready = datasets.Dataset.from_dict({"id": range(58), "source": [*(values * 3), "another"]})
-    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kwargs: ready)
+    asked = []
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kwargs: asked.append(args) or ready)
+    monkeypatch.setattr(files, "hub_set", cache(files.hub_set.__wrapped__))
     taken = [row["id"] for settings in config for row in load(Source(**settings))]
     assert sorted(taken) == list(range(57))
+    assert len(asked) == 1
 
 
 @pytest.mark.parametrize("stage", PAPER)

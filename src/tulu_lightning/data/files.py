@@ -15,6 +15,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from tulu_lightning.data.jsonl import count_lines, digest_of, read_lines, read_l
 from tulu_lightning.data.table import ArrowRows, ListRows, Rows
 from tulu_lightning.errors import InputError, nearest
 
-__all__ = ["open_file", "open_hub"]
+__all__ = ["hub_set", "open_file", "open_hub"]
 
 SMALL = 32 << 20
 """Bytes up to which a file's rows are held in memory; those of a larger one are memory-mapped from the cache."""
@@ -72,9 +73,7 @@ def open_hub(where: str, hub: str, subset: str | None, split: str | None, revisi
         InputError: it is not there, or cannot be reached.
     """
     try:
-        with _quiet():
-            folder = str(cache_dir() / "datasets" / "hub")
-            data = datasets.load_dataset(hub, subset, split=split or "train", revision=revision, cache_dir=folder)
+        data = hub_set(hub, subset, split or "train", revision)
     except Exception as error:  # the hub's client and `datasets` raise whatever they meet
         what = f"{hub} cannot be had from the hub ({_reason(error)})"
         remedy = (
@@ -85,6 +84,14 @@ def open_hub(where: str, hub: str, subset: str | None, split: str | None, revisi
     if not isinstance(data, datasets.Dataset):
         raise InputError(where, f"{hub} is a {type(data).__name__}", "Name one split of it.")
     return ArrowRows(data), hashlib.sha256(f"{data._fingerprint} {revision}".encode()).hexdigest()
+
+
+@cache  # sources that take one set apart ask for it once, and get one revision of it
+def hub_set(hub: str, subset: str | None, split: str, revision: str | None) -> Any:
+    """What `datasets` gives for a hub set; the rows that it unpacks are kept in our cache folder."""
+    with _quiet():
+        folder = str(cache_dir() / "datasets" / "hub")
+        return datasets.load_dataset(hub, subset, split=split, revision=revision, cache_dir=folder)
 
 
 # JSON ---------------------------------------------------------------------------------------------------------------
