@@ -96,6 +96,7 @@ WRITERS = {
     "arrows": arrow_folder,
     "parquets": parquet_folder,
     "glob[1]*.jsonl": jsonl,
+    "glob[1]*.parquet": parquet,
 }
 
 

@@ -81,5 +81,5 @@ def _shuffled(what: str, source: Source, total: int, seed: int) -> list[int]:
 
 
 def _rounded(value: float) -> int:
-    """To the nearest whole number, halves up; 1e-9 of slack for products such as 0.7·10."""
+    """To the nearest whole number, halves up; with slack for products such as 0.145·100, which is below its half."""
     return math.floor(value + 0.5 + 1e-9)
