@@ -1,5 +1,9 @@
 """Fixtures that every folder uses: tiny models, the real SmolLM2 where it is installed, a quiet single thread."""
 
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub: no test asks the hub
+
 import pytest
 import torch
 

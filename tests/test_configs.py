@@ -1,12 +1,16 @@
 """Every config in configs/ parses, the stage files hold the paper's numbers, and a printed config runs on its own."""
 
 import json
+import re
+from functools import cache
 from pathlib import Path
 
 import pytest
 import yaml
 
 from tulu_lightning import cli
+from tulu_lightning.data import files
+from tulu_lightning.data.sources import Source, load
 from tulu_lightning.launch.compose import compose, merge, value_at
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -42,7 +46,8 @@ def test_no_config_is_left_out_here():
     tried = {layer.path for leaf in leaves for layer in compose(leaf)}
     assert tried == set(CONFIGS.rglob("*.yaml"))
     assert {path.stem for path in FITS} >= {
-        f"{stage}_{size}" for stage in ("sft", "dpo", "ppo") for size in ("tiny", "smol")
+        *(f"{stage}_{size}" for stage in ("sft", "dpo", "ppo") for size in ("tiny", "smol")),
+        *(f"sft_{size}" for size in ("8b", "70b", "405b")),
     }
 
 
@@ -138,12 +143,108 @@ PAPER = {
 }
 
 
+SIZES = {  # what differs by size: tables 11 (8B, 70B) and 34 (405B), table 14 (seeds), sections 4.3 and 10 (GPUs)
+    "8b": {
+        "model.backbone.path": "meta-llama/Llama-3.1-8B",
+        "model.optimizer.lr": 5e-6,
+        "data.examples_per_step": 128,
+        "data.seed": 123,
+        "gpus": 32,
+    },
+    "70b": {
+        "model.backbone.path": "meta-llama/Llama-3.1-70B",
+        "model.backbone.activation_checkpointing": True,
+        "model.optimizer.lr": 2e-6,
+        "data.examples_per_step": 128,
+        "data.seed": 456,
+        "gpus": 64,
+    },
+    "405b": {
+        "model.backbone.path": "meta-llama/Llama-3.1-405B",
+        "model.optimizer.lr": 2e-6,
+        "data.examples_per_step": 256,
+        "gpus": 256,
+    },
+}
+ALL_SIZES = {  # of every size: linear to 0, 3% warm-up, 2 epochs, 4,096 tokens and what is longer cut, no decay
+    **{key: PAPER["sft"][key] for key in PAPER["sft"] if key not in ("model.optimizer.lr", "data.examples_per_step")},
+    "model.backbone.compute_dtype": "bfloat16",
+    "data.template": "tulu",
+    "data.on_overflow": "truncate",
+}
+TABLE_7 = {  # the SFT column of table 7
+    "hardcoded": 240,
+    "openassistant": 7_132,
+    "no-robots": 9_500,
+    "wildchat": 100_000,
+    "flan-v2": 89_982,
+    "sciriff": 10_000,
+    "table-gpt": 5_000,
+    "persona-math": 149_960,
+    "persona-gsm": 49_980,
+    "persona-algebra": 20_000,
+    "open-math-instruct-2": 50_000,
+    "numinamath-tir": 64_312,
+    "persona-python": 34_999,
+    "evol-codealpaca": 107_276,
+    "coconot": 10_983,
+    "wildjailbreak": 50_000,
+    "wildguardmix": 50_000,
+    "aya": 100_000,
+    "persona-if": 29_980,
+}
+
+
+def init_arg(config: dict, key: str):
+    section, *rest = key.split(".")
+    return value_at(config, (section, "init_args", *rest))
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_a_full_size_sft_config_holds_the_papers_numbers(size):
+    config = composed(f"sft_{size}.yaml")
+    for key, expected in {**ALL_SIZES, **SIZES[size]}.items():
+        if key == "gpus":
+            assert config["trainer"]["devices"] * config["trainer"]["num_nodes"] == expected
+        else:
+            assert (init_arg(config, key), type(init_arg(config, key))) == (expected, type(expected)), key
+    assert config["trainer"]["strategy"] == "fsdp2"
+    assert config["seed_everything"] == SIZES[size].get("data.seed", 1)
+    (source,) = init_arg(config, "data.sources")
+    assert source == {"name": "tulu3", "hub": "allenai/tulu-3-sft-mixture"}
+
+
+def test_the_papers_mixture_adds_up():
+    sources = init_arg(composed("data/tulu3_sft.yaml"), "data.sources")
+    assert {source["name"]: source["cap"] for source in sources} == TABLE_7
+    assert len(sources) == 19
+    assert sum(source["cap"] for source in sources) == 939_344
+    assert len({source["match"]["source"] for source in sources}) == 19
+    for source in sources:  # the number stands in the released name of most of them
+        digits = [part for part in re.split(r"\D+", source["match"]["source"]) if len(part) >= 4]
+        assert all(int(part) == source["cap"] for part in digits), source
+    assert init_arg(composed("sft_8b_by_source.yaml"), "data.sources") == sources
+
+
+def test_the_papers_mixture_draws_its_sets_out_of_the_ready_one(monkeypatch):
+    """With a stand-in for the hub that has each set three times too small, and one row of a set that is not named."""
+    datasets = pytest.importorskip("datasets")
+    config = init_arg(composed("data/tulu3_sft.yaml"), "data.sources")
+    values = [source["match"]["source"] for source in config]
+    ready = datasets.Dataset.from_dict({"id": range(58), "source": [*(values * 3), "another"]})
+    asked = []
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kwargs: asked.append(args) or ready)
+    monkeypatch.setattr(files, "hub_set", cache(files.hub_set.__wrapped__))
+    taken = [row["id"] for settings in config for row in load(Source(**settings))]
+    assert sorted(taken) == list(range(57))
+    assert len(asked) == 1
+
+
 @pytest.mark.parametrize("stage", PAPER)
 def test_the_stage_file_holds_the_papers_numbers(stage):
     config = composed(f"stage/{stage}.yaml")
     for key, expected in PAPER[stage].items():
-        section, *rest = key.split(".")
-        found = value_at(config, (section, "init_args", *rest))
+        found = init_arg(config, key)
         assert (found, type(found)) == (expected, type(expected)), key
 
 

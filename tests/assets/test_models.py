@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from tulu_lightning.assets import smollm2, tiny
+from tulu_lightning.assets import hub, smollm2, tiny
 from tulu_lightning.assets.models import load_tokenizer, resolve_model
 from tulu_lightning.errors import InputError
 
@@ -53,6 +53,33 @@ def test_a_missing_folder_is_named(tmp_path):
     with pytest.raises(InputError, match="there is no such model folder") as caught:
         resolve_model(str(tmp_path / "nowhere"))
     assert caught.value.where == str(tmp_path / "nowhere")
+
+
+def test_a_hub_id_is_fetched_without_what_is_not_needed(folder, monkeypatch):
+    asked = []
+    monkeypatch.setattr(hub, "snapshot_download", lambda *args, **kwargs: asked.append((args, kwargs)) or str(folder))
+    for _ in range(2):
+        assert resolve_model("an-org/a-model-1.0") == folder
+    (args, kwargs), *again = asked
+    assert (args, again) == (("an-org/a-model-1.0",), [])  # asked once
+    assert not {"*.bin", "*.pth"} & set(kwargs["allow_patterns"])
+    (folder / "config.json").unlink()
+    with pytest.raises(InputError, match=r"has no config\.json"):
+        resolve_model("an-org/a-model-1.0")
+
+
+def test_a_hub_model_that_cannot_be_had_is_named_with_the_reason():
+    with pytest.raises(InputError, match="the hub gives no model of that name") as caught:
+        resolve_model("nobody/a-model-that-is-nowhere")  # the tests are offline
+    assert caught.value.where == "nobody/a-model-that-is-nowhere"
+    assert "HF_TOKEN" in caught.value.remedy
+
+
+@pytest.mark.parametrize("path", ["./model", "/no/model", "runs/sft/promoted", "tests/model", "a/b/", "a/", "~/model"])
+def test_a_path_that_can_only_be_local_is_not_looked_for_on_the_hub(path, monkeypatch):
+    monkeypatch.setattr(hub, "snapshot_download", lambda *args, **kwargs: pytest.fail("the hub was asked"))
+    with pytest.raises(InputError, match="there is no such model folder"):
+        resolve_model(path)
 
 
 def test_an_unknown_name_offers_the_nearest_one():

@@ -1,13 +1,13 @@
-"""Where a model comes from: a local Hugging Face folder, or one of two names that are built into the cache.
+"""Where a model comes from: a local Hugging Face folder, one of two names that are built into the cache, or the hub.
 
-No model hub is asked and no code of a model folder is run.
+The hub is asked only for a path that is no folder here and looks like a hub id. No code of a model folder is run.
 """
 
 from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from tulu_lightning.assets import smollm2, tiny
+from tulu_lightning.assets import hub, smollm2, tiny
 from tulu_lightning.errors import InputError, nearest
 
 __all__ = ["NAMED_MODELS", "load_tokenizer", "resolve_model"]
@@ -19,14 +19,16 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 
 
 def resolve_model(path: str) -> Path:
-    """The Hugging Face folder behind a path or a name of `NAMED_MODELS`.
+    """The Hugging Face folder behind a path, a name of `NAMED_MODELS`, or a hub id such as meta-llama/Llama-3.1-8B.
 
     Raises:
-        InputError: no such folder or name, or the folder lacks its config, its weights or its tokenizer.
+        InputError: no such folder, name or model, or the folder lacks its config, its weights or its tokenizer.
     """
     if path in NAMED_MODELS:
         return NAMED_MODELS[path]()
     folder = Path(path).expanduser()
+    if not folder.exists() and hub.could_be_id(path):
+        folder = hub.fetch(path)
     if not folder.is_dir():
         if "/" not in path:
             remedy = f"{nearest(path, NAMED_MODELS)} Or give the path of a Hugging Face model folder."

@@ -14,13 +14,16 @@ from tulu_lightning.core.step_plan import StepPlan
 from tulu_lightning.data import chat
 from tulu_lightning.data.intake import Intake, LeftOut
 from tulu_lightning.data.loader import StepLoader
-from tulu_lightning.data.sources import Row, Source, load
+from tulu_lightning.data.mixture import order, repeats, wanted
+from tulu_lightning.data.sources import Row, Source, Table, open_source
 from tulu_lightning.errors import InputError
 
 __all__ = ["Overflow", "StepData"]
 
-Overflow = Literal["error", "drop"]
+Overflow = Literal["error", "drop", "truncate"]
 Item = TypeVar("Item")
+CHUNK = 1000
+"""Rows read at once."""
 
 
 class StepData(L.LightningDataModule, Generic[Item]):
@@ -95,25 +98,41 @@ class StepData(L.LightningDataModule, Generic[Item]):
         if self._items:
             return
         intake = Intake(self.sources)
-        rows = {source.name: load(source) for source in self.sources}  # cheap mistakes first
+        tables = {source.name: open_source(source) for source in self.sources}  # cheap mistakes first
         self.tokenizer = load_tokenizer(self._tokenizer_path)
         self.template = chat.chat_template(self._template_name, self.tokenizer)
         items: list[Item] = []
         names: list[str] = []
         for source in self.sources:
-            for number, row in enumerate(rows[source.name], start=1):
-                try:
-                    items.append(self._read(source, number, row))
-                except LeftOut as reason:
-                    intake.leave_out(source, str(reason))
-                else:
-                    intake.keep(source)
-                    names.append(source.name)
+            kept = self._take(source, tables[source.name], intake)
             intake.check(source)
+            again = repeats(source, len(kept), self.seed)
+            items += [kept[index] for index in again]
+            names += [source.name] * len(again)
         self._lengths = [self._tokens(item) for item in items]
         self._items, self._source_names = self._finish(items), names
         if table := intake.table():
             rank_zero_info(table)
+
+    def _take(self, source: Source, table: Table, intake: Intake) -> list[Item]:
+        """The usable rows of one source, as many as are wanted."""
+        kept: list[Item] = []
+        indices, enough = order(source, len(table), self.seed), wanted(source, len(table))
+        for start in range(0, len(indices), CHUNK):
+            chunk = indices[start : start + CHUNK]
+            for index, row in zip(chunk, table.take(chunk), strict=True):
+                if enough is not None and len(kept) == enough:
+                    return kept
+                try:
+                    kept.append(self._read(source, table.number(index), row))
+                except LeftOut as reason:
+                    intake.leave_out(source, str(reason))
+                else:
+                    intake.keep(source)
+        if source.count is not None and len(kept) < source.count:
+            what = f"count is {source.count}, and {len(kept)} rows are usable"
+            raise InputError(f"source {source.name!r}", what, "Lower it, or use cap, which takes what is there.")
+        return kept
 
     def _read(self, source: Source, number: int, row: Row) -> Item:
         """Check and tokenise one row; raises InputError or LeftOut."""

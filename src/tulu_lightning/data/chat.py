@@ -7,7 +7,7 @@ special token of the template's own). The mask comes from these pieces and from 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
@@ -15,8 +15,8 @@ from tulu_lightning.errors import InputError, nearest
 
 __all__ = ["TEMPLATES", "ChatTemplate", "Message", "Piece", "chat_template", "encode", "encode_answer", "stop_ids"]
 
-Message = Mapping[str, str]
-"""`role` (system, user or assistant) and `content`."""
+Message = Mapping[str, Any]
+"""`role` (system, user or assistant) and `content`; an assistant's may have a `weight` (1 if left out)."""
 
 CHATML_END = "<|im_end|>"
 SMOLLM2_SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
@@ -56,6 +56,8 @@ class ChatTemplate:
             messages: at least one.
             generation_prompt: end with the opening of an assistant turn.
         """
+        if messages[0]["role"] == "text":  # no conversation: plain text, all of it trained
+            return Piece(messages[0]["content"], trained=True), Piece(self.end, trained=True, control=True)
         if self.default_system and messages[0]["role"] != "system":
             messages = [{"role": "system", "content": self.default_system}, *messages]
         pieces: list[Piece] = []

@@ -7,7 +7,18 @@ from tulu_lightning.data.chat import Message
 from tulu_lightning.data.sources import Row, Source
 from tulu_lightning.errors import InputError, nearest
 
-__all__ = ["ROLES", "PreferenceRow", "PromptRow", "read_chat", "read_preference", "read_prompt"]
+__all__ = [
+    "ROLES",
+    "PreferenceRow",
+    "PromptRow",
+    "field",
+    "messages_of",
+    "read_chat",
+    "read_preference",
+    "read_prompt",
+    "shown",
+    "text_of",
+]
 
 ROLES = ("system", "user", "assistant")
 
@@ -33,15 +44,18 @@ class PromptRow(NamedTuple):
 
 
 def read_chat(source: Source, number: int, row: Row) -> list[Message]:
-    """The messages of an SFT row.
+    """The messages of an SFT row: roles, contents, and the `weight` of an assistant's message if it is not 1.
 
     Raises:
-        InputError: `messages` is missing, empty or malformed, or has no assistant turn.
+        InputError: `messages` is missing, empty or malformed, or has no assistant turn, or none with a weight above 0.
     """
     where = source.row_name(number)
-    messages = _messages(where, "messages", _field(where, row, "messages"))
-    if not any(message["role"] == "assistant" for message in messages):
+    messages = messages_of(where, "messages", field(where, row, "messages"))
+    answers = [message for message in messages if message["role"] == "assistant"]
+    if not answers:
         raise InputError(where, "messages has no assistant turn to learn from", "Add one, or remove the row.")
+    if not any(message.get("weight", 1.0) for message in answers):
+        raise InputError(where, "no assistant turn is trained", "Give one a weight above 0, or remove the row.")
     return messages
 
 
@@ -58,11 +72,12 @@ def read_prompt(source: Source, number: int, row: Row, complaint: Callable[[str,
         InputError: a field is missing or malformed, or the verifier cannot use the target.
     """
     where = source.row_name(number)
-    messages = _messages(where, "messages", _field(where, row, "messages"))
+    _refuse_sft_settings(source)
+    messages = messages_of(where, "messages", field(where, row, "messages"))
     if messages[-1]["role"] != "user":
         raise InputError(where, "messages does not end with a user turn", "Leave the answer to the model.")
-    target = _text(where, "ground_truth", _field(where, row, "ground_truth"))
-    verifier = _text(where, "verifier", _field(where, row, "verifier"))
+    target = text_of(where, "ground_truth", field(where, row, "ground_truth"))
+    verifier = text_of(where, "verifier", field(where, row, "verifier"))
     try:
         found = complaint(verifier, target)
     except InputError as error:
@@ -81,53 +96,81 @@ def read_preference(source: Source, number: int, row: Row) -> PreferenceRow:
         InputError: a field is missing or malformed, or only some of the ids are there.
     """
     where = source.row_name(number)
+    _refuse_sft_settings(source)
     if any(name in row for name in ("prompt_ids", "chosen_ids", "rejected_ids")):
         prompt, chosen, rejected = (
-            _ids(where, name, _field(where, row, name)) for name in ("prompt_ids", "chosen_ids", "rejected_ids")
+            _ids(where, name, field(where, row, name)) for name in ("prompt_ids", "chosen_ids", "rejected_ids")
         )
         if not prompt:
             raise InputError(where, "prompt_ids is empty", "Give the prompt's token ids, template included.")
         return PreferenceRow([], "", "", (prompt, chosen, rejected))
-    given = _field(where, row, "prompt")
-    messages = _messages(where, "prompt", [{"role": "user", "content": given}] if isinstance(given, str) else given)
+    given = field(where, row, "prompt")
+    messages = messages_of(where, "prompt", [{"role": "user", "content": given}] if isinstance(given, str) else given)
     if messages[-1]["role"] == "assistant":
         raise InputError(where, "prompt ends with an assistant turn", "Put the answers in chosen and rejected.")
-    chosen, rejected = (_answer(where, name, _field(where, row, name)) for name in ("chosen", "rejected"))
+    chosen, rejected = (_answer(where, name, field(where, row, name)) for name in ("chosen", "rejected"))
     return PreferenceRow(messages, chosen, rejected)
 
 
-def _field(where: str, row: Row, name: str) -> Any:
+def _refuse_sft_settings(source: Source) -> None:
+    for name, default in (("read", "messages"), ("filters", []), ("keep_empty", False)):
+        if (value := getattr(source, name)) != default:
+            what = f"{name} is {value}, which does nothing for rows that are not for SFT"
+            raise InputError(f"source {source.name!r}", what, f"Leave {name} out.")
+
+
+def field(where: str, row: Row, name: str) -> Any:
+    """A field that the row must have."""
     if name not in row:
         raise InputError(where, f"the row has no field {name!r} (it has {', '.join(row) or 'none'})", f"Add {name!r}.")
     return row[name]
 
 
-def _text(where: str, name: str, value: Any) -> str:
+def text_of(where: str, name: str, value: Any) -> str:
+    """A value that must be text."""
     if not isinstance(value, str):
-        raise InputError(where, f"{name} is {_shown(value)}, not text", "Write it as a string.")
+        raise InputError(where, f"{name} is {shown(value)}, not text", "Write it as a string.")
     return value
 
 
-def _messages(where: str, name: str, value: Any) -> list[Message]:
+def messages_of(where: str, name: str, value: Any) -> list[Message]:
+    """A value that must be a list of messages."""
     if not isinstance(value, list) or not value:
         remedy = 'Give at least one {"role": ..., "content": ...}.'
-        raise InputError(where, f"{name} is {_shown(value)}, not a list of messages", remedy)
+        raise InputError(where, f"{name} is {shown(value)}, not a list of messages", remedy)
     return [_message(where, f"{name}[{index}]", message) for index, message in enumerate(value)]
 
 
 def _message(where: str, name: str, message: Any) -> Message:
     if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
-        raise InputError(where, f"{name} is {_shown(message)}", 'Give it as {"role": ..., "content": ...}.')
+        raise InputError(where, f"{name} is {shown(message)}", 'Give it as {"role": ..., "content": ...}.')
     role = message["role"]
     if role not in ROLES:
         raise InputError(where, f"{name} has the role {role!r}, which does not exist", nearest(str(role), ROLES))
-    return {"role": role, "content": _text(where, f"content of {name}", message["content"])}
+    read: dict[str, Any] = {"role": role, "content": text_of(where, f"content of {name}", message["content"])}
+    weight = _weight(where, name, message)
+    if role != "assistant" and message.get("weight"):
+        remedy = "Only an assistant's message is trained: leave its weight out, or make it 0."
+        raise InputError(where, f"{name} is of the {role} and has the weight {message['weight']}", remedy)
+    if role == "assistant" and weight != 1.0:
+        read["weight"] = weight
+    return read
+
+
+def _weight(where: str, name: str, message: dict[str, Any]) -> float:
+    """The loss weight of a message: `weight`, or 0 for `train: false`."""
+    train, weight = message.get("train", True), message.get("weight", 1.0)
+    if not isinstance(train, bool):
+        raise InputError(where, f"train of {name} is {shown(train)}", "Use true or false.")
+    if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight < float("inf"):
+        raise InputError(where, f"weight of {name} is {shown(weight)}", "Use a number from 0.")
+    return float(weight) if train else 0.0
 
 
 def _answer(where: str, name: str, value: Any) -> str:
     if isinstance(value, str):
         return value
-    messages = _messages(where, name, value)
+    messages = messages_of(where, name, value)
     if [message["role"] for message in messages] != ["assistant"]:
         raise InputError(where, f"{name} is not one assistant message", "Move the turns before it to prompt.")
     return messages[0]["content"]
@@ -135,10 +178,11 @@ def _answer(where: str, name: str, value: Any) -> str:
 
 def _ids(where: str, name: str, value: Any) -> TokenIds:
     if not isinstance(value, list) or not all(type(item) is int and item >= 0 for item in value):
-        raise InputError(where, f"{name} is {_shown(value)}, not a list of token ids", "Give whole numbers from 0.")
+        raise InputError(where, f"{name} is {shown(value)}, not a list of token ids", "Give whole numbers from 0.")
     return tuple(value)
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
+    """A value as an error shows it, cut short."""
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."

@@ -1,10 +1,9 @@
 """Conversations for supervised fine-tuning."""
 
 from tulu_lightning.core.packing import loss_weight
-from tulu_lightning.data import chat
-from tulu_lightning.data.intake import LeftOut
+from tulu_lightning.data import chat, filters
+from tulu_lightning.data.formats import to_messages
 from tulu_lightning.data.packed import PackedData, segment
-from tulu_lightning.data.readers import read_chat
 from tulu_lightning.data.sources import Row, Source
 from tulu_lightning.types import Document
 
@@ -23,9 +22,8 @@ class SFTData(PackedData):
     """
 
     def _read(self, source: Source, number: int, row: Row) -> Document:
-        messages = read_chat(source, number, row)
-        if any(message["role"] == "assistant" and not message["content"].strip() for message in messages):
-            raise LeftOut("with an empty answer")
+        messages = to_messages(source, number, row)
+        filters.check(source, messages, row)
         ids, trained = chat.encode(self.tokenizer, self.template, messages)
         self._check_length(source, number, len(ids))
         return Document((segment(ids, [float(token) for token in trained]),))

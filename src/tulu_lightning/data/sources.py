@@ -1,18 +1,21 @@
-"""Where rows come from: a local JSON-lines file, or a function that makes them."""
+"""Where rows come from: a set on the hub, a local file of any common format, or a function that makes them."""
 
-import importlib
-import inspect
-import json
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from tulu_lightning.errors import InputError
+import numpy as np
 
-__all__ = ["Row", "Source", "load"]
+from tulu_lightning.data.criteria import Keywords, Predicate
+from tulu_lightning.data.importing import check_call, find_function
+from tulu_lightning.data.table import ListRows, Row, Rows, Table, plain
+from tulu_lightning.errors import InputError, nearest
 
-Row = dict[str, Any]
+__all__ = ["FORMATS", "Row", "Source", "Table", "check_settings", "load", "open_source"]
+
+FORMATS = ("messages", "sharegpt", "alpaca", "prompt_completion", "text")
+"""What `Source.read` may say, beside an import path."""
+READER_EXAMPLE = "my_package.readers.read_row"
 
 
 @dataclass(frozen=True)
@@ -25,93 +28,171 @@ class Source:
     name: str
     """How tables and messages call it; unique within a mixture."""
     path: str | None = None
-    """A JSON-lines file, one object a line."""
+    """A local file by its name: .parquet, .arrow, .json (a list of objects), anything else JSON lines (one object a
+    line), these and .json also packed as .gz or .zst; or a folder that `datasets` saved, or with *.arrow or *.parquet
+    files; or a pattern for such files."""
     rows: str | None = None
     """Import path of a function that returns a list of rows."""
     args: dict[str, Any] = field(default_factory=dict)
     """Keyword arguments of that function."""
     limit: int | None = None
-    """Take only the first so many rows."""
+    """Take only the first so many rows (of those that `match`); what follows counts from there."""
+    hub: str | None = None
+    """A set on the Hugging Face hub, such as allenai/tulu-3-sft-mixture."""
+    subset: str | None = None
+    """Configuration of the hub set, where it has several."""
+    split: str | None = None
+    """Split of the hub set or of a saved folder; `train` if left out."""
+    revision: str | None = None
+    """Commit, tag or branch of the hub set."""
+    read: str = "messages"
+    """How an SFT row is written: messages, sharegpt, alpaca, prompt_completion, text (plain text, all of it trained);
+    or the import path of a function from a row to a row with `messages`, or to None to leave it out."""
+    columns: dict[str, str] = field(default_factory=dict)
+    """Where the fields are that the reader wants, if under other names: {messages: conversation}."""
+    match: dict[str, str | list[str]] = field(default_factory=dict)
+    """Only rows whose field has this value, or one of these: {source: oasst}."""
+    fraction: float | None = None
+    """Share of the rows to take, drawn by the seed: above 0, to 1."""
+    count: int | None = None
+    """Take exactly so many usable rows, drawn by the seed; fewer are an error."""
+    cap: int | None = None
+    """Take at most so many usable rows, drawn by the seed."""
+    upsample: float = 1.0
+    """How often a taken row is used: 10 takes each ten times, 2.5 each twice and half of them once more."""
+    filters: list[Keywords | Predicate] = field(default_factory=list)
+    """Which SFT rows to leave out: {words: [...]} by keywords, {function: ...} by a function of yours."""
+    keep_empty: bool = False
+    """Keep SFT rows with an empty message; the paper filters them out of every set."""
 
     def row_name(self, number: int) -> str:
         """How an error names a row (from 1)."""
         return f"{self.path or f'source {self.name!r}'}, row {number}"
 
+    def choices(self) -> dict[str, Any]:
+        """The settings that decide which rows are taken and how they are read, as plain data; not where they are."""
+        place = ("name", "path", "rows", "args", "hub", "subset", "split", "revision")
+        return {name: value for name, value in asdict(self).items() if name not in place}
 
-def load(source: Source) -> list[Row]:
-    """All rows of a source, each a dictionary; their fields are checked by the readers.
+
+def open_source(source: Source) -> Table:
+    """The rows of a source, each a dictionary; their fields are checked by the readers.
 
     Raises:
-        InputError: neither or both of `path` and `rows`; a file that is missing, unreadable, empty, or not one JSON
-            object a line; a function that cannot be found or called with `args`, or returns something else.
+        InputError: settings that are out of range or do nothing; not exactly one of `path`, `hub` and `rows`; a file
+            that is missing, unreadable, empty, or not what its name says; a function that cannot be found or called
+            with `args`, or returns something else; a column that no row has; a value that no row matches.
+    """
+    check_settings(source)
+    rows, digest = _open(source)
+    where = source.path or f"source {source.name!r}"
+    if not len(rows):
+        raise InputError(where, "it is empty", "Give at least one row, or leave the source out.")
+    for key, column in [*((key, column) for key, column in source.columns.items()), *((c, c) for c in source.match)]:
+        if column not in rows.columns():
+            setting = f"match names {column!r}" if column in source.match else f"columns says {key}: {column}"
+            there = f"(there are {', '.join(rows.columns())})"
+            raise InputError(where, f"{setting}, and no row has such a column {there}", nearest(column, rows.columns()))
+    picked = _matching(where, source, rows)
+    if source.limit is not None:
+        picked = picked[: source.limit]
+    settings = {name: value for name in ("match", "columns", "limit") if (value := getattr(source, name))}
+    return Table(rows, digest, picked, source.columns, settings)
+
+
+def load(source: Source) -> list[Row]:
+    """All rows of a source at once.
+
+    Raises:
+        InputError: as `open_source`.
+    """
+    table = open_source(source)
+    return table.take(range(len(table)))
+
+
+def check_settings(source: Source) -> None:
+    """Refuse settings that cannot be meant, before anything is opened.
+
+    Raises:
+        InputError: names the source, the setting and what would do.
     """
     where = f"source {source.name!r}"
-    if (source.path is None) == (source.rows is None):
-        found = "neither path nor rows is given" if source.path is None else "both path and rows are given"
+    given = [name for name in ("path", "hub", "rows") if getattr(source, name) is not None]
+    if len(given) != 1:
+        found = f"both {' and '.join(given)} are given" if given else "neither path nor hub nor rows is given"
         raise InputError(where, found, "Give exactly one of them.")
-    if source.limit is not None and source.limit < 1:
-        raise InputError(where, f"limit is {source.limit}", "Use at least 1, or leave it out.")
+    if source.args and not source.rows:
+        remedy = f"Leave args out, or use rows instead of {given[0]}."
+        raise InputError(where, f"args do nothing for a {'file' if source.path else 'hub set'}", remedy)
+    for name in ("subset", "revision", *(["split"] if source.rows else [])):
+        if getattr(source, name) is not None and not source.hub:
+            raise InputError(where, f"{name} does nothing for a source without hub", f"Leave {name} out, or give hub.")
+    _check_numbers(where, source)
+    if "." in source.read:
+        find_function(f"{where}, read", source.read, READER_EXAMPLE)
+    elif source.read not in FORMATS:
+        remedy = f"{nearest(source.read, FORMATS)} Or give the import path of a function, such as {READER_EXAMPLE}."
+        raise InputError(where, f"there is no format {source.read!r}", remedy)
+    for criterion in source.filters:
+        if isinstance(criterion, Predicate):
+            criterion.find()
+
+
+def _check_numbers(where: str, source: Source) -> None:
+    for name in ("limit", "count", "cap"):
+        value = getattr(source, name)
+        if value is not None and value < 1:
+            raise InputError(where, f"{name} is {value}", "Use at least 1, or leave it out.")
+    if source.fraction is not None and not 0 < source.fraction <= 1:
+        remedy = "It is a share of the rows: above 0, to 1. To use rows more than once, set upsample."
+        raise InputError(where, f"fraction is {source.fraction}", remedy)
+    if not 1 <= source.upsample < float("inf"):
+        remedy = "Use 1 or more. To take fewer rows, set fraction, count or cap."
+        raise InputError(where, f"upsample is {source.upsample}", remedy)
+    both = [name for name in ("fraction", "count", "cap") if getattr(source, name) is not None]
+    if len(both) > 1:
+        raise InputError(where, f"both {' and '.join(both)} are given", "Give one of them.")
+
+
+def _open(source: Source) -> tuple[Rows, str]:
+    where = f"source {source.name!r}"
+    if source.rows is not None:
+        rows = ListRows(_call(source, where, source.rows))
+        return rows, rows.digest()
+    from tulu_lightning.data.files import open_file, open_hub  # `datasets` takes a second to import
+
     if source.path is not None:
-        if source.args:
-            raise InputError(where, "args do nothing for a file", "Leave args out, or use rows instead of path.")
-        rows = list(_read_lines(source, Path(source.path).expanduser()))
-    else:
-        rows = _call(where, str(source.rows), source.args)
-    if not rows:
-        raise InputError(source.path or where, "it is empty", "Give at least one row, or leave the source out.")
+        return open_file(source.path, source.split, source.row_name)
+    return open_hub(where, str(source.hub), source.subset, source.split, source.revision)
+
+
+def _call(source: Source, where: str, import_path: str) -> list[Row]:
+    function = find_function(where, import_path, "tulu_lightning.assets.arithmetic.sft_rows")
+    check_call(where, import_path, function, source.args)
+    rows = function(**source.args)
+    if not isinstance(rows, list):
+        raise InputError(where, f"{import_path} returned a {type(rows).__name__}", "It must return a list of rows.")
     for number, row in enumerate(rows, start=1):
         if not isinstance(row, dict):
             remedy = "Make every row an object with named fields."
             raise InputError(source.row_name(number), f"the row is a {type(row).__name__}, not an object", remedy)
-    return rows[: source.limit]
-
-
-def _read_lines(source: Source, path: Path) -> Iterator[Any]:
-    try:
-        # Only \n ends a JSON line; str.splitlines would also cut at U+2028, which JSON strings may hold.
-        lines = path.read_text(encoding="utf-8-sig").rstrip().split("\n")
-    except FileNotFoundError:
-        raise InputError(str(path), "there is no such file", "Correct the source's path.") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(str(path), f"the file cannot be read ({error})", "Give a readable UTF-8 file.") from error
-    if lines == [""]:
-        return
-    for number, line in enumerate(lines, start=1):
-        try:
-            yield json.loads(line)
-        except json.JSONDecodeError as error:
-            found = (
-                f"the line is not JSON ({error.msg} at column {error.colno})" if line.strip() else "the line is empty"
-            )
-            raise InputError(source.row_name(number), found, "Write one JSON object a line.") from None
-
-
-def _call(where: str, import_path: str, args: dict[str, Any]) -> list[Any]:
-    function = _find(where, import_path)
-    try:
-        signature = inspect.signature(function)
-    except ValueError:
-        raise InputError(
-            where, f"{import_path} is built in and names no parameters", "Wrap it in a function."
-        ) from None
-    try:
-        signature.bind(**args)
-    except TypeError as error:
-        remedy = f"It takes {signature}."
-        raise InputError(where, f"{import_path} cannot be called with these args ({error})", remedy) from None
-    rows = function(**args)
-    if not isinstance(rows, list):
-        raise InputError(where, f"{import_path} returned a {type(rows).__name__}", "It must return a list of rows.")
     return rows
 
 
-def _find(where: str, import_path: str) -> Callable[..., Any]:
-    module_name, _, name = import_path.rpartition(".")
-    remedy = "Give the import path of a function, such as tulu_lightning.assets.arithmetic.sft_rows."
-    try:
-        function = getattr(importlib.import_module(module_name), name, None)
-    except (ImportError, ValueError) as error:
-        raise InputError(where, f"{import_path} cannot be imported ({error})", remedy) from error
-    if not callable(function):
-        raise InputError(where, f"{import_path} is not a function", remedy)
-    return function
+def _matching(where: str, source: Source, rows: Rows) -> Sequence[int]:
+    """Indices of the rows that have every value that `match` asks for."""
+    if not source.match:
+        return range(len(rows))
+    keep = np.ones(len(rows), dtype=bool)
+    for column, wanted in source.match.items():
+        accepted = {wanted} if isinstance(wanted, str) else set(wanted)
+        values, codes = rows.codes(column)
+        values = [plain(value) for value in values]
+        for value in sorted(accepted.difference(values)):
+            shown = [text for text in values if len(text) <= 80][:30]
+            remedy = nearest(value, shown) if shown else "Match another column."
+            raise InputError(where, f"no row has {value!r} as its {column!r}", remedy)
+        keep &= np.isin(codes, [code for code, value in enumerate(values) if value in accepted])
+    if not keep.any():
+        raise InputError(where, f"no row matches all of {source.match}", "Ask for less.")
+    return np.flatnonzero(keep)  # type: ignore[return-value]  an array is a sequence in all that is used here

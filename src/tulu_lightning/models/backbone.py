@@ -30,7 +30,7 @@ class Backbone:
     """Which weights to start from, and how to compute with them."""
 
     path: str
-    """A Hugging Face model folder, or a name that `assets.models` knows."""
+    """A Hugging Face model folder, a name that `assets.models` knows, or a hub id such as meta-llama/Llama-3.1-8B."""
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
     """Dtype of the matrix products. Weights, gradients and optimiser state stay fp32: at RL learning rates updates of
     bf16 weights round away."""
