@@ -1,6 +1,7 @@
 """What the three data modules have in common: sources in, whole optimiser steps out."""
 
 import hashlib
+from collections.abc import Iterator
 from typing import Any, Generic, Literal, TypeVar
 
 import lightning as L
@@ -9,9 +10,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from tulu_lightning.assets.models import load_tokenizer
+from tulu_lightning.assets.models import generation_eos, load_tokenizer
 from tulu_lightning.core.step_plan import StepPlan
-from tulu_lightning.data import chat
+from tulu_lightning.data import chat, doctor
 from tulu_lightning.data.intake import Intake, LeftOut
 from tulu_lightning.data.loader import StepLoader
 from tulu_lightning.data.sources import Row, Source, load
@@ -54,7 +55,7 @@ class StepData(L.LightningDataModule, Generic[Item]):
             tokenizer: model folder or name whose tokenizer is used.
             max_tokens: longest sequence that is kept, in tokens, template included.
             examples_per_step: rows of one optimiser step, over all ranks.
-            template: name of the chat template.
+            template: name of the chat template: tulu, llama3, chatml, smollm2, or `model` for the tokenizer's own.
             seed: decides the order of the rows.
             epochs: passes over the rows.
             max_steps: number of steps instead of that of `epochs`.
@@ -98,6 +99,8 @@ class StepData(L.LightningDataModule, Generic[Item]):
         rows = {source.name: load(source) for source in self.sources}  # cheap mistakes first
         self.tokenizer = load_tokenizer(self._tokenizer_path)
         self.template = chat.chat_template(self._template_name, self.tokenizer)
+        named = [*doctor.probes(self.tokenizer), *self._conversations(rows)]
+        doctor.stop_on(doctor.examine(self.tokenizer, self.template, named, self.stop_ids))
         items: list[Item] = []
         names: list[str] = []
         for source in self.sources:
@@ -115,6 +118,10 @@ class StepData(L.LightningDataModule, Generic[Item]):
         if table := intake.table():
             rank_zero_info(table)
 
+    def _conversations(self, rows: dict[str, list[Row]]) -> Iterator[tuple[str, list[chat.Message]]]:
+        """Names and messages of the rows that the template doctor looks at, besides its own probes."""
+        yield from ()
+
     def _read(self, source: Source, number: int, row: Row) -> Item:
         """Check and tokenise one row; raises InputError or LeftOut."""
         raise NotImplementedError
@@ -130,6 +137,13 @@ class StepData(L.LightningDataModule, Generic[Item]):
             found = f"the row has {tokens} tokens, and max_tokens is {self.max_tokens}"
             raise InputError(source.row_name(number), found, remedy)
         raise LeftOut(f"longer than {self.max_tokens} tokens")
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """Ids that end a response: the tokenizer's EOS, its folder's generation config's, the template's end of turn."""
+        if not hasattr(self, "template"):
+            self.setup()
+        return chat.stop_ids(self.tokenizer, self.template, generation_eos(self._tokenizer_path))
 
     # Steps ------------------------------------------------------------------------------------------------------
 
