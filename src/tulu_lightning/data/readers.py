@@ -1,5 +1,6 @@
 """Rows to typed forms. Every complaint names the file, the row, what was found and what would do."""
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -35,8 +36,11 @@ class PromptRow(NamedTuple):
 def read_chat(source: Source, number: int, row: Row) -> list[Message]:
     """The messages of an SFT row.
 
+    An assistant message keeps its `weight`, if it has one.
+
     Raises:
-        InputError: `messages` is missing, empty or malformed, or has no assistant turn.
+        InputError: `messages` is missing, empty or malformed, has no assistant turn, or a weight that is not a number
+            from 0, or one on a message that is never trained.
     """
     where = source.row_name(number)
     messages = _messages(where, "messages", _field(where, row, "messages"))
@@ -105,6 +109,11 @@ def _field(where: str, row: Row, name: str) -> Any:
 def _text(where: str, name: str, value: Any) -> str:
     if not isinstance(value, str):
         raise InputError(where, f"{name} is {_shown(value)}, not text", "Write it as a string.")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        what = f"{name} has half of a surrogate pair at character {error.start}, which no tokenizer can read"
+        raise InputError(where, what, "Remove or repair that character.") from None
     return value
 
 
@@ -121,7 +130,42 @@ def _message(where: str, name: str, message: Any) -> Message:
     role = message["role"]
     if role not in ROLES:
         raise InputError(where, f"{name} has the role {role!r}, which does not exist", nearest(str(role), ROLES))
-    return {"role": role, "content": _text(where, f"content of {name}", message["content"])}
+    read = {"role": role, "content": _content(where, f"content of {name}", message["content"])}
+    weight = _weight(where, name, message)
+    if role == "assistant":
+        return read if weight is None else {**read, "weight": weight}
+    if weight:
+        what = f"{name} has the weight {weight:g}, and only assistant turns are trained"
+        raise InputError(where, what, f"Leave the weight of the {role}'s message out, or set it to 0.")
+    return read
+
+
+def _content(where: str, name: str, value: Any) -> str:
+    """Text, or a list of text parts ({"type": "text", "text": ...}; some data sets write `value`), which are joined."""
+    if not isinstance(value, list):
+        return _text(where, name, value)
+    parts = []
+    for part in value:
+        if not isinstance(part, dict) or part.get("type") != "text":
+            raise InputError(where, f"{name} has the part {_shown(part)}", "Only text can be trained on.")
+        parts.append(_text(where, f"a part of {name}", part.get("text", part.get("value"))))
+    return "".join(parts)
+
+
+def _weight(where: str, name: str, message: dict[str, Any]) -> float | None:
+    """`weight` of a message (`loss_weight` in other projects' data), or 0 for `train: false`; None if not given."""
+    given = {key: message[key] for key in ("weight", "loss_weight", "train") if message.get(key) is not None}
+    train = given.pop("train", True)
+    if not isinstance(train, bool):
+        raise InputError(where, f"train of {name} is {_shown(train)}", "Use true or false.")
+    for key, value in given.items():
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
+            raise InputError(where, f"{key} of {name} is {_shown(value)}", "Use a number from 0; 0 is not trained.")
+    weights = {float(value) for value in given.values()}
+    if len(weights) > 1 or (not train and any(weights)):
+        found = {**given, "train": train} if not train else given
+        raise InputError(where, f"{name} has weights that clash: {found}", "Give one of them.")
+    return weights.pop() if weights else (None if train else 0.0)
 
 
 def _answer(where: str, name: str, value: Any) -> str:
