@@ -66,15 +66,16 @@ def encode_many(
     """
     encoded: list[Encoded] = []
     controls: dict[str, list[int]] = {}
-    for at in range(0, len(conversations), CHUNK):
-        chunk = conversations[at : at + CHUNK]
-        rows = [_runs(template.render(messages)) for messages in chunk]
-        runs = [run for row in rows for run in row]
-        texts = _encode_texts(tokenizer, {run.text for run in runs if not run.control})
-        for text in {run.text for run in runs if run.control} - controls.keys():
-            controls[text] = _ids(tokenizer, text, control=True)
-        for row, messages in zip(rows, chunk, strict=True):
-            encoded.append(_assemble(row, texts, controls, _turn_weights(messages, train)))
+    with _restored(tokenizer):
+        for at in range(0, len(conversations), CHUNK):
+            chunk = conversations[at : at + CHUNK]
+            rows = [_runs(template.render(messages)) for messages in chunk]
+            runs = [run for row in rows for run in row]
+            for text in {run.text for run in runs if run.control} - controls.keys():
+                controls[text] = _ids(tokenizer, text, control=True)
+            texts = _encode_texts(tokenizer, {run.text for run in runs if not run.control})
+            for row, messages in zip(rows, chunk, strict=True):
+                encoded.append(_assemble(row, texts, controls, _turn_weights(messages, train)))
     return encoded
 
 
@@ -163,23 +164,28 @@ def _encode_texts(tokenizer: PreTrainedTokenizerBase, texts: set[str]) -> dict[s
         found.update((text, _ids(tokenizer, text, control=False)) for text in wanted)
         return found
     backend: Any = tokenizer.backend_tokenizer  # type: ignore[attr-defined]
-    with _plain(backend):
-        encodings = backend.encode_batch_fast(wanted, add_special_tokens=False)
+    backend.encode_special_tokens = True
+    backend.no_truncation()
+    backend.no_padding()
+    encodings = backend.encode_batch_fast(wanted, add_special_tokens=False)
     found.update((text, encoding.ids) for text, encoding in zip(wanted, encodings, strict=True))
     return found
 
 
 @contextmanager
-def _plain(backend: Any) -> Iterator[None]:
-    """No special tokens in texts, no truncation, no padding, for a while."""
+def _restored(tokenizer: PreTrainedTokenizerBase) -> Iterator[None]:
+    """Puts back what is set on a Rust tokenizer meanwhile; transformers' own calls set and leave it too."""
+    if not tokenizer.is_fast:
+        yield
+        return
+    backend: Any = tokenizer.backend_tokenizer  # type: ignore[attr-defined]
     special, truncation, padding = backend.encode_special_tokens, backend.truncation, backend.padding
-    backend.encode_special_tokens = True
-    backend.no_truncation()
-    backend.no_padding()
     try:
         yield
     finally:
         backend.encode_special_tokens = special
+        backend.no_truncation()
+        backend.no_padding()
         if truncation is not None:
             backend.enable_truncation(**truncation)
         if padding is not None:
