@@ -1,5 +1,6 @@
 """Tokenizers and conversations that the chat tests share."""
 
+import functools
 import os
 from pathlib import Path
 
@@ -43,6 +44,7 @@ def llama3_bytes() -> PreTrainedTokenizerFast:
     return tokenizer
 
 
+@functools.cache  # it loads in seconds: tests leave it as it is
 def llama3():
     """The real tokenizer of Llama 3.1, where its folder is given."""
     folder = os.environ.get(LLAMA3_FOLDER, "")

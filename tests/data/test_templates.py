@@ -1,7 +1,6 @@
 """The Llama 3 template, with the model's tokenizer where there is one and with a stand-in (others: `test_chat.py`)."""
 
 import pytest
-
 from chat_tokenizers import CONVERSATIONS, byte_level, llama3, llama3_bytes, turns
 
 from tulu_lightning.data.chat import chat_template, encode, encode_answer, encode_many, stop_ids
@@ -75,9 +74,9 @@ def test_llama3_needs_its_own_tokens():
         chat_template("llama3", byte_level(eos_token="<|end_of_text|>"))
 
 
-def test_llama3_stops_on_every_id_that_the_generation_config_names():
+def test_llama3_stops_on_every_id_that_the_generation_config_names(monkeypatch):
     tokenizer = llama3()  # a base tokenizer's EOS is 128001, and Instruct's generation config has three
     template = chat_template("llama3", tokenizer)
-    tokenizer.eos_token = "<|end_of_text|>"
+    monkeypatch.setattr(tokenizer, "eos_token", "<|end_of_text|>")
     assert stop_ids(tokenizer, template, (128001, 128008, 128009)) == (128001, 128008, 128009)
     assert stop_ids(tokenizer, template) == (128001, 128009)

@@ -112,6 +112,7 @@ def stop_on(findings: Sequence[Finding]) -> None:
     """
     if findings:
         rule, where, detail = findings[0]
-        more = f" ({len(findings) - 1} more findings)" if len(findings) > 1 else ""
+        others = len(findings) - 1
+        more = f" ({others} more finding{'s' * (others > 1)})" if others else ""
         what = f"it breaks the template rule {rule!r} ({RULES[rule]}): {detail}{more}"
         raise InputError(where, what, REMEDIES.get(rule, REMEDY))
