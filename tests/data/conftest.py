@@ -1,8 +1,12 @@
 import json
+import sys
+from pathlib import Path
 
 import pytest
 
 from tulu_lightning.data.sources import Source
+
+sys.path.append(str(Path(__file__).parent))  # the chat tests share `chat_tokenizers`
 
 
 @pytest.fixture

@@ -3,14 +3,16 @@
 The hub is asked only for a path that is no folder here and looks like a hub id. No code of a model folder is run.
 """
 
+import json
 from pathlib import Path
+from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from tulu_lightning.assets import hub, smollm2, tiny
 from tulu_lightning.errors import InputError, nearest
 
-__all__ = ["NAMED_MODELS", "load_tokenizer", "resolve_model"]
+__all__ = ["NAMED_MODELS", "generation_eos", "load_tokenizer", "resolve_model"]
 
 NAMED_MODELS = {smollm2.NAME: smollm2.folder, tiny.NAME: tiny.folder}
 """Models that have a name; each function returns the finished folder and builds it first if it is missing."""
@@ -71,3 +73,28 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
     if tokenizer.eos_token_id is None:
         raise InputError(str(folder), "its tokenizer has no EOS token", "Set eos_token in its tokenizer_config.json.")
     return tokenizer
+
+
+def generation_eos(path: str) -> tuple[int, ...]:
+    """Token ids on which a model folder's generation stops: `eos_token_id` of its generation config.
+
+    That is in generation_config.json, or in config.json where there is no such file. Instruct models often name more
+    tokens there than the tokenizer's one EOS; Llama 3.1 has three.
+
+    Raises:
+        InputError: what `resolve_model` finds, a file that is not JSON, or an `eos_token_id` that is not made of ids.
+    """
+    folder = resolve_model(path)
+    file = folder / "generation_config.json"
+    if not file.is_file():
+        file = folder / "config.json"
+    remedy = "Correct it: eos_token_id is a token id or a list of them."
+    try:
+        config: Any = json.loads(file.read_text(encoding="utf-8"))
+        found = config.get("eos_token_id")
+    except (OSError, ValueError, AttributeError) as error:
+        raise InputError(str(file), f"it cannot be read ({error})", remedy) from error
+    ids = [] if found is None else found if isinstance(found, list) else [found]
+    if not all(type(item) is int and item >= 0 for item in ids):
+        raise InputError(str(file), f"eos_token_id is {found!r}", remedy)
+    return tuple(sorted(set(ids)))

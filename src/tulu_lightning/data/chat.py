@@ -1,141 +1,49 @@
-"""Chat messages to text and to token ids, with the mask of what is trained.
+"""Chat messages to text and to token ids, with the mask of what is trained: the door to the files that do it.
 
-A template renders messages as pieces of text, each of which says whether it is trained and whether it is control (a
-special token of the template's own). The mask comes from these pieces and from nothing else: no search in the text.
+`templates.py` writes conversations down, `own_template.py` as the model's own Jinja template does, `encoding.py`
+tokenises what they wrote, and `doctor.py` looks at the result.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from itertools import groupby
-from typing import Any, NamedTuple
+from collections.abc import Sequence
 
 from transformers import PreTrainedTokenizerBase
 
+from tulu_lightning.data.encoding import Encoded, Train, encode_many, encode_pieces, message_weight, rendered, truncate
+from tulu_lightning.data.own_template import own_template
+from tulu_lightning.data.templates import TEMPLATES, ChatTemplate, Message, Piece
 from tulu_lightning.errors import InputError, nearest
 
-__all__ = ["TEMPLATES", "ChatTemplate", "Message", "Piece", "chat_template", "encode", "encode_answer", "stop_ids"]
+__all__ = [
+    "TEMPLATES",
+    "ChatTemplate",
+    "Encoded",
+    "Message",
+    "Piece",
+    "Train",
+    "chat_template",
+    "encode",
+    "encode_answer",
+    "encode_many",
+    "message_weight",
+    "stop_ids",
+    "truncate",
+]
 
-Message = Mapping[str, Any]
-"""`role` (system, user or assistant) and `content`; an assistant's may have a `weight` (1 if left out)."""
-
-CHATML_END = "<|im_end|>"
-SMOLLM2_SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
-"""What SmolLM2-Instruct's own template says where there is no system message; without it the model is far weaker."""
-
-
-class Piece(NamedTuple):
-    """A run of rendered text."""
-
-    text: str
-    trained: bool = False
-    """Whether SFT learns it: the assistant's words and the token that ends its turn."""
-    control: bool = False
-    """Whether it is the template's own special token; everything else is data and can never become one."""
-
-
-@dataclass(frozen=True)
-class ChatTemplate:
-    """How a conversation is written down, bound to one tokenizer's end-of-turn token."""
-
-    name: str
-    end: str
-    """Token that ends an assistant turn."""
-    jinja: str
-    """The same template for `tokenizer.chat_template`, for use outside this package."""
-    turn: Callable[[Message, str, bool], tuple[Piece, ...]]
-    """Pieces of one turn, from (message, end token, whether it is the last message)."""
-    opening: tuple[Piece, ...]
-    """The generation prompt: what opens an assistant turn."""
-    default_system: str = ""
-    """System message put before a conversation that has none."""
-
-    def render(self, messages: Sequence[Message], generation_prompt: bool = False) -> tuple[Piece, ...]:
-        """Pieces whose texts, joined, are the conversation.
-
-        Args:
-            messages: at least one.
-            generation_prompt: end with the opening of an assistant turn.
-        """
-        if messages[0]["role"] == "text":  # no conversation: plain text, all of it trained
-            return Piece(messages[0]["content"], trained=True), Piece(self.end, trained=True, control=True)
-        if self.default_system and messages[0]["role"] != "system":
-            messages = [{"role": "system", "content": self.default_system}, *messages]
-        pieces: list[Piece] = []
-        for index, message in enumerate(messages):
-            pieces += self.turn(message, self.end, index == len(messages) - 1)
-        return (*pieces, *self.opening) if generation_prompt else tuple(pieces)
-
-
-def _tulu_turn(message: Message, end: str, last: bool) -> tuple[Piece, ...]:
-    """Tülu 3 (section 4.3.1): plain-text headers, EOS after every assistant turn, no newline after the last one."""
-    header = Piece(f"<|{message['role']}|>\n")
-    if message["role"] != "assistant":
-        return header, Piece(message["content"] + "\n")
-    answer = header, Piece(message["content"], trained=True), Piece(end, trained=True, control=True)
-    return answer if last else (*answer, Piece("\n"))
-
-
-def _chatml_turn(message: Message, end: str, last: bool) -> tuple[Piece, ...]:
-    """ChatML without a default system prompt; the newline after an end token is never trained."""
-    trained = message["role"] == "assistant"
-    return (
-        Piece("<|im_start|>", control=True),
-        Piece(f"{message['role']}\n"),
-        Piece(message["content"], trained=trained),
-        Piece(end, trained=trained, control=True),
-        Piece("\n"),
-    )
-
-
-_JINJA_ROLES = (
-    "{% if message['role'] not in ['system', 'user', 'assistant'] %}"
-    "{{ raise_exception('unknown role ' + message['role']) }}{% endif %}"
-)
-_TULU_JINJA = (
-    "{% for message in messages %}" + _JINJA_ROLES + "{{ '<|' + message['role'] + '|>\n' + message['content'] }}"
-    "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}"
-    "{% if message['role'] != 'assistant' or not loop.last %}{{ '\n' }}{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
-)
-_CHATML_JINJA = (
-    "{% for message in messages %}" + _JINJA_ROLES + "{{ '<|im_start|>' + message['role'] + '\n' }}"
-    "{{ message['content'] + '<|im_end|>\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
-
-
-def _tulu(eos: str) -> ChatTemplate:
-    return ChatTemplate("tulu", eos, _TULU_JINJA, _tulu_turn, (Piece("<|assistant|>\n"),))
-
-
-def _chatml(eos: str) -> ChatTemplate:
-    opening = (Piece("<|im_start|>", control=True), Piece("assistant\n"))
-    return ChatTemplate("chatml", CHATML_END, _CHATML_JINJA, _chatml_turn, opening)
-
-
-def _smollm2(eos: str) -> ChatTemplate:
-    chatml = _chatml(eos)
-    system = (
-        "{% if messages[0]['role'] != 'system' %}"
-        "{{ '<|im_start|>system\n" + SMOLLM2_SYSTEM + "<|im_end|>\n' }}{% endif %}"
-    )
-    return replace(chatml, name="smollm2", jinja=system + _CHATML_JINJA, default_system=SMOLLM2_SYSTEM)
-
-
-TEMPLATES: dict[str, Callable[[str], ChatTemplate]] = {"tulu": _tulu, "chatml": _chatml, "smollm2": _smollm2}
-"""Templates by name, each made from the tokenizer's EOS token."""
+OWN = "model"
+"""Name of the template that is the model's own."""
 
 
 def chat_template(name: str, tokenizer: PreTrainedTokenizerBase) -> ChatTemplate:
     """The named template, bound to a tokenizer and tried out on it.
 
     Raises:
-        InputError: no template has that name; a control token of it is not one token of this tokenizer; or text does
-            not survive this tokenizer, so that ids and text would disagree.
+        InputError: no template has that name; a control token of it is not one token of this tokenizer; text does
+            not survive this tokenizer, so that ids and text would disagree; or the model has no template of its own
+            that says what is trained.
     """
-    if name not in TEMPLATES:
-        raise InputError("template", f"there is no chat template {name!r}", nearest(name, TEMPLATES))
-    template = TEMPLATES[name](str(tokenizer.eos_token))
+    if name not in TEMPLATES and name != OWN:
+        raise InputError("template", f"there is no chat template {name!r}", nearest(name, [*TEMPLATES, OWN]))
+    template = own_template(tokenizer) if name == OWN else TEMPLATES[name](str(tokenizer.eos_token))
     probe = [{"role": "user", "content": "1 + 1?"}, {"role": "assistant", "content": " 2, as\nyou know"}] * 2
     pieces = template.render(probe)
     where, remedy = f"template {name!r}", "Use another template, or a tokenizer that was made for this one."
@@ -158,28 +66,24 @@ def encode(
 
     Text runs are cut only where the mask changes or a control token stands, so the ids are those that tokenising the
     whole text gives, with two exceptions on purpose: a special token's name in a message stays ordinary text, and
-    no token reaches over the border between prompt and answer (a sampler's cannot either). No BOS is added.
+    no token reaches over the border between prompt and answer (a sampler's cannot either). The tokenizer adds no BOS;
+    a template that wants one writes it.
     """
-    return _encode(tokenizer, template.render(messages, generation_prompt))
+    return encode_pieces(tokenizer, rendered(template, messages, generation_prompt))
 
 
 def encode_answer(tokenizer: PreTrainedTokenizerBase, template: ChatTemplate, text: str) -> list[int]:
     """Token ids of an answer to a generation prompt, with the end-of-turn token."""
-    return _encode(tokenizer, (Piece(text, trained=True), Piece(template.end, trained=True, control=True)))[0]
+    return encode_pieces(tokenizer, template.answer(text))[0]
 
 
-def _encode(tokenizer: PreTrainedTokenizerBase, pieces: Sequence[Piece]) -> tuple[list[int], list[bool]]:
-    ids: list[int] = []
-    mask: list[bool] = []
-    for (trained, control), run in groupby(pieces, key=lambda piece: (piece.trained, piece.control)):
-        text = "".join(piece.text for piece in run)
-        run_ids = tokenizer.encode(text, add_special_tokens=False, split_special_tokens=not control) if text else []
-        ids += run_ids
-        mask += [trained] * len(run_ids)
-    return ids, mask
+def stop_ids(
+    tokenizer: PreTrainedTokenizerBase, template: ChatTemplate, generation_config_eos: Sequence[int] = ()
+) -> tuple[int, ...]:
+    """Ids that end a sampled response, sorted.
 
-
-def stop_ids(tokenizer: PreTrainedTokenizerBase, template: ChatTemplate) -> tuple[int, ...]:
-    """Ids that end a sampled response: the tokenizer's EOS and the template's end of turn, sorted."""
+    They are the tokenizer's EOS, the template's end of turn, and what the model folder's generation config stops on
+    (`assets.models.generation_eos`): Llama 3.1 names three there.
+    """
     end = tokenizer.encode(template.end, add_special_tokens=False)
-    return tuple(sorted({int(tokenizer.eos_token_id), *end}))  # type: ignore[arg-type]
+    return tuple(sorted({int(tokenizer.eos_token_id), *end, *generation_config_eos}))  # type: ignore[arg-type]

@@ -32,12 +32,6 @@ class PromptData(StepData[Prompt]):
         self.setup()
         return tuple(self._items)
 
-    @property
-    def stop_ids(self) -> tuple[int, ...]:
-        """Ids that end a response: the tokenizer's EOS and the template's end of turn."""
-        self.setup()
-        return chat.stop_ids(self.tokenizer, self.template)
-
     def _tokens(self, item: Prompt) -> int:
         return len(item.ids)
 

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from tulu_lightning.assets.models import resolve_model
+from tulu_lightning.assets.models import generation_eos, resolve_model
 from tulu_lightning.checkpoints.identity import Value, check_identity, flat, weights_digest
 from tulu_lightning.core.logprobs import TokenStats
 from tulu_lightning.data import chat
@@ -97,9 +97,9 @@ class Stage(L.LightningModule):
         return LocalEngine.from_model(self.model.lm, dtype, version=self.step)
 
     def stop_ids(self) -> tuple[int, ...]:
-        """Token ids that end a response, by the data module's template and the tokenizer."""
+        """Token ids that end a response: those of the data module and of the start checkpoint's generation config."""
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
-        return tuple(chat.stop_ids(data.tokenizer, data.template))
+        return chat.stop_ids(data.tokenizer, data.template, (*data.stop_ids, *generation_eos(self.folder)))
 
     # Steps ------------------------------------------------------------------------------------------------------
 
