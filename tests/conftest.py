@@ -1,11 +1,25 @@
 """Fixtures that every folder uses: tiny models, the real SmolLM2 where it is installed, a quiet single thread."""
 
+import os
+
 import pytest
 import torch
 
 from tulu_lightning.assets.models import resolve_model
 from tulu_lightning.errors import InputError
 from tulu_lightning.types import Document, Segment
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_tokens(tmp_path_factory):
+    """Tokenised rows of the tests lie in a folder of their own: what is tested is made here, not found."""
+    before = os.environ.get("TULU_TOKENS")
+    os.environ["TULU_TOKENS"] = str(tmp_path_factory.mktemp("tokens"))
+    yield
+    if before is None:
+        del os.environ["TULU_TOKENS"]
+    else:
+        os.environ["TULU_TOKENS"] = before
 
 
 @pytest.fixture(scope="session")

@@ -7,15 +7,27 @@ special token of the template's own). The mask comes from these pieces and from 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
 from tulu_lightning.errors import InputError, nearest
 
-__all__ = ["TEMPLATES", "ChatTemplate", "Message", "Piece", "chat_template", "encode", "encode_answer", "stop_ids"]
+__all__ = [
+    "TEMPLATES",
+    "ChatTemplate",
+    "Encoded",
+    "Message",
+    "Piece",
+    "chat_template",
+    "encode",
+    "encode_answer",
+    "encode_many",
+    "stop_ids",
+    "truncate",
+]
 
-Message = Mapping[str, str]
+Message = Mapping[str, Any]
 """`role` (system, user or assistant) and `content`."""
 
 CHATML_END = "<|im_end|>"
@@ -181,3 +193,70 @@ def stop_ids(tokenizer: PreTrainedTokenizerBase, template: ChatTemplate) -> tupl
     """Ids that end a sampled response: the tokenizer's EOS and the template's end of turn, sorted."""
     end = tokenizer.encode(template.end, add_special_tokens=False)
     return tuple(sorted({int(tokenizer.eos_token_id), *end}))  # type: ignore[arg-type]
+
+
+class Encoded(NamedTuple):
+    """A conversation's tokens. (Stand-in, with the two functions below.)"""
+
+    ids: list[int]
+    weights: list[float]
+    ends: tuple[int, ...]
+
+
+def encode_many(
+    tokenizer: PreTrainedTokenizerBase,
+    template: ChatTemplate,
+    conversations: Sequence[Sequence[Message]],
+    train: str = "all",
+) -> list[Encoded]:
+    """Encode conversations, all texts of a call in parallel."""
+    texts: list[str] = []
+    plans: list[
+        list[tuple[bool, int, str]]
+    ] = []  # for each conversation: trained, index of its text or -1, control token
+    for messages in conversations:
+        plan: list[tuple[bool, int, str]] = []
+        for (trained, control), run in groupby(
+            template.render(messages), key=lambda piece: (piece.trained, piece.control)
+        ):
+            if control:
+                plan += [(trained, -1, piece.text) for piece in run]
+            elif text := "".join(piece.text for piece in run):
+                plan.append((trained, len(texts), ""))
+                texts.append(text)
+        plans.append(plan)
+    backend: Any = tokenizer.backend_tokenizer  # type: ignore[attr-defined]
+    before, backend.encode_special_tokens = backend.encode_special_tokens, True
+    coded = [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
+    backend.encode_special_tokens = before
+    result: list[Encoded] = []
+    for messages, plan in zip(conversations, plans, strict=True):
+        ids: list[int] = []
+        weights: list[float] = []
+        ends: list[int] = []
+        turns = iter([float(message.get("weight", 1.0)) for message in messages if message["role"] == "assistant"])
+        weight = 0.0
+        trained_before = False
+        for trained, index, control in plan:
+            if trained and not trained_before:
+                weight = next(turns)
+            trained_before = trained
+            run_ids = coded[index] if index >= 0 else tokenizer.encode(control, add_special_tokens=False)
+            ids += run_ids
+            weights += [weight if trained else 0.0] * len(run_ids)
+            if trained and control:
+                ends.append(len(ids))
+        if train == "last" and len(ends) > 1:
+            weights[: ends[-2]] = [0.0] * ends[-2]
+        result.append(Encoded(ids, weights, tuple(ends)))
+    return result
+
+
+def truncate(encoded: Encoded, max_tokens: int) -> Encoded | None:
+    """Cut after the last assistant turn that fits; None if there is none."""
+    if len(encoded.ids) <= max_tokens:
+        return encoded
+    end = max((end for end in encoded.ends if end <= max_tokens), default=0)
+    if not end:
+        return None
+    return Encoded(encoded.ids[:end], encoded.weights[:end], tuple(e for e in encoded.ends if e <= end))

@@ -1,16 +1,17 @@
 """Where rows come from: a local JSON-lines file, or a function that makes them."""
 
+import hashlib
 import importlib
 import inspect
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from tulu_lightning.errors import InputError
 
-__all__ = ["Row", "Source", "load"]
+__all__ = ["Row", "Source", "Table", "load", "open_source"]
 
 Row = dict[str, Any]
 
@@ -32,10 +33,44 @@ class Source:
     """Keyword arguments of that function."""
     limit: int | None = None
     """Take only the first so many rows."""
+    read: str = "messages"
+    fraction: float | None = None
+    count: int | None = None
+    cap: int | None = None
+    upsample: float = 1.0
+    filters: list[str] = field(default_factory=list)
 
     def row_name(self, number: int) -> str:
         """How an error names a row (from 1)."""
         return f"{self.path or f'source {self.name!r}'}, row {number}"
+
+
+class Table:
+    """The rows of one opened source. (Stand-in: in memory.)"""
+
+    def __init__(self, rows: list[Row]) -> None:
+        self._rows = rows
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def number(self, index: int) -> int:
+        """The number, from 1, that a row has in its file."""
+        return index + 1
+
+    def take(self, indices: Sequence[int]) -> list[Row]:
+        """Rows by index, from 0."""
+        return [self._rows[index] for index in indices]
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of the rows, wherever they lie. Hexadecimal."""
+        return hashlib.sha256(json.dumps(self._rows).encode()).hexdigest()
+
+
+def open_source(source: Source) -> Table:
+    """A source's rows, checked as `load` does. (Stand-in.)"""
+    return Table(load(source))
 
 
 def load(source: Source) -> list[Row]:
