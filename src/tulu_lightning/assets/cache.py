@@ -51,15 +51,15 @@ def build_once(name: str, build: Callable[[Path], None], size: int = 0) -> Path:
 
 
 @contextmanager
-def writing() -> Iterator[None]:
-    """What the disk refuses inside of it becomes an InputError that names the cache."""
+def writing(folder: Path | None = None, variable: str = "TULU_CACHE") -> Iterator[None]:
+    """What the disk refuses inside of it becomes an InputError that names the folder (the cache), and how to move it."""
     try:
         yield
     except OSError as error:
         if error.errno is None:  # not the disk's: libraries raise bare OSErrors about what they read
             raise
-        remedy = "Make room and rights there, or point TULU_CACHE to another folder."
-        raise InputError(str(cache_dir()), f"the cache cannot be written ({error})", remedy) from error
+        remedy = f"Make room and rights there, or point {variable} to another folder."
+        raise InputError(str(folder or cache_dir()), f"the cache cannot be written ({error})", remedy) from error
 
 
 @contextmanager

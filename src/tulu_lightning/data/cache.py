@@ -15,7 +15,7 @@ import shutil
 import sys
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import AbstractContextManager, ExitStack, suppress
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -150,14 +150,14 @@ def load_or_build(name: str, job: Job) -> Entry:
         return entry
     waiting = f"source {job.label!r}: another process is tokenising these rows ({final}); waiting for it"
     with ExitStack() as held:
-        with writing():
+        with _writing():
             final.parent.mkdir(parents=True, exist_ok=True)
             held.enter_context(locked(final.with_name(f".{name}.lock"), lambda: _say(waiting)))
         if (entry := _open(final, "")) is not None:  # it appeared while we waited
             return entry
         building = final.with_name(f".{name}.building")
         _build(building, job)
-        with writing():
+        with _writing():
             shutil.rmtree(final, ignore_errors=True)  # a damaged one
             building.rename(final)
     entry = _open(final, job.label)
@@ -197,6 +197,10 @@ def _counts(known: Mapping[str, Any]) -> Counts:
     return Counts(**{**known, "left_out": Counter(known["left_out"])})
 
 
+def _writing() -> AbstractContextManager[None]:
+    return writing(tokens_dir(), "TULU_TOKENS or TULU_CACHE")
+
+
 def _say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
@@ -210,7 +214,7 @@ def _build(folder: Path, job: Job) -> None:
     with _writer(folder, summary) as writer:
         _encode_all(folder, job, writer, counts)
         summary = writer.summary
-    with writing():
+    with _writing():
         digest = Store(folder, summary).content_digest()
         _write(folder / ENTRY, {**_state(summary, counts), "digest": digest, "source": job.label})
         (folder / JOURNAL).unlink(missing_ok=True)
@@ -222,14 +226,14 @@ def _resume(folder: Path, job: Job) -> tuple[Summary, Counts]:
         summary, counts = Summary(**known["summary"]), _counts(known["counts"])
         if not _wrong_sizes(folder, summary, exact=False):
             return summary, counts
-    with writing():
+    with _writing():
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
     return Summary(), Counts(rows=job.rows)
 
 
 def _writer(folder: Path, summary: Summary) -> Writer:
-    with writing():
+    with _writing():
         return Writer(folder, summary)
 
 
@@ -244,7 +248,7 @@ def _encode_all(folder: Path, job: Job, writer: Writer, counts: Counts) -> None:
             except InputError:  # the source or a setting has to change, and then this is no part of anything
                 shutil.rmtree(folder, ignore_errors=True)
                 raise
-            with writing():
+            with _writing():
                 writer.append([row.parts for _, row in kept], [int(chunk[place]) for place, _ in kept])
                 _write(folder / JOURNAL, _state(writer.summary, counts))
             if len(job.order) > CHUNK:  # what is done in a moment needs no line

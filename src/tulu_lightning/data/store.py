@@ -9,9 +9,10 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from io import FileIO
 from itertools import chain
 from pathlib import Path
-from typing import IO, Any, NamedTuple, overload
+from typing import Any, NamedTuple, overload
 
 import numpy as np
 import torch
@@ -101,9 +102,10 @@ class Writer:
             OSError: a file is shorter than the summary says, or cannot be written.
         """
         self.summary = summary or Summary()
-        self._files: dict[str, IO[bytes]] = {}
+        self._files: dict[str, FileIO] = {}
         for name, size in expected_sizes(self.summary).items():
-            file = (folder / name).open("r+b" if (folder / name).exists() else "w+b")
+            # Unbuffered: what a full disk has refused must not be tried again when the file is closed.
+            file = (folder / name).open("r+b" if (folder / name).exists() else "w+b", buffering=0)
             self._files[name] = file
             if file.seek(0, 2) < size:
                 raise OSError(None, f"{folder / name} is cut short")
@@ -111,7 +113,7 @@ class Writer:
             file.seek(size)
 
     def append(self, rows: Sequence[Sequence[Part]], numbers: Sequence[int]) -> None:
-        """Write rows and hand them to the system.
+        """Write rows.
 
         Args:
             rows: the segments of each, parents before children, none empty.
@@ -124,10 +126,9 @@ class Writer:
             return
         columns, added = _columns(rows, numbers, self.summary)
         for name, values in columns.items():
-            file = self._files[f"{name}.bin"]
-            file.write(np.ascontiguousarray(values, dtype=COLUMNS[name].dtype).data)
-        for file in self._files.values():
-            file.flush()
+            left = memoryview(np.ascontiguousarray(values, dtype=COLUMNS[name].dtype).tobytes())
+            while left:
+                left = left[self._files[f"{name}.bin"].write(left) :]
         self.summary = added
 
     def close(self) -> None:
