@@ -1,5 +1,7 @@
 """Short runs of the real stages on the tiny model."""
 
+from pathlib import Path
+
 import lightning as L
 import torch
 
@@ -17,6 +19,7 @@ from tulu_lightning.stages.optimizer import AdamW
 from tulu_lightning.stages.ppo import PPO, Critic, Rollout
 from tulu_lightning.stages.sft import SFT
 
+CONFIGS = Path(__file__).parents[2] / "configs"
 TINY = "tiny-random-llama"
 ROWS = "tulu_lightning.assets.arithmetic."
 

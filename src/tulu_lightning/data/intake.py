@@ -99,7 +99,8 @@ def check_source(source: Source, counts: Counts, max_dropped_share: float) -> No
             f"{counts.too_long} of {counts.tried} rows ({share:.0%}) are too long, more than max_dropped_share "
             f"({max_dropped_share:.0%}) allows"
         )
-        raise InputError(where, what, "Raise max_tokens, cut them (on_overflow: truncate), or raise max_dropped_share.")
+        remedy = "Raise max_tokens or max_dropped_share; conversations can also be cut (on_overflow: truncate)."
+        raise InputError(where, what, remedy)
 
 
 def intake_table(counts: dict[str, Counts]) -> str:
