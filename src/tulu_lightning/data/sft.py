@@ -97,7 +97,8 @@ class SFTData(PackedData):
             raise InputError("data.train", f"is {train!r}", "Use 'all' or 'last'.")
         if validation == []:
             raise InputError("data.validation", "there is no source", "Give at least one, or leave it out.")
-        self.train, self.validation = train, validation
+        self.train: Train = train
+        self.validation = validation
         self._validation: Documents | None = None
         if validation is not None:  # Lightning, and `tulu validate`, go by whether the hook is there
             self.val_dataloader = self._val_dataloader
