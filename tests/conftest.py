@@ -12,6 +12,18 @@ from tulu_lightning.errors import InputError
 from tulu_lightning.types import Document, Segment
 
 
+@pytest.fixture(scope="session", autouse=True)
+def own_tokens(tmp_path_factory):
+    """Tokenised rows of the tests lie in a folder of their own: what is tested is made here, not found."""
+    before = os.environ.get("TULU_TOKENS")
+    os.environ["TULU_TOKENS"] = str(tmp_path_factory.mktemp("tokens"))
+    yield
+    if before is None:
+        del os.environ["TULU_TOKENS"]
+    else:
+        os.environ["TULU_TOKENS"] = before
+
+
 @pytest.fixture(scope="session")
 def tiny() -> str:
     """Folder of a random Llama with grouped-query attention."""

@@ -83,6 +83,7 @@ class Progress:
         done: iterations finished before this start (a resumed run); they do not count for the rate.
         stream: where to write; standard error by default.
         clock: seconds, monotonic.
+        unit: what an iteration is called in the rate.
     """
 
     def __init__(
@@ -92,7 +93,9 @@ class Progress:
         done: int = 0,
         stream: TextIO | None = None,
         clock: Callable[[], float] = time.monotonic,
+        unit: str = "it",
     ) -> None:
+        self.unit = unit
         self.label, self.total, self.done = label, total, done
         self.stream = stream or sys.stderr
         self.clock = clock
@@ -142,7 +145,7 @@ class Progress:
         seconds = self.seconds_per_iteration
         if seconds is None:
             return ()
-        rate = f"{seconds:.1f} s/it" if seconds >= 1 or seconds == 0 else f"{1 / seconds:.1f} it/s"
+        rate = f"{seconds:.1f} s/{self.unit}" if seconds >= 1 or seconds == 0 else f"{1 / seconds:.1f} {self.unit}/s"
         return rate, f"{duration(seconds * max(0, self.total - self.done))} left"
 
     def _write(self, line: str) -> None:

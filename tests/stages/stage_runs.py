@@ -1,5 +1,7 @@
 """Short runs of the real stages on the tiny model."""
 
+from pathlib import Path
+
 import lightning as L
 import torch
 
@@ -17,6 +19,7 @@ from tulu_lightning.stages.optimizer import AdamW
 from tulu_lightning.stages.ppo import PPO, Critic, Rollout
 from tulu_lightning.stages.sft import SFT
 
+CONFIGS = Path(__file__).parents[2] / "configs"
 TINY = "tiny-random-llama"
 ROWS = "tulu_lightning.assets.arithmetic."
 
@@ -28,17 +31,17 @@ def settings(**changes):
 
 def sft_data(**changes):
     rows = Source("sums", rows=ROWS + "sft_rows", args={"count": 40})
-    return SFTData(sources=[rows], **settings(**{"micro_tokens": 256, **changes}))
+    return SFTData(**settings(**{"sources": [rows], "micro_tokens": 256, **changes}))
 
 
 def preference_data(**changes):
     rows = Source("sums", rows=ROWS + "pair_rows", args={"count": 40})
-    return PreferenceData(sources=[rows], **settings(**{"micro_tokens": 256, **changes}))
+    return PreferenceData(**settings(**{"sources": [rows], "micro_tokens": 256, **changes}))
 
 
 def prompt_data(**changes):
     rows = Source("sums", rows=ROWS + "prompt_rows", args={"count": 40})
-    return PromptData(sources=[rows], **settings(**{"examples_per_step": 4, **changes}))
+    return PromptData(**settings(**{"sources": [rows], "examples_per_step": 4, **changes}))
 
 
 def sft(**optimizer):

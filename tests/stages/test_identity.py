@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from stage_faults import Interrupt
 
 from tulu_lightning import cli
+from tulu_lightning.assets.arithmetic import prompt_rows
 from tulu_lightning.assets.models import resolve_model
 from tulu_lightning.callbacks.checkpoints import Checkpoints, checkpoint_path
 from tulu_lightning.callbacks.evaluate import Evaluate
@@ -192,15 +193,22 @@ def test_the_digest_is_of_names_sizes_and_content(tmp_path, monkeypatch):
     assert weights_digest(tmp_path) != sampled
 
 
-def test_the_digest_of_the_data_is_of_the_rows_alone():
+def test_the_digest_of_the_data_is_of_the_rows_alone(tmp_path):
     digest = runs.sft_data().digest()
     assert runs.sft_data(seed=5, examples_per_step=3, micro_tokens=999).digest() == digest
     assert runs.sft_data(template="chatml").digest() != digest
     prompts = runs.prompt_data()
     other = runs.prompt_data()
-    other.setup()
-    other._items[3] = other._items[3]._replace(target="another")
+    assert prompts.digest() == other.digest()
+    rows = prompt_rows(40)
+    rows[3]["ground_truth"] = "7"
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    other = runs.prompt_data(sources=[Source("sums", path=str(path))])
     assert prompts.digest() != other.digest()
+    rows[3]["ground_truth"] = prompts.prompts[3].target
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert prompts.digest() == runs.prompt_data(sources=[Source("sums", path=str(path))]).digest()
 
 
 def test_a_setting_is_flat_and_says_its_class():

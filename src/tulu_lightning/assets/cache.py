@@ -5,13 +5,13 @@ import fcntl
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from tulu_lightning.errors import InputError
 
-__all__ = ["build_once", "cache_dir"]
+__all__ = ["build_once", "cache_dir", "locked", "writing"]
 
 
 def cache_dir() -> Path:
@@ -40,20 +40,44 @@ def build_once(name: str, build: Callable[[Path], None], size: int = 0) -> Path:
     final = cache_dir() / name
     if final.is_dir():
         return final
-    try:
+    with writing():
         final.parent.mkdir(parents=True, exist_ok=True)
-        with (final.parent / f".{name}.lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        with locked(final.parent / f".{name}.lock"):
             if not final.is_dir():  # it may have appeared while we waited
                 if shutil.disk_usage(final.parent).free < size:
                     raise OSError(errno.ENOSPC, f"{name} needs {size / 1e9:.1f} GB")
                 _build(final, build)
+    return final
+
+
+@contextmanager
+def writing(folder: Path | None = None, variable: str = "TULU_CACHE") -> Iterator[None]:
+    """What the disk refuses inside of it becomes an InputError that names the folder (the cache), and how to move it."""
+    try:
+        yield
     except OSError as error:
         if error.errno is None:  # not the disk's: libraries raise bare OSErrors about what they read
             raise
-        remedy = "Make room and rights there, or point TULU_CACHE to another folder."
-        raise InputError(str(cache_dir()), f"the cache cannot be written ({error})", remedy) from error
-    return final
+        remedy = f"Make room and rights there, or point {variable} to another folder."
+        raise InputError(str(folder or cache_dir()), f"the cache cannot be written ({error})", remedy) from error
+
+
+@contextmanager
+def locked(path: Path, waiting: Callable[[], None] | None = None) -> Iterator[None]:
+    """Hold a lock that the system drops when its holder dies.
+
+    Args:
+        path: the lock's file; it stays.
+        waiting: called once if another process holds the lock, before waiting for it.
+    """
+    with path.open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if waiting is not None:
+                waiting()
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def _build(final: Path, build: Callable[[Path], None]) -> None:

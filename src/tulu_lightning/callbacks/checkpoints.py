@@ -8,6 +8,7 @@ A run folder holds one run. Its `identity.json` says which, and a start with oth
 anew over what is there, is refused.
 """
 
+import json
 import os
 import shutil
 import signal
@@ -17,7 +18,9 @@ from typing import Any
 
 import lightning as L
 
-from tulu_lightning.checkpoints.identity import check_identity, read_identity, write_identity
+from tulu_lightning.checkpoints.files import write_whole
+from tulu_lightning.checkpoints.identity import check_run, read_identity, write_identity
+from tulu_lightning.data.base import StepData
 from tulu_lightning.errors import InputError
 from tulu_lightning.models.sharding import Fsdp2
 
@@ -26,6 +29,8 @@ __all__ = ["Checkpoints", "checkpoint_path"]
 LEFT = ("checkpoints/step-*.ckpt", "scores/after.json", "summary.json")
 """What only a run that got somewhere leaves in its folder; a start from step 0 would mix it with its own."""
 SCORES = "scores/before.json"
+MANIFEST = "data_manifest.json"
+"""What the run is trained on; see `data.manifest`."""
 
 
 def checkpoint_path(run: Path, step: int) -> Path:
@@ -61,10 +66,12 @@ class Checkpoints(L.Callback):
         run = Path(trainer.default_root_dir)
         identity = pl_module.identity()
         if _left(run, *LEFT, SCORES):
-            check_identity(str(run), read_identity(run), identity)
+            check_run(str(run), read_identity(run), pl_module)
         trainer.strategy.barrier("identity")  # nobody reads what the first rank writes next
         if trainer.is_global_zero:
             write_identity(run, identity)
+            if isinstance(data := trainer.datamodule, StepData):  # type: ignore[attr-defined]
+                write_whole(run / MANIFEST, json.dumps(data.manifest(), indent=1, ensure_ascii=False))
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Refuse to start over before anything is scored; a sharded checkpoint has not been loaded yet here."""

@@ -11,10 +11,12 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from lightning.pytorch.utilities import rank_zero_info
+
 from tulu_lightning.checkpoints.files import write_whole
 from tulu_lightning.errors import InputError
 
-__all__ = ["Value", "check_identity", "flat", "read_identity", "weights_digest", "write_identity"]
+__all__ = ["Value", "check_identity", "check_run", "flat", "read_identity", "weights_digest", "write_identity"]
 
 Value = str | int | float | bool | None
 NAME = "identity.json"
@@ -66,20 +68,55 @@ def _flat(name: str, value: Any) -> Iterator[tuple[str, Value]]:
         yield name, type(value).__qualname__
 
 
-def check_identity(where: str, before: Mapping[str, Value], now: Mapping[str, Value]) -> None:
+DATA = "data rows"
+"""The entry that holds the digest of the rows."""
+
+
+def check_identity(
+    where: str, before: Mapping[str, Value], now: Mapping[str, Value], accept_changed_data: bool = False
+) -> str:
     """Refuse to go on with other settings than those that a run was started with.
 
     Names that only one side has are left out: they belong to another version of this package, or to a `flat` part whose
     class has changed, which is in both.
 
+    Args:
+        where: what is gone on with, for the message.
+        before: the record of the start.
+        now: the present one.
+        accept_changed_data: go on although the rows are others, and with them the number of steps that an epoch takes.
+
+    Returns:
+        What was accepted, in words; empty if nothing changed.
+
     Raises:
         InputError: a value differs; it names each, with both values.
     """
     changed = [name for name in before if name in now and before[name] != now[name]]
-    if changed:
-        said = "; ".join(f"{name} was {_said(before[name])} and is {_said(now[name])}" for name in changed)
+    accepted = (DATA, "total steps") if accept_changed_data and DATA in changed else ()
+    said = {name: f"{name} was {_said(before[name])} and is {_said(now[name])}" for name in changed}
+    refused = [said[name] for name in changed if name not in accepted]
+    if refused:
         remedy = "Set it back to go on, give another run folder (trainer.default_root_dir), or remove this one."
-        raise InputError(where, f"the run was started with other settings: {said}", remedy)
+        if DATA in changed and not accept_changed_data:
+            remedy += " To go on with the changed rows, set data.init_args.accept_changed_data to true."
+        raise InputError(where, f"the run was started with other settings: {'; '.join(refused)}", remedy)
+    return "; ".join(said.values())
+
+
+def check_run(where: str, before: Mapping[str, Value], stage: Any) -> None:
+    """`check_identity` of a stage that is about to train; its data module may accept changed rows, which is said.
+
+    Raises:
+        InputError: what `check_identity` finds, or changed rows in a stage that keeps numbers about each of them.
+    """
+    accept = bool(getattr(stage.trainer.datamodule, "accept_changed_data", False))
+    accepted = check_identity(where, before, stage.identity(), accept)
+    if accepted and stage.keeps_rows:
+        what = f"is true, and {type(stage).__name__} keeps numbers about each row that it started with ({accepted})"
+        raise InputError("data.accept_changed_data", what, "Start a new run on the changed rows.")
+    if accepted:
+        rank_zero_info(f"{where}: going on with changed data, as accept_changed_data says: {accepted}")
 
 
 def _said(value: Value) -> str:

@@ -8,12 +8,22 @@ from collections.abc import Sequence
 
 from transformers import PreTrainedTokenizerBase
 
-from tulu_lightning.data.encoding import Encoded, Train, encode_many, encode_pieces, message_weight, rendered, truncate
+from tulu_lightning.data.encoding import (
+    PLAIN,
+    Encoded,
+    Train,
+    encode_many,
+    encode_pieces,
+    message_weight,
+    rendered,
+    truncate,
+)
 from tulu_lightning.data.own_template import own_template
 from tulu_lightning.data.templates import TEMPLATES, ChatTemplate, Message, Piece
 from tulu_lightning.errors import InputError, nearest
 
 __all__ = [
+    "PLAIN",
     "TEMPLATES",
     "ChatTemplate",
     "Encoded",

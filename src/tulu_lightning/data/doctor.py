@@ -14,7 +14,10 @@ from tulu_lightning.data.encoding import encode_many
 from tulu_lightning.data.templates import ChatTemplate, Message
 from tulu_lightning.errors import InputError
 
-__all__ = ["PROBES", "RULES", "Bos", "Finding", "examine", "probes", "stop_on"]
+__all__ = ["PROBES", "RULES", "Bos", "Finding", "Named", "check", "examine", "probes", "stop_on"]
+
+Named = tuple[str, Sequence[Message]]
+"""What findings call a conversation, and its messages."""
 
 RULES = {
     "bos": "a conversation has one BOS token, its first, or none, as the template says",
@@ -116,3 +119,20 @@ def stop_on(findings: Sequence[Finding]) -> None:
         more = f" ({others} more finding{'s' * (others > 1)})" if others else ""
         what = f"it breaks the template rule {rule!r} ({RULES[rule]}): {detail}{more}"
         raise InputError(where, what, REMEDIES.get(rule, REMEDY))
+
+
+def check(
+    tokenizer: PreTrainedTokenizerBase, template: ChatTemplate, stops: Sequence[int], rows: Sequence[Named]
+) -> str:
+    """Examine the probes and some rows, and stop at the first finding.
+
+    Returns:
+        What was looked at, in a sentence.
+
+    Raises:
+        InputError: a rule does not hold.
+    """
+    tried = list(probes(tokenizer))
+    stop_on(examine(tokenizer, template, [*tried, *rows], stops))
+    of_rows = f" and {len(rows)} rows" if rows else ""
+    return f"template doctor: all {len(RULES)} rules hold on {len(tried)} probes{of_rows} ({', '.join(RULES)})"

@@ -37,9 +37,7 @@ def message_weight(message: Message) -> float:
     return float(message.get("weight", 1.0))
 
 
-def rendered(
-    template: ChatTemplate, messages: Sequence[Message], generation_prompt: bool = False
-) -> tuple[Piece, ...]:
+def rendered(template: ChatTemplate, messages: Sequence[Message], generation_prompt: bool = False) -> tuple[Piece, ...]:
     """The pieces of a conversation; of plain text (one message of the role `text`), it and the end token, all trained."""
     if messages[0]["role"] != PLAIN:
         return template.render(messages, generation_prompt)

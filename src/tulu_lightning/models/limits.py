@@ -44,12 +44,16 @@ def check_documents(documents: Sequence[Document], folder: str) -> None:
     """Refuse documents that a model cannot read.
 
     Args:
-        documents: the rows, tokenised.
+        documents: the rows, tokenised; with an `extent` (lowest id, highest id, longest chain) they are not read.
         folder: the model folder.
 
     Raises:
         InputError: a token id outside the vocabulary, or a chain of segments that is too long.
     """
+    if (extent := getattr(documents, "extent", None)) is not None:  # a store knows it, and need not be read for it
+        lowest, highest, longest = extent
+        _check([(lowest, highest)], longest, "", folder)
+        return
     segments = [segment.ids_L for document in documents for segment in document.segments if segment.ids_L.numel()]
     if segments:
         ids = [(int(ids_L.min()), int(ids_L.max())) for ids_L in segments]

@@ -19,7 +19,9 @@ from tulu_lightning.callbacks.promote import peak_memory_bytes
 from tulu_lightning.checkpoints.files import write_whole
 from tulu_lightning.checkpoints.identity import weights_digest
 from tulu_lightning.core.step_plan import mix_seed
+from tulu_lightning.data.intake import LeftOut
 from tulu_lightning.data.prompts import PromptData
+from tulu_lightning.data.rows import Mixed
 from tulu_lightning.data.sources import Row, Source
 from tulu_lightning.errors import InputError
 from tulu_lightning.progress import Progress
@@ -113,11 +115,20 @@ class _PromptsAsWritten(PromptData):
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings)
         self.messages: list[Any] = []
+        self._kept: dict[str, list[Any]] = {source.name: [] for source in self.sources}
 
-    def _read(self, source: Source, number: int, row: Row) -> Prompt:
-        prompt = super()._read(source, number, row)
-        self.messages.append(row["messages"])  # rows that are left out do not come here, and are not numbered
-        return prompt
+    def _prompt(self, source: Source, number: int, row: Row) -> Prompt | LeftOut:
+        outcome = super()._prompt(source, number, row)
+        if isinstance(outcome, Prompt):
+            self._kept[source.name].append(row["messages"])
+        return outcome
+
+    def _collect(self, mixed: Mixed) -> list[Prompt]:
+        names = [part.name for part in mixed.sources]
+        self.messages = [
+            self._kept[names[source]][place] for source, place in zip(mixed.source_numbers, mixed.places, strict=True)
+        ]
+        return super()._collect(mixed)
 
 
 def _claim(output: Path, config: PairsConfig) -> str:

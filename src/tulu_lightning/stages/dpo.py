@@ -31,6 +31,8 @@ class DPO(Stage):
     by row (order, packing and ranks do not matter) and carried in the checkpoint.
     """
 
+    keeps_rows = True
+
     def __init__(self, backbone: Backbone, optimizer: AdamW, loss: DPOLoss | None = None) -> None:
         super().__init__(backbone, optimizer)
         self.loss = loss or DPOLoss()

@@ -9,7 +9,7 @@ every `optimizer.step()` of every optimiser.
 import os
 import time
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, ClassVar
 
 import lightning as L
 import torch
@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from tulu_lightning.assets.models import generation_eos, resolve_model
-from tulu_lightning.checkpoints.identity import Value, check_identity, flat, weights_digest
+from tulu_lightning.checkpoints.identity import Value, check_run, flat, weights_digest
 from tulu_lightning.core.logprobs import TokenStats
 from tulu_lightning.data import chat
 from tulu_lightning.data.base import StepData
@@ -47,6 +47,9 @@ class Stage(L.LightningModule):
         metrics: what the last step logged; callbacks read it.
         samples: rows about the last step for people to read (PPO's rollouts); empty for the others.
     """
+
+    keeps_rows: ClassVar[bool] = False
+    """Whether its checkpoints hold numbers about single rows, which are wrong for any others."""
 
     def __init__(self, backbone: Backbone, optimizer: AdamW) -> None:
         super().__init__()
@@ -151,7 +154,8 @@ class Stage(L.LightningModule):
         """
         if not isinstance(data, PackedData):
             raise InputError("data", f"is {type(data).__name__}", f"{type(self).__name__} trains on packed documents.")
-        check_documents(data.documents, self.folder)
+        for documents in data.document_sets:
+            check_documents(documents, self.folder)
 
     def setup(self, stage: str) -> None:
         """Refuse, before any weights load, what would divide, average or shuffle behind our back."""
@@ -257,7 +261,7 @@ class Stage(L.LightningModule):
                 "ckpt_path", f"is a checkpoint of {state.get('class')}", f"Give one of {type(self).__name__}."
             )
         if self._trainer is not None and self._trainer.state.fn == "fit":
-            check_identity("ckpt_path", state.get("identity", {}), self.identity())
+            check_run("ckpt_path", state.get("identity", {}), self)
         self.step, self.skipped = state["step"], state["skipped"]
 
     def identity(self) -> dict[str, Value]:

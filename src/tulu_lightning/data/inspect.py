@@ -1,0 +1,86 @@
+"""A tokenised row for people to read: the text as the model sees it, with what is trained marked.
+
+Everything is decoded from the token ids and the loss weights that training uses; nothing is rendered a second time.
+"""
+
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+from typing import NamedTuple
+
+from rich.text import Text
+from transformers import PreTrainedTokenizerBase
+
+from tulu_lightning.types import Document, Segment
+
+__all__ = ["Run", "runs", "shown"]
+
+TRAINED, CONTEXT, NOTE = "bold green", "dim", "cyan"
+LABELS = {1: ("",), 3: ("prompt", "chosen", "rejected")}
+"""Names of a document's segments, by how many there are."""
+OPEN, CLOSE = "⟦", "⟧"
+"""Around trained text where there is no colour."""
+
+
+class Run(NamedTuple):
+    """Neighbouring tokens of one loss weight."""
+
+    text: str
+    ids: tuple[int, ...]
+    weight: float
+    """0: context only."""
+
+
+def runs(tokenizer: PreTrainedTokenizerBase, segment: Segment) -> Iterator[Run]:
+    """A segment's tokens by loss weight, in order; the texts, joined, are what the ids decode to.
+
+    A character whose bytes lie on both sides of a border shows as a replacement character on each.
+    """
+    pairs = zip(segment.ids_L.tolist(), segment.weights_L.tolist(), strict=True)
+    for weight, group in groupby(pairs, key=lambda pair: pair[1]):
+        ids = tuple(token for token, _ in group)
+        yield Run(_decode(tokenizer, ids), ids, weight)
+
+
+def shown(tokenizer: PreTrainedTokenizerBase, document: Document, ids: bool = False, colour: bool = True) -> Text:
+    """A document as coloured text: trained tokens bold and green, context dim.
+
+    Args:
+        tokenizer: the run's.
+        document: a row.
+        ids: put each token's id behind it.
+        colour: whether the terminal has colours; without, trained text stands between ⟦ and ⟧.
+
+    Returns:
+        One text; a pair's prompt, chosen and rejected parts have headings.
+    """
+    text = Text()
+    labels = LABELS.get(len(document.segments), tuple(f"segment {i}" for i in range(len(document.segments))))
+    for label, segment in zip(labels, document.segments, strict=True):
+        if label:
+            text.append(f"{'' if not text else chr(10)}[{label}]\n", style=NOTE)
+        for run in runs(tokenizer, segment):
+            _append(text, tokenizer, run, ids, colour)
+    return text
+
+
+def _append(text: Text, tokenizer: PreTrainedTokenizerBase, run: Run, ids: bool, colour: bool) -> None:
+    trained = run.weight > 0
+    style = (TRAINED if trained else CONTEXT) if colour else ""
+    if trained and not colour:
+        text.append(OPEN)
+    if not ids:
+        text.append(run.text, style=style)
+    else:
+        for token in run.ids:
+            text.append(_decode(tokenizer, (token,)), style=style)
+            text.append(f"⟨{token}⟩", style=NOTE if colour else "")
+    if trained and not colour:
+        text.append(CLOSE)
+    if trained and run.weight != 1:
+        text.append(f"×{run.weight:g}", style=NOTE if colour else "")
+
+
+def _decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
+    decoded = tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    assert isinstance(decoded, str)
+    return decoded

@@ -1,0 +1,184 @@
+"""`tulu data inspect` and `tulu data stats`: what the model will see, from a stage's config, without loading a model."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+from jsonargparse import ArgumentParser
+from rich.console import Console
+from rich.text import Text
+
+from tulu_lightning.data import lengths
+from tulu_lightning.data.base import StepData
+from tulu_lightning.data.inspect import shown
+from tulu_lightning.data.packed import PackedData
+from tulu_lightning.errors import InputError, nearest
+from tulu_lightning.launch.fit import TuluCLI
+from tulu_lightning.launch.quiet import without_noise
+
+__all__ = ["load_data", "main"]
+
+USAGE = """\
+usage: tulu data inspect --config FILE [--rows N | --row K] [--source NAME] [--ids] [--colour auto|always|never]
+       tulu data stats   --config FILE [--bins N] [--png FILE]
+
+inspect  rows as the model sees them, trained tokens marked; the template's checks; the mixture as a table
+stats    lengths of the rows by source, in figures and as a histogram; with --png also as a picture
+
+FILE is the config of a stage, and options such as --data.max_tokens=512 change it as in `tulu fit`.
+"""
+
+
+class _DataOnly(TuluCLI):
+    """Parses a stage's config in full and builds its data module; no run folder, no model."""
+
+    def before_instantiate_classes(self) -> None:
+        """There is no run folder to settle."""
+
+    def instantiate_classes(self) -> None:
+        """Build the data module alone."""
+        settings = self._get(self.config, "data")
+        if settings is None:
+            raise InputError("data", "the config has none", "Give data with a class_path, as a stage's config does.")
+        parser = ArgumentParser(exit_on_error=False)
+        parser.add_subclass_arguments(pl.LightningDataModule, "data")
+        self.datamodule = parser.instantiate_classes(parser.parse_object({"data": settings.as_dict()})).data
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        pass
+
+
+def load_data(argv: Sequence[str]) -> StepData:
+    """The data module of a stage's config, set up.
+
+    Args:
+        argv: as for `tulu fit`: `--config FILE` and options.
+
+    Raises:
+        InputError: the config or its data are bad, or the data module is none of this package.
+    """
+    data: Any = _DataOnly(["fit", *argv]).datamodule
+    if not isinstance(data, StepData):
+        what = f"is {type(data).__name__}"
+        raise InputError("data.class_path", what, "Inspect one of SFTData, PreferenceData and PromptData.")
+    data.setup()
+    return data
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run `tulu data inspect` or `tulu data stats`.
+
+    Raises:
+        InputError: there is no such action, or its options, the config or the data are bad.
+    """
+    if not argv or argv[0] in ("-h", "--help"):
+        print(USAGE, end="")
+        return 0
+    actions = {"inspect": _inspect, "stats": _stats}
+    if argv[0] not in actions:
+        raise InputError("tulu data", f"no such action: {argv[0]!r}", nearest(argv[0], actions))
+    if any(option in ("-h", "--help") for option in argv[1:]):
+        print(USAGE, end="")
+        return 0
+    with without_noise():
+        actions[argv[0]](argv[1:])
+    return 0
+
+
+class _Options(argparse.ArgumentParser):
+    def error(self, message: str) -> Any:
+        raise InputError("command line", message, "`tulu data --help` shows the options.")
+
+
+def _inspect(argv: Sequence[str]) -> None:
+    options = _Options(add_help=False, allow_abbrev=False)
+    options.add_argument("--rows", type=int, default=3)
+    options.add_argument("--row", type=int)
+    options.add_argument("--source")
+    options.add_argument("--ids", action="store_true")
+    options.add_argument("--colour", "--color", choices=("auto", "always", "never"), default="auto")
+    chosen, rest = options.parse_known_args(argv)
+    if chosen.rows < 1:
+        raise InputError("--rows", f"is {chosen.rows}", "Use at least 1.")
+    data = load_data(rest)
+    console = _console(chosen.colour)
+    for row in _rows(data, chosen):
+        _print_row(console, data, row, chosen.ids)
+    for line in data.checks():
+        console.print(Text(line))
+    console.print()
+    console.print(Text(data.manifest_table()), soft_wrap=True)
+
+
+def _console(colour: str) -> Console:
+    forced = {"auto": None, "always": True, "never": False}[colour]
+    return Console(file=sys.stdout, force_terminal=forced, no_color=colour == "never", highlight=False)
+
+
+def _rows(data: StepData, chosen: argparse.Namespace) -> list[int]:
+    """The row asked for; or the first rows of the first steps, in the order in which training meets them."""
+    total = data.row_count
+    if chosen.row is not None:
+        if not 0 <= chosen.row < total:
+            raise InputError("--row", f"is {chosen.row}", f"Rows are numbered 0 to {total - 1}.")
+        return [chosen.row]
+    if chosen.source is not None and chosen.source not in data.source_names:
+        raise InputError("--source", f"there is no source {chosen.source!r}", nearest(chosen.source, data.source_names))
+    found: list[int] = []
+    plan = data._plan(1)
+    for step in range(plan.steps_per_epoch):
+        rows = plan.examples(step)
+        found += [row for row in rows if chosen.source in (None, data.source_of(row))]
+        if len(found) >= chosen.rows:
+            break
+    return found[: chosen.rows]
+
+
+def _print_row(console: Console, data: StepData, row: int, ids: bool) -> None:
+    document = data.document(row)
+    tokens = sum(segment.ids_L.numel() for segment in document.segments)
+    trained = sum(int((segment.weights_L > 0).sum()) for segment in document.segments)
+    head = f"row {row}, source {data.source_of(row)!r}: {tokens} tokens"
+    head += f", {trained} trained" if isinstance(data, PackedData) else ""
+    console.rule(Text(head), align="left")
+    console.print(shown(data.tokenizer, document, ids, colour=console.is_terminal and not console.no_color))
+
+
+def _stats(argv: Sequence[str]) -> None:
+    options = _Options(add_help=False, allow_abbrev=False)
+    options.add_argument("--bins", type=int, default=16)
+    options.add_argument("--png")
+    chosen, rest = options.parse_known_args(argv)
+    if chosen.png is not None and not chosen.png.endswith(".png"):
+        raise InputError("--png", f"is {chosen.png!r}", "Give a file name that ends with .png.")
+    data = load_data(rest)
+    tokens = np.asarray(data.row_lengths)
+    numbers = np.asarray(data.source_numbers)
+    by_source = {name: tokens[numbers == index] for index, name in enumerate(data.source_names)}
+    if len(by_source) > 1:
+        by_source["all sources"] = tokens
+    found = lengths.histogram(by_source, chosen.bins)
+    print(_figures(lengths.summaries(by_source)), end="\n\n")
+    print(lengths.histogram_text(found))
+    if chosen.png is not None:
+        print(f"\npicture: {lengths.write_png(found, chosen.png)}")
+
+
+def _figures(summaries: dict[str, lengths.Summary]) -> str:
+    head = ("source", "rows", "mean", "median", "95%", "longest", "tokens")
+    rows = [
+        (name, f"{s.rows:,}", f"{s.mean:.1f}", f"{s.median:.0f}", f"{s.p95:.0f}", f"{s.longest:,}", f"{s.total:,}")
+        for name, s in summaries.items()
+    ]
+    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
+    lines = []
+    for cells in (head, *rows):
+        name, *figures = (
+            cell.ljust(width) if index == 0 else cell.rjust(width)
+            for index, (cell, width) in enumerate(zip(cells, widths, strict=True))
+        )
+        lines.append("  ".join([name, *figures]))
+    return "\n".join(["tokens of a row, template included", *lines])

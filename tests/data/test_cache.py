@@ -1,0 +1,356 @@
+"""Tokenised rows by content: found again, built once, safe against kills, damage and a full disk."""
+
+import errno
+import json
+import multiprocessing
+import os
+import resource
+import signal
+from pathlib import Path
+
+import pytest
+
+from tulu_lightning.data import cache
+from tulu_lightning.data.cache import ENTRY, Job, Kept, code_digest, load_or_build, tokens_dir
+from tulu_lightning.data.intake import LeftOut, TooLong
+from tulu_lightning.data.sft import SFTData
+from tulu_lightning.data.sources import Source
+from tulu_lightning.data.store import Part
+from tulu_lightning.errors import InputError
+
+SETTINGS = {"tokenizer": "tiny-random-llama", "max_tokens": 200, "examples_per_step": 4}
+ROWS, CHUNK = 450, 100
+FORK = multiprocessing.get_context("fork")  # the children run no tokenizer and no threads
+
+
+@pytest.fixture(autouse=True)
+def tokens(tmp_path, monkeypatch) -> Path:
+    """A cache of its own for each test, and small chunks."""
+    monkeypatch.setenv("TULU_TOKENS", str(tmp_path / "tokens"))
+    monkeypatch.setattr(cache, "CHUNK", CHUNK)
+    return tmp_path / "tokens"
+
+
+def encoded(index: int) -> Kept | LeftOut:
+    """Every tenth row is left out, every twentieth for its length."""
+    if index % 10 == 9:
+        return (TooLong if index % 20 == 19 else LeftOut)("for a reason")
+    return Kept((Part([index, 1, 2], [0.0, 1.0, 0.5]), Part([3] * (index % 5 + 1), [1.0] * (index % 5 + 1), 0)))
+
+
+def job(encode=None, wanted=None, rows=ROWS) -> Job:
+    return Job("rows", rows, range(rows), wanted, encode or (lambda chunk: [encoded(index) for index in chunk]))
+
+
+def never(chunk):
+    pytest.fail("the rows were encoded again")
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def in_child(work) -> int:
+    """Run in a process of its own; its exit code, negative for a signal."""
+    child = FORK.Process(target=work)
+    child.start()
+    child.join(60)
+    assert child.exitcode is not None
+    return child.exitcode
+
+
+# Entries ------------------------------------------------------------------------------------------------------------
+
+
+def test_an_entry_holds_what_was_kept_and_counts_what_was_not(tokens):
+    entry = load_or_build("one", job())
+    kept = [index for index in range(ROWS) if index % 10 != 9]
+    assert [document.segments[0].ids_L[0].item() for document in entry.store] == kept
+    assert entry.store.numbers.tolist() == kept
+    counts = entry.counts
+    assert (counts.rows, counts.tried, counts.kept, counts.too_long) == (450, 450, 405, 22)
+    assert counts.left_out == {"for a reason": 45}
+    assert sorted(path.name for path in tokens.iterdir()) == [".one.lock", "one"]
+
+    again = load_or_build("one", job(never))
+    assert (again.counts, again.digest, again.store.summary) == (entry.counts, entry.digest, entry.store.summary)
+
+
+@pytest.mark.parametrize("wanted", [1, 90, 91, 400])
+def test_a_build_stops_at_the_last_row_that_is_wanted(wanted):
+    entry = load_or_build("some", job(wanted=wanted))
+    kept = [index for index in range(ROWS) if index % 10 != 9][:wanted]
+    assert entry.store.numbers.tolist() == kept
+    assert (entry.counts.kept, entry.counts.tried) == (wanted, kept[-1] + 1)
+    assert entry.counts.left_out.total() == kept[-1] + 1 - wanted
+
+
+def test_fewer_than_wanted_are_what_there_is():
+    assert load_or_build("all", job(wanted=9999)).counts.kept == 405
+
+
+def test_a_bad_row_leaves_nothing_behind(tokens):
+    def encode(chunk):
+        if 250 in chunk:
+            raise InputError("row 251", "is bad", "Correct it.")
+        return [encoded(index) for index in chunk]
+
+    with pytest.raises(InputError, match="row 251"):
+        load_or_build("bad", job(encode))
+    assert [path.name for path in tokens.iterdir()] == [".bad.lock"]
+
+
+# Kills, other processes, damage -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "when", ["while it encodes", "between the rows and the journal", "in the journal", "at the end"]
+)
+def test_a_build_that_was_killed_goes_on_and_ends_in_the_same_bytes(when, tokens, monkeypatch):
+    whole = files(load_or_build("whole", job()).store.folder)
+
+    def kill(*_):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def killed():
+        seen = []
+
+        def encode(chunk):
+            seen.extend(chunk)
+            if when == "while it encodes" and len(seen) > 2 * CHUNK:
+                kill()
+            return [encoded(index) for index in chunk]
+
+        write, append = cache._write, cache.Writer.append
+        if when == "between the rows and the journal":
+            cache.Writer.append = lambda *a: kill() if len(seen) > 2 * CHUNK and not append(*a) else append(*a)
+        if when == "in the journal":
+            cache._write = lambda path, values: kill() if len(seen) > 2 * CHUNK and half(path) else write(path, values)
+        if when == "at the end":
+            cache._write = lambda path, values: kill() if path.name == ENTRY and half(path) else write(path, values)
+        load_or_build("killed", job(encode))
+
+    def half(path: Path) -> bool:
+        path.with_name(f".{path.name}.tmp").write_text('{"summary": {"ro')
+        return True
+
+    assert in_child(killed) == -signal.SIGKILL
+    assert not (tokens / "killed").exists()
+
+    tried = []
+
+    def rest(chunk):
+        tried.extend(chunk)
+        return [encoded(index) for index in chunk]
+
+    again = files(load_or_build("killed", job(rest)).store.folder)
+    assert again == whole
+    assert tried == list(range(ROWS if when == "at the end" else 2 * CHUNK, ROWS))  # no chunk was lost, none done twice
+
+
+def test_who_wants_what_another_process_builds_waits_for_it_and_says_so(tokens, monkeypatch):
+    begun, waited = FORK.Event(), FORK.Event()
+
+    def build():
+        def encode(chunk):
+            begun.set()
+            assert waited.wait(30)
+            return [encoded(index) for index in chunk]
+
+        load_or_build("shared", job(encode))
+
+    child = FORK.Process(target=build)
+    child.start()
+    assert begun.wait(30)
+    said = []
+    monkeypatch.setattr(cache, "_say", lambda text: (said.append(text), waited.set()))
+    entry = load_or_build("shared", job(never))
+    child.join(30)
+    assert child.exitcode == 0
+    assert entry.counts.kept == 405
+    (line,) = said
+    assert line.startswith("source 'rows': another process is tokenising these rows (")
+    assert str(tokens / "shared") in line
+
+
+def test_what_a_killed_builder_held_is_free_at_once():
+    assert in_child(lambda: load_or_build("x", job(lambda _: os.kill(os.getpid(), signal.SIGKILL)))) == -signal.SIGKILL
+    assert load_or_build("x", job()).counts.kept == 405
+
+
+DAMAGE = {
+    "a file cut short": (lambda folder: os.truncate(folder / "ids.bin", 1000), "ids.bin has 1000 bytes instead of"),
+    "a file too long": (
+        lambda folder: os.truncate(folder / "parents.bin", 9999),
+        "parents.bin has 9999 bytes instead of",
+    ),
+    "a file missing": (lambda folder: (folder / "row_ends.bin").unlink(), "row_ends.bin is missing"),
+    "no record": (lambda folder: (folder / ENTRY).unlink(), "entry.json cannot be read (FileNotFoundError)"),
+    "half a record": (lambda folder: os.truncate(folder / ENTRY, 40), "entry.json cannot be read (JSONDecodeError)"),
+    "another record": (lambda folder: (folder / ENTRY).write_text("[]"), "entry.json cannot be read (TypeError)"),
+}
+
+
+@pytest.mark.parametrize("what", DAMAGE)
+def test_a_damaged_entry_is_reported_in_one_line_and_built_again(what, capfd):
+    entry, other = load_or_build("entry", job()), load_or_build("other", job())
+    whole = files(entry.store.folder)
+    damage, said = DAMAGE[what]
+    damage(entry.store.folder)
+    capfd.readouterr()
+    again = load_or_build("entry", job())
+    reported = [line for line in capfd.readouterr().err.splitlines() if "damaged" in line]
+    assert len(reported) == 1
+    assert said in reported[0]
+    assert reported[0].startswith("source 'rows': its tokens in the cache are damaged (")
+    assert files(again.store.folder) == whole
+    assert load_or_build("other", job(never)).digest == other.digest
+
+
+def test_a_journal_that_promises_more_than_there_is_starts_anew(tokens):
+    assert in_child(lambda: load_or_build("x", job(lambda c: never_mind(c)))) == -signal.SIGKILL
+    os.truncate(tokens / ".x.building" / "ids.bin", 4)
+    assert load_or_build("x", job()).counts.kept == 405
+
+
+def never_mind(chunk):
+    if chunk[0] >= 200:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return [encoded(index) for index in chunk]
+
+
+def test_a_full_disk_says_so_and_keeps_what_was_finished(tokens):
+    """A limit on the size of files stands for the disk: the third chunk's ids do not fit."""
+    heard = FORK.SimpleQueue()
+
+    def build():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (5000, resource.RLIM_INFINITY))
+        try:
+            load_or_build("full", job())
+        except InputError as error:
+            heard.put((str(error), error.__cause__.errno))
+
+    assert in_child(build) == 0
+    said, number = heard.get()
+    assert number == errno.EFBIG
+    assert "the cache cannot be written" in said
+    assert "point TULU_TOKENS or TULU_CACHE to another folder" in said
+    kept = json.loads((tokens / ".full.building" / "journal.json").read_text())["counts"]["tried"]
+    assert 0 < kept < ROWS
+    tried = []
+    load_or_build("full", job(lambda chunk: [tried.append(index) or encoded(index) for index in chunk]))
+    assert tried == list(range(kept, ROWS))
+
+
+# What decides an entry ----------------------------------------------------------------------------------------------
+
+
+def conversation(question: str, answer: str) -> dict:
+    return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
+
+
+CHATS = [conversation(f"q{i}", "a" * (i + 1)) for i in range(8)]
+
+
+@pytest.fixture
+def entries(write, tokens):
+    """`entries(rows, **settings)` sets the data up and says how many entries the cache has then."""
+
+    def count(rows=CHATS, name="rows", source=None, kind=SFTData, **settings) -> int:
+        written = write(rows, name)
+        kind(sources=[Source(**{**vars(written), **(source or {})})], **{**SETTINGS, **settings}).setup()
+        return len([path for path in tokens.iterdir() if not path.name.startswith(".")])
+
+    return count
+
+
+def test_the_same_rows_under_another_path_and_name_are_the_same_entry(entries, write):
+    assert entries() == entries(name="elsewhere") == 1
+    one, other = (SFTData(sources=[write(CHATS, name)], **SETTINGS) for name in ("rows", "elsewhere"))
+    assert one.digest() == other.digest()
+
+
+@pytest.mark.parametrize(
+    "same",
+    [
+        {"seed": 5},
+        {"examples_per_step": 2, "micro_tokens": 64, "epochs": 3, "max_dropped_share": 0.9},
+        {"source": {"upsample": 2.0}},
+    ],
+)
+def test_what_does_not_change_a_token_finds_the_entry(same, entries):
+    assert entries() == entries(**same) == 1
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"template": "tulu"},
+        {"max_tokens": 199},
+        {"on_overflow": "truncate"},
+        {"train": "last"},
+        {"rows": CHATS[:-1]},
+        {"source": {"filters": ["q3"]}},
+        {"source": {"limit": 7}},
+        {"source": {"count": 3}},
+    ],
+)
+def test_what_may_change_a_token_makes_another_entry(other, entries):
+    assert entries() == 1
+    assert entries(**other) == 2
+
+
+def test_a_sample_is_another_entry_for_another_seed_or_name(entries):
+    assert entries(source={"count": 3}) == 1
+    assert entries(source={"count": 3}, seed=1) == 2
+    assert entries(source={"count": 3}, name="another") == 3
+
+
+def test_a_kind_of_data_is_part_of_it(entries):
+    class Shouting(SFTData):
+        def _messages(self, source, number, row):
+            return [{**each, "content": each["content"].upper()} for each in super()._messages(source, number, row)]
+
+    assert entries() == 1
+    assert entries(kind=Shouting) == 2
+
+
+def test_a_change_of_one_source_tokenises_only_that_one(write, monkeypatch):
+    encode, done = SFTData._encode, []
+
+    def watched(self, source, numbers, rows):
+        done.append((source.name, len(rows)))
+        return encode(self, source, numbers, rows)
+
+    monkeypatch.setattr(SFTData, "_encode", watched)
+
+    def start(rows):
+        done.clear()
+        data = SFTData(sources=[write(CHATS, "one"), write(rows, "two")], **SETTINGS)
+        return data.digest(), list(done)
+
+    digest, first = start(CHATS[:5])
+    assert first == [("one", 8), ("two", 5)]
+    assert start(CHATS[:5]) == (digest, [])
+    other, second = start(CHATS[:4])
+    assert second == [("two", 4)]
+    assert other != digest
+
+
+def test_a_users_reader_is_part_of_it_by_its_source(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    module = tmp_path / "a_reader_of_mine.py"
+    module.write_text("def read(row): return row\n")
+    before = code_digest("a_reader_of_mine.read")
+    assert code_digest("a_reader_of_mine.read") == before != code_digest("messages")
+    module.write_text("def read(row): return None\n")
+    assert code_digest("a_reader_of_mine.read") != before
+    assert code_digest("no such thing. At all") == code_digest("nowhere.to_be_found") == code_digest()
+
+
+def test_the_folder_can_be_chosen(monkeypatch, tmp_path):
+    monkeypatch.delenv("TULU_TOKENS")
+    monkeypatch.setenv("TULU_CACHE", str(tmp_path))
+    assert tokens_dir() == tmp_path / "tokens"
+    monkeypatch.setenv("TULU_TOKENS", str(tmp_path / "large disk"))
+    assert tokens_dir() == tmp_path / "large disk"
