@@ -1,5 +1,6 @@
 """Rows to typed forms. Every complaint names the file, the row, what was found and what would do."""
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -44,10 +45,13 @@ class PromptRow(NamedTuple):
 
 
 def read_chat(source: Source, number: int, row: Row) -> list[Message]:
-    """The messages of an SFT row: roles, contents, and the `weight` of an assistant's message if it is not 1.
+    """The messages of an SFT row.
+
+    An assistant message keeps its `weight`, if it has one.
 
     Raises:
-        InputError: `messages` is missing, empty or malformed, or has no assistant turn, or none with a weight above 0.
+        InputError: `messages` is missing, empty or malformed, has no assistant turn or none that is trained, or has a
+            weight that is not a number from 0, or one on a message that is never trained.
     """
     where = source.row_name(number)
     messages = messages_of(where, "messages", field(where, row, "messages"))
@@ -130,6 +134,11 @@ def text_of(where: str, name: str, value: Any) -> str:
     """A value that must be text."""
     if not isinstance(value, str):
         raise InputError(where, f"{name} is {shown(value)}, not text", "Write it as a string.")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        what = f"{name} has half of a surrogate pair at character {error.start}, which no tokenizer can read"
+        raise InputError(where, what, "Remove or repair that character.") from None
     return value
 
 
@@ -147,24 +156,42 @@ def _message(where: str, name: str, message: Any) -> Message:
     role = message["role"]
     if role not in ROLES:
         raise InputError(where, f"{name} has the role {role!r}, which does not exist", nearest(str(role), ROLES))
-    read: dict[str, Any] = {"role": role, "content": text_of(where, f"content of {name}", message["content"])}
+    read = {"role": role, "content": _content(where, f"content of {name}", message["content"])}
     weight = _weight(where, name, message)
-    if role != "assistant" and message.get("weight"):
-        remedy = "Only an assistant's message is trained: leave its weight out, or make it 0."
-        raise InputError(where, f"{name} is of the {role} and has the weight {message['weight']}", remedy)
-    if role == "assistant" and weight != 1.0:
-        read["weight"] = weight
+    if role == "assistant":
+        return read if weight is None else {**read, "weight": weight}
+    if weight:
+        what = f"{name} has the weight {weight:g}, and only assistant turns are trained"
+        raise InputError(where, what, f"Leave the weight of the {role}'s message out, or set it to 0.")
     return read
 
 
-def _weight(where: str, name: str, message: dict[str, Any]) -> float:
-    """The loss weight of a message: `weight`, or 0 for `train: false`."""
-    train, weight = message.get("train", True), message.get("weight", 1.0)
+def _content(where: str, name: str, value: Any) -> str:
+    """Text, or a list of text parts ({"type": "text", "text": ...}; some data sets write `value`), which are joined."""
+    if not isinstance(value, list):
+        return text_of(where, name, value)
+    parts = []
+    for part in value:
+        if not isinstance(part, dict) or part.get("type") != "text":
+            raise InputError(where, f"{name} has the part {shown(part)}", "Only text can be trained on.")
+        parts.append(text_of(where, f"a part of {name}", part.get("text", part.get("value"))))
+    return "".join(parts)
+
+
+def _weight(where: str, name: str, message: dict[str, Any]) -> float | None:
+    """`weight` of a message (`loss_weight` in other projects' data), or 0 for `train: false`; None if not given."""
+    given = {key: message[key] for key in ("weight", "loss_weight", "train") if message.get(key) is not None}
+    train = given.pop("train", True)
     if not isinstance(train, bool):
         raise InputError(where, f"train of {name} is {shown(train)}", "Use true or false.")
-    if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight < float("inf"):
-        raise InputError(where, f"weight of {name} is {shown(weight)}", "Use a number from 0.")
-    return float(weight) if train else 0.0
+    for key, value in given.items():
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
+            raise InputError(where, f"{key} of {name} is {shown(value)}", "Use a number from 0; 0 is not trained.")
+    weights = {float(value) for value in given.values()}
+    if len(weights) > 1 or (not train and any(weights)):
+        found = {**given, "train": train} if not train else given
+        raise InputError(where, f"{name} has weights that clash: {found}", "Give one of them.")
+    return weights.pop() if weights else (None if train else 0.0)
 
 
 def _answer(where: str, name: str, value: Any) -> str:
