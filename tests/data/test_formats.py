@@ -73,7 +73,6 @@ def test_plain_text_is_one_message_of_its_own_role():
 BAD = [
     ("messages", {"messages": [turn("tool", "x")]}, "messages[0] has the role 'tool', which does not exist"),
     ("messages", {"messages": [turn("user", [{"type": "image"}])]}, "content of messages[0] has the part {'type': 'image'}"),
-    ("messages", {"messages": [turn("assistant", "a", weight=0)]}, "no assistant turn is trained"),
     ("sharegpt", {"text": "x"}, "the row has no field 'conversations' (it has text)"),
     ("sharegpt", {"conversations": []}, "conversations is [], not a list of turns"),
     ("sharegpt", {"conversations": [turn("user", "q")]}, "conversations[0] is {'role': 'user', 'content': 'q'}"),
