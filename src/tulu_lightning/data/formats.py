@@ -64,7 +64,7 @@ def _turn(where: str, name: str, turn: Any) -> Message:
     if role is None:
         remedy = f"{nearest(str(speaker), SPEAKERS)} Or leave such rows out with a reader of your own (read)."
         raise InputError(where, f"{name} is from {speaker!r}, which does not exist", remedy)
-    own = {key: turn[key] for key in ("weight", "train") if key in turn}
+    own = {key: turn[key] for key in ("weight", "loss_weight", "train") if key in turn}
     return {"role": role, "content": text_of(where, f"value of {name}", turn["value"]), **own}
 
 

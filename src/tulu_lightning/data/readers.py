@@ -45,18 +45,18 @@ class PromptRow(NamedTuple):
 
 
 def read_chat(source: Source, number: int, row: Row) -> list[Message]:
-    """The messages of an SFT row: roles, contents, and the `weight` of an assistant's message if it is not 1.
+    """The messages of an SFT row.
+
+    An assistant message keeps its `weight`, if it has one.
 
     Raises:
-        InputError: `messages` is missing, empty or malformed, or has no assistant turn, or none with a weight above 0.
+        InputError: `messages` is missing, empty or malformed, has no assistant turn, or a weight that is not a number
+            from 0, or one on a message that is never trained.
     """
     where = source.row_name(number)
     messages = messages_of(where, "messages", field(where, row, "messages"))
-    answers = [message for message in messages if message["role"] == "assistant"]
-    if not answers:
+    if not any(message["role"] == "assistant" for message in messages):
         raise InputError(where, "messages has no assistant turn to learn from", "Add one, or remove the row.")
-    if not any(message.get("weight", 1.0) for message in answers):
-        raise InputError(where, "no assistant turn is trained", "Give one a weight above 0, or remove the row.")
     return messages
 
 
