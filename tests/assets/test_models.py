@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from tulu_lightning.assets import hub, smollm2, tiny
-from tulu_lightning.assets.models import load_tokenizer, resolve_model
+from tulu_lightning.assets.models import generation_eos, load_tokenizer, resolve_model
 from tulu_lightning.errors import InputError
 
 
@@ -106,6 +106,35 @@ def test_a_tokenizer_that_is_damaged_is_named(folder):
     with pytest.raises(InputError, match="its tokenizer does not load") as caught:
         load_tokenizer(str(folder))
     assert caught.value.where == str(folder)
+
+
+@pytest.mark.parametrize(
+    ("eos", "ids"), [(7, (7,)), ([128009, 128001, 128008], (128001, 128008, 128009)), ([5, 5], (5,)), (None, ())]
+)
+def test_generation_stops_on_what_the_generation_config_names(folder, eos, ids):
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": eos}))
+    assert generation_eos(str(folder)) == ids
+
+
+def test_without_a_generation_config_the_models_config_counts(folder):
+    (folder / "generation_config.json").unlink()
+    assert generation_eos(str(folder)) == (258,)
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ('{"eos_token_id": "</s>"}', "eos_token_id is '</s>'"),
+        ('{"eos_token_id": [1, -1]}', r"eos_token_id is \[1, -1\]"),
+        ('{"eos_token_id": true}', "eos_token_id is True"),
+        ("[]", "it cannot be read"),
+        ("{", "it cannot be read"),
+    ],
+)
+def test_a_bad_generation_config_is_named(folder, text, complaint):
+    (folder / "generation_config.json").write_text(text)
+    with pytest.raises(InputError, match=rf"generation_config\.json: {complaint}.*Correct it"):
+        generation_eos(str(folder))
 
 
 def test_the_tiny_tokenizer_has_one_token_a_byte():

@@ -44,7 +44,7 @@ def llama3_bytes() -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-@functools.cache  # it loads in seconds: tests leave it as it is
+@functools.cache  # it loads in seconds; what a test sets on it, it takes back
 def llama3():
     """The real tokenizer of Llama 3.1, where its folder is given."""
     folder = os.environ.get(LLAMA3_FOLDER, "")
@@ -53,6 +53,7 @@ def llama3():
     return AutoTokenizer.from_pretrained(folder)
 
 
+@functools.cache
 def smollm2():
     """The real tokenizer of SmolLM2, where its package is installed."""
     try:

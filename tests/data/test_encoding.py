@@ -65,6 +65,8 @@ def test_the_tokenizer_is_left_as_it_was(special):
     assert encode_many(tokenizer, template, [CONVERSATIONS[1]])[0].ids == expected  # neither cut nor filled up
     assert (backend.truncation, backend.padding) == before
     assert backend.encode_special_tokens is special
+    backend.no_truncation()
+    backend.no_padding()
 
 
 def test_a_tokenizer_that_is_not_in_rust_takes_the_long_way():

@@ -1,6 +1,8 @@
 """The three data modules: what is in a step and what is refused (left-out rows: `test_left_out.py`)."""
 
+import shutil
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -10,6 +12,7 @@ from tulu_lightning.data.prompts import PromptData
 from tulu_lightning.data.sft import SFTData
 from tulu_lightning.data.sources import Source
 from tulu_lightning.errors import InputError
+from tulu_lightning.stages.stage import Stage
 
 TOKENIZER = byte_tokenizer()
 SETTINGS = {"tokenizer": "tiny-random-llama", "max_tokens": 200, "examples_per_step": 4}
@@ -165,6 +168,41 @@ def test_prompts_end_where_the_answer_begins_and_know_their_row(make):
     assert data.stop_ids == (258,)
     (batch,) = data.train_dataloader()
     assert batch.prompts == (only,)
+
+
+def test_generation_stops_on_what_the_tokenizers_folder_names_too(make, tiny, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(tiny, folder)
+    (folder / "generation_config.json").write_text('{"eos_token_id": [258, 9]}')
+    for module in (SFTData, PreferenceData, PromptData):
+        assert make(module, tokenizer=str(folder)).stop_ids == (9, 258)
+    start = tmp_path / "start"  # the policy's own folder may name others
+    shutil.copytree(tiny, start)
+    (start / "generation_config.json").write_text('{"eos_token_id": 7}')
+    stage: Any = SimpleNamespace(
+        trainer=SimpleNamespace(datamodule=make(SFTData, tokenizer=str(folder))), folder=str(start)
+    )
+    stage.trainer.datamodule.setup()
+    assert Stage.stop_ids(stage) == (7, 9, 258)
+
+
+def test_an_answers_weight_is_that_of_its_tokens(make):
+    row = chat("q", "ab")
+    row["messages"] += chat("r", "c")["messages"] + chat("s", "d")["messages"]
+    row["messages"][1]["weight"], row["messages"][3]["train"] = 0.5, False
+    data = make(SFTData, [row])
+    ((segment,),) = data.documents[0]
+    assert [weight for weight in segment.weights_L.tolist() if weight] == [0.5, 0.5, 0.5, 1.0, 1.0]
+    (batch,) = data.train_dataloader()
+    assert batch.denominator == 3.5
+
+
+def test_a_row_with_nothing_to_train_is_left_out(make):
+    row = chat("q", "a")
+    row["messages"][1]["train"] = False
+    assert len(make(SFTData, [chat("q", "a"), row]).documents) == 1
+    with pytest.raises(InputError, match=r"every row was left out \(1 with nothing to train\)"):
+        make(SFTData, [row]).setup()
 
 
 def test_packs_cover_the_given_rows_once_within_the_limit(make):

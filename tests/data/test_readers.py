@@ -44,10 +44,63 @@ def test_a_good_chat_row_keeps_roles_and_contents_only():
         ({"messages": [USER, {**ANSWER, "content": 68}]}, "content of messages[1] is 68, not text"),
         ({"messages": [USER, {**ANSWER, "content": None}]}, "content of messages[1] is None, not text"),
         ({"messages": [USER]}, "messages has no assistant turn to learn from"),
+        ({"messages": [USER, {**ANSWER, "weight": -0.5}]}, "weight of messages[1] is -0.5"),
+        ({"messages": [USER, {**ANSWER, "weight": "1"}]}, "weight of messages[1] is '1'"),
+        ({"messages": [USER, {**ANSWER, "weight": True}]}, "weight of messages[1] is True"),
+        ({"messages": [USER, {**ANSWER, "weight": float("nan")}]}, "weight of messages[1] is nan"),
+        ({"messages": [USER, {**ANSWER, "loss_weight": float("inf")}]}, "loss_weight of messages[1] is inf"),
+        ({"messages": [USER, {**ANSWER, "train": 0}]}, "train of messages[1] is 0"),
+        (
+            {"messages": [USER, {**ANSWER, "train": False, "weight": 2}]},
+            "messages[1] has weights that clash: {'weight': 2, 'train': False}",
+        ),
+        (
+            {"messages": [USER, {**ANSWER, "loss_weight": 0.5, "weight": 2}]},
+            "messages[1] has weights that clash: {'weight': 2, 'loss_weight': 0.5}",
+        ),
+        (
+            {"messages": [{**USER, "weight": 1}, ANSWER]},
+            "messages[0] has the weight 1, and only assistant turns are trained",
+        ),
+        ({"messages": [USER, {**ANSWER, "content": []}]}, "content of messages[1] is [], not text"),
+        (
+            {"messages": [USER, {**ANSWER, "content": [{"type": "image", "image": "x"}]}]},
+            "content of messages[1] has the part {'type': 'image', 'image': 'x'}",
+        ),
+        (
+            {"messages": [USER, {**ANSWER, "content": [{"type": "text"}]}]},
+            "a part of content of messages[1] is None, not text",
+        ),
+        (
+            {"messages": [USER, {**ANSWER, "content": "ab\ud83d"}]},
+            "content of messages[1] has half of a surrogate pair at character 2, which no tokenizer can read",
+        ),
     ],
 )
 def test_a_bad_chat_row(row, what):
     assert fault(read_chat, row) == what
+
+
+@pytest.mark.parametrize(
+    ("given", "weight"),
+    [
+        ({"weight": 0.5}, {"weight": 0.5}),
+        ({"loss_weight": 1.0}, {"weight": 1.0}),  # as in llamafactory's v1_sft_demo.jsonl
+        ({"weight": 2, "loss_weight": 2.0}, {"weight": 2.0}),
+        ({"train": False}, {"weight": 0.0}),
+        ({"train": False, "weight": 0}, {"weight": 0.0}),
+        ({"train": True}, {}),
+        ({"train": None, "weight": None}, {}),  # a column that other rows use
+    ],
+)
+def test_an_assistants_message_may_have_a_weight(given, weight):
+    user = {**USER, "loss_weight": 0.0, "train": False}  # says what is so anyway
+    assert read_chat(SOURCE, 1, {"messages": [user, {**ANSWER, **given}]}) == [USER, {**ANSWER, **weight}]
+
+
+def test_text_parts_are_joined():
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "value": "b"}]
+    assert read_chat(SOURCE, 1, {"messages": [USER, {**ANSWER, "content": parts}]})[1]["content"] == "ab"
 
 
 def test_a_misspelt_role_is_offered_its_nearest():

@@ -1,7 +1,7 @@
 """The Llama 3 template, with the model's tokenizer where there is one and with a stand-in (others: `test_chat.py`)."""
 
 import pytest
-from chat_tokenizers import CONVERSATIONS, byte_level, llama3, llama3_bytes, turns
+from chat_tokenizers import CONVERSATIONS, LLAMA3_SPECIALS, byte_level, llama3, llama3_bytes, turns
 
 from tulu_lightning.data.chat import chat_template, encode, encode_answer, encode_many, stop_ids
 from tulu_lightning.errors import InputError
@@ -74,9 +74,14 @@ def test_llama3_needs_its_own_tokens():
         chat_template("llama3", byte_level(eos_token="<|end_of_text|>"))
 
 
-def test_llama3_stops_on_every_id_that_the_generation_config_names(monkeypatch):
-    tokenizer = llama3()  # a base tokenizer's EOS is 128001, and Instruct's generation config has three
+def test_llama3_stops_on_every_id_that_the_generation_config_names():
+    tokenizer = llama3()
     template = chat_template("llama3", tokenizer)
-    monkeypatch.setattr(tokenizer, "eos_token", "<|end_of_text|>")
-    assert stop_ids(tokenizer, template, (128001, 128008, 128009)) == (128001, 128008, 128009)
-    assert stop_ids(tokenizer, template) == (128001, 128009)
+    assert stop_ids(tokenizer, template) == (128009,)
+    assert stop_ids(tokenizer, template, (128001, 128008, 128009)) == (128001, 128008, 128009)  # Instruct's own list
+
+
+def test_llama3_stops_on_the_end_of_turn_and_on_a_base_models_eos():
+    tokenizer = byte_level(LLAMA3_SPECIALS, bos_token="<|begin_of_text|>", eos_token="<|end_of_text|>")
+    assert stop_ids(tokenizer, chat_template("llama3", tokenizer)) == (257, 260)
+    assert stop_ids(tokenizer, chat_template("llama3", tokenizer), (3, 257)) == (3, 257, 260)

@@ -165,7 +165,7 @@ def _message(where: str, name: str, message: Any) -> Message:
 
 def _content(where: str, name: str, value: Any) -> str:
     """Text, or a list of text parts ({"type": "text", "text": ...}; some data sets write `value`), which are joined."""
-    if not isinstance(value, list):
+    if not isinstance(value, list) or not value:
         return text_of(where, name, value)
     parts = []
     for part in value:
