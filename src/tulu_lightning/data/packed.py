@@ -146,12 +146,15 @@ class PackedData(StepData[Document]):
         for row in chosen[np.lexsort((chosen, -lengths[chosen]))].tolist():
             tokens = int(lengths[row])
             if group and size + tokens > micro_tokens:
-                yield _pack(documents, group)
+                yield self._pack(documents, group)
                 group, size = [], 0
             group.append(row)
             size += tokens
         if group:
-            yield _pack(documents, group)
+            yield self._pack(documents, group)
+
+    def _pack(self, documents: Documents, rows: Sequence[int]) -> Pack:
+        return pack([documents[row] for row in rows], rows)
 
     def _denominator(self, documents: Documents, rows: Sequence[int]) -> float:
         """What the summed loss of a whole step is divided by."""
@@ -163,14 +166,12 @@ class PackedData(StepData[Document]):
     def _batch(self, documents: Documents, plan: StepPlan, step: int, rank: int) -> StepBatch:
         rows = plan.examples(step)
         packs = tuple(
-            _pack(documents, micro) if micro else filler(documents[min(rows, key=lambda row: documents.lengths[row])])
+            self._pack(documents, micro)
+            if micro
+            else filler(documents[min(rows, key=lambda row: documents.lengths[row])])
             for micro in plan.micro_batches(step, rank)
         )
         return StepBatch(step, packs, self._denominator(documents, rows), rows)
-
-
-def _pack(documents: Documents, rows: Sequence[int]) -> Pack:
-    return pack([documents[row] for row in rows], rows)
 
 
 def _texts(value: Any) -> Iterator[str]:
