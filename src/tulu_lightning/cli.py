@@ -44,6 +44,7 @@ COMMANDS = (
     Command("validate", "run the validation loop of one stage", LIGHTNING, wants_name=True),
     Command("test", "run the test loop of one stage", LIGHTNING, wants_name=True),
     Command("predict", "run the prediction loop of one stage", LIGHTNING, wants_name=True),
+    Command("data", "see what the model will see: inspect rows, length statistics", "tulu_lightning.launch.data"),
     Command("pairs", "make on-policy preference pairs from a model's own samples", "tulu_lightning.recipes.pairs"),
     Command("report", "write a run as one HTML page", "tulu_lightning.recipes.report"),
 )

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import lightning.pytorch as pl
-import numpy as np
+import torch
 from jsonargparse import ArgumentParser
 from rich.console import Console
 from rich.text import Text
@@ -14,10 +14,12 @@ from rich.text import Text
 from tulu_lightning.data import lengths
 from tulu_lightning.data.base import StepData
 from tulu_lightning.data.inspect import shown
+from tulu_lightning.data.manifest import manifest_table
 from tulu_lightning.data.packed import PackedData
 from tulu_lightning.errors import InputError, nearest
 from tulu_lightning.launch.fit import TuluCLI
 from tulu_lightning.launch.quiet import without_noise
+from tulu_lightning.types import Document, Prompt, Segment
 
 __all__ = ["load_data", "main"]
 
@@ -45,7 +47,8 @@ class _DataOnly(TuluCLI):
             raise InputError("data", "the config has none", "Give data with a class_path, as a stage's config does.")
         parser = ArgumentParser(exit_on_error=False)
         parser.add_subclass_arguments(pl.LightningDataModule, "data")
-        self.datamodule = parser.instantiate_classes(parser.parse_object({"data": settings.as_dict()})).data
+        built: Any = parser.instantiate_classes(parser.parse_object({"data": settings.as_dict()}))
+        self.datamodule = built.data
 
     def _run_subcommand(self, subcommand: str) -> None:
         pass
@@ -107,10 +110,10 @@ def _inspect(argv: Sequence[str]) -> None:
     console = _console(chosen.colour)
     for row in _rows(data, chosen):
         _print_row(console, data, row, chosen.ids)
-    for line in data.checks():
-        console.print(Text(line))
+    console.rule()
+    console.print(Text(data.checkup), soft_wrap=True)
     console.print()
-    console.print(Text(data.manifest_table()), soft_wrap=True)
+    console.print(Text(manifest_table(data.manifest())), soft_wrap=True)
 
 
 def _console(colour: str) -> Console:
@@ -120,7 +123,7 @@ def _console(colour: str) -> Console:
 
 def _rows(data: StepData, chosen: argparse.Namespace) -> list[int]:
     """The row asked for; or the first rows of the first steps, in the order in which training meets them."""
-    total = data.row_count
+    total = len(data.mixed)
     if chosen.row is not None:
         if not 0 <= chosen.row < total:
             raise InputError("--row", f"is {chosen.row}", f"Rows are numbered 0 to {total - 1}.")
@@ -138,13 +141,19 @@ def _rows(data: StepData, chosen: argparse.Namespace) -> list[int]:
 
 
 def _print_row(console: Console, data: StepData, row: int, ids: bool) -> None:
-    document = data.document(row)
+    item = data.mixed[row]
+    document = _as_document(item) if isinstance(item, Prompt) else item
     tokens = sum(segment.ids_L.numel() for segment in document.segments)
     trained = sum(int((segment.weights_L > 0).sum()) for segment in document.segments)
     head = f"row {row}, source {data.source_of(row)!r}: {tokens} tokens"
     head += f", {trained} trained" if isinstance(data, PackedData) else ""
     console.rule(Text(head), align="left")
     console.print(shown(data.tokenizer, document, ids, colour=console.is_terminal and not console.no_color))
+
+
+def _as_document(prompt: Prompt) -> Document:
+    ids = torch.tensor(prompt.ids)
+    return Document((Segment(ids, torch.zeros(ids.numel())),))
 
 
 def _stats(argv: Sequence[str]) -> None:
@@ -155,8 +164,8 @@ def _stats(argv: Sequence[str]) -> None:
     if chosen.png is not None and not chosen.png.endswith(".png"):
         raise InputError("--png", f"is {chosen.png!r}", "Give a file name that ends with .png.")
     data = load_data(rest)
-    tokens = np.asarray(data.row_lengths)
-    numbers = np.asarray(data.source_numbers)
+    tokens = data.mixed.lengths
+    numbers = data.source_numbers
     by_source = {name: tokens[numbers == index] for index, name in enumerate(data.source_names)}
     if len(by_source) > 1:
         by_source["all sources"] = tokens
