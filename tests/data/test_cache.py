@@ -12,6 +12,7 @@ import pytest
 
 from tulu_lightning.data import cache
 from tulu_lightning.data.cache import ENTRY, Job, Kept, code_digest, load_or_build, tokens_dir
+from tulu_lightning.data.criteria import Keywords
 from tulu_lightning.data.intake import LeftOut, TooLong
 from tulu_lightning.data.sft import SFTData
 from tulu_lightning.data.sources import Source
@@ -290,7 +291,7 @@ def test_what_does_not_change_a_token_finds_the_entry(same, entries):
         {"on_overflow": "truncate"},
         {"train": "last"},
         {"rows": CHATS[:-1]},
-        {"source": {"filters": ["q3"]}},
+        {"source": {"filters": [Keywords(["q3"], roles=["user"])]}},
         {"source": {"limit": 7}},
         {"source": {"count": 3}},
     ],

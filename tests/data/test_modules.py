@@ -201,7 +201,7 @@ def test_a_row_with_nothing_to_train_is_left_out(make):
     row = chat("q", "a")
     row["messages"][1]["train"] = False
     assert len(make(SFTData, [chat("q", "a"), row]).documents) == 1
-    with pytest.raises(InputError, match=r"every row was left out \(1 with nothing to train\)"):
+    with pytest.raises(InputError, match=r"every row was left out \(1 without a trained token\)"):
         make(SFTData, [row]).setup()
 
 

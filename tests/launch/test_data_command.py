@@ -1,0 +1,83 @@
+from pathlib import Path
+
+import pytest
+
+from tulu_lightning import cli
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+SFT = ["--config", str(CONFIGS / "sft_tiny.yaml"), "--data.max_tokens=128"]
+
+
+@pytest.fixture
+def run(capsys, tmp_path, monkeypatch):
+    """`run(*argv)` gives the exit status and what was printed."""
+    monkeypatch.chdir(tmp_path)
+
+    def command(*argv: str) -> tuple[int, str]:
+        status = cli.main(["data", *argv])
+        out, err = capsys.readouterr()
+        return status, out + err
+
+    return command
+
+
+def test_inspect_shows_rows_of_the_first_step_the_doctor_and_the_mixture(run, tmp_path):
+    status, said = run("inspect", *SFT, "--rows=2", "--colour=never")
+    assert status == 0
+    assert said.count("source 'additions': 7") == 2  # 71 or 72 tokens
+    assert said.count("⟧") == 2
+    assert "<|im_end|>⟧" in said
+    assert "template doctor: all" in said
+    assert "additions    96" in said
+    assert list(tmp_path.iterdir()) == [], "looking leaves nothing behind"
+
+
+def test_inspect_shows_the_row_asked_for_with_its_ids(run):
+    status, said = run("inspect", *SFT, "--row=3", "--ids", "--colour=never")
+    assert status == 0
+    assert "row 3, source" in said
+    assert "<|im_end|>⟨258⟩⟧" in said
+
+
+@pytest.mark.parametrize("stage", ["dpo", "ppo"])
+def test_the_other_stages_rows_can_be_looked_at_too(run, stage):
+    status, said = run("inspect", "--config", str(CONFIGS / f"{stage}_tiny.yaml"), "--rows=1", "--colour=never")
+    assert status == 0
+    assert ("[rejected]" in said) == (stage == "dpo")
+    assert "source 'additions'" in said
+
+
+def test_stats_give_figures_a_histogram_and_a_picture(run):
+    status, said = run("stats", *SFT, "--png=lengths.png")
+    assert status == 0
+    assert "additions    96" in said
+    assert "additions: rows by tokens" in said
+    assert Path("lengths.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("argv", "parts"),
+    [
+        (["inspekt"], ["no such action: 'inspekt'", "Did you mean 'inspect'?"]),
+        (["inspect"], ["no config is given"]),
+        (["inspect", *SFT, "--row=96"], ["--row: is 96", "numbered 0 to 95"]),
+        (["inspect", *SFT, "--source=addition"], ["there is no source 'addition'", "Did you mean 'additions'?"]),
+        (["inspect", *SFT, "--rows=0"], ["--rows: is 0"]),
+        (["inspect", *SFT, "--data.max_tokns=3"], ["max_tokns", "max_tokens"]),
+        (["stats", *SFT, "--png=lengths.pdf"], ["ends with .png"]),
+        (["stats", *SFT, "--bins=many"], ["invalid int value: 'many'"]),
+    ],
+)
+def test_a_mistake_is_one_clear_line_and_status_2(run, argv, parts):
+    status, said = run(*argv)
+    assert status == 2
+    for part in parts:
+        assert part in said
+    assert "Traceback" not in said
+
+
+def test_help_says_what_there_is(run):
+    status, said = run("--help")
+    assert status == 0
+    assert "inspect" in said
+    assert "stats" in said
