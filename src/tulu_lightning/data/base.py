@@ -73,6 +73,7 @@ class StepData(L.LightningDataModule, Generic[Item]):
         self.seed, self.epochs, self.max_steps, self.on_overflow = seed, epochs, max_steps, on_overflow
         self._tokenizer_path, self._template_name = tokenizer, template
         self._micro_tokens = max_tokens  # nothing is cut into passes here; `PackedData` sets its own
+        self._pad_to = 0  # as above
         self._items: list[Item] = []
         self._source_names: list[str] = []
         self._lengths: list[int] = []
@@ -180,6 +181,7 @@ class StepData(L.LightningDataModule, Generic[Item]):
             epochs=self.epochs,
             max_steps=self.max_steps,
             world_size=world_size,
+            pad_to=self._pad_to,
         )
 
     def train_dataloader(self) -> StepLoader:

@@ -8,6 +8,7 @@ from tulu_lightning.core.packing import filler, length, pack, scored_tokens
 from tulu_lightning.core.step_plan import StepPlan
 from tulu_lightning.data.base import Overflow, StepData
 from tulu_lightning.data.sources import Source
+from tulu_lightning.errors import InputError
 from tulu_lightning.types import Document, Pack, Segment, StepBatch
 
 __all__ = ["PackedData", "segment"]
@@ -29,6 +30,7 @@ class PackedData(StepData[Document]):
         epochs: int = 1,
         max_steps: int | None = None,
         on_overflow: Overflow = "drop",
+        pad_to: int = 0,
     ) -> None:
         """Keep the settings; those not named here are as in `StepData`.
 
@@ -44,9 +46,11 @@ class PackedData(StepData[Document]):
             epochs: as in `StepData`.
             max_steps: as in `StepData`.
             on_overflow: as in `StepData`.
+            pad_to: fill packs and pad them to a multiple of so many tokens, for a compiled model that wants few
+                shapes (`micro_tokens` itself makes it one); 0 = no padding. Never seen in the gradient.
 
         Raises:
-            InputError: a number below 1, or an unknown `on_overflow`.
+            InputError: a number below 1, an unknown `on_overflow`, or a `pad_to` that does not divide `micro_tokens`.
         """
         super().__init__(
             sources=sources,
@@ -60,7 +64,11 @@ class PackedData(StepData[Document]):
             on_overflow=on_overflow,
         )
         self._check_counts({"micro_tokens": micro_tokens})
+        if pad_to < 0 or (pad_to and micro_tokens % pad_to):
+            remedy = f"Use 0 for no padding, or a divisor of micro_tokens, which is {micro_tokens}."
+            raise InputError("data.pad_to", f"is {pad_to}", remedy)
         self.micro_tokens = self._micro_tokens = micro_tokens
+        self.pad_to = self._pad_to = pad_to
 
     @property
     def documents(self) -> Sequence[Document]:
@@ -87,7 +95,13 @@ class PackedData(StepData[Document]):
             yield self._pack(group)
 
     def _pack(self, rows: Sequence[int]) -> Pack:
-        return pack([self._items[row] for row in rows], rows)
+        return pack([self._items[row] for row in rows], rows, self.pad_to, self._pad_id)
+
+    @property
+    def _pad_id(self) -> int:
+        """Any token of the vocabulary would do: nobody reads what comes of it."""
+        pad_id = self.tokenizer.pad_token_id
+        return pad_id if isinstance(pad_id, int) else 0
 
     def _tokens(self, item: Document) -> int:
         return length(item)
@@ -103,7 +117,7 @@ class PackedData(StepData[Document]):
         rows = plan.examples(step)
         documents = [self._items[row] for row in rows]
         packs = tuple(
-            self._pack(micro) if micro else filler(min(documents, key=length))
+            self._pack(micro) if micro else filler(min(documents, key=length), self.pad_to, self._pad_id)
             for micro in plan.micro_batches(step, rank)
         )
         return StepBatch(step, packs, self._denominator(documents), rows)
