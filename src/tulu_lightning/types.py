@@ -2,7 +2,7 @@
 
 A name's suffix says its axes, outermost first:
 
-    T  tokens of a pack, documents end to end; padding does not exist
+    T  tokens of a pack, documents end to end; no padding unless a fixed shape is asked for
     S  segments of a pack
     N  scored tokens of a pack: those that get a log-prob (trained, or sampled)
     L  tokens of one segment or one response
@@ -72,6 +72,9 @@ class Pack(NamedTuple):
     """int64, index into S of the segment it belongs to."""
     rows: tuple[int, ...]
     """Row of the data set behind each document, in order; empty for a filler pack (weights all 0)."""
+    padding: int = 0
+    """Tokens at the end of the pack that belong to no row: its last segment, which nothing else sees and nobody reads.
+    0 unless packs are padded to few shapes."""
 
 
 class StepBatch(NamedTuple):

@@ -68,6 +68,23 @@ def test_a_filler_computes_and_counts_for_nothing():
     assert empty.rows == ()
 
 
+def test_padding_is_one_last_segment_that_no_row_owns():
+    packed = pack([PLAIN, PAIR], rows=[7, 9], pad_to=6, pad_id=5)  # 8 tokens, to 12
+    plain = pack([PLAIN, PAIR], rows=[7, 9])
+    assert packed.tokens_T.tolist() == [*plain.tokens_T.tolist(), 5, 5, 5, 5]
+    assert packed.positions_T.tolist() == [*plain.positions_T.tolist(), 0, 0, 0, 0]
+    assert packed.spans == (*plain.spans, Span(8, 12, -1))
+    assert packed.padding == 4
+    assert repr(packed[3:8]) == repr(plain[3:8])  # sources, targets, weights, segments, rows
+    assert plain.padding == pack([PLAIN, PAIR], pad_to=8).padding == 0
+    assert pack([PLAIN, PAIR], pad_to=8).spans == plain.spans
+
+
+def test_a_filler_has_the_shape_of_the_others():
+    assert filler(PAIR, pad_to=16).tokens_T.numel() == 16
+    assert filler(PAIR, pad_to=16).weight_N.tolist() == [0, 0, 0]
+
+
 @pytest.mark.parametrize(
     "documents",
     [[], [Document((segment([], []),))], [Document((segment([1], [0], 0),))], [Document((segment([1], [0], 3),))]],

@@ -87,6 +87,33 @@ def test_a_rank_that_is_short_of_a_micro_batch_gets_a_filler_that_counts_for_not
     assert not filler.weight_N.any()
 
 
+@PACKED
+def test_padded_packs_have_few_shapes_and_the_same_content(make, module):
+    whole = list(make(module, micro_tokens=128).train_dataloader())
+    for world_size in (1, 3):
+        ranks = [
+            list(on_rank(make(module, micro_tokens=128, pad_to=64), rank, world_size).train_dataloader())
+            for rank in range(world_size)
+        ]
+        for plain, *batches in zip(whole, *ranks, strict=True):
+            packs = [pack for batch in batches for pack in batch.packs]
+            assert {(batch.rows, batch.denominator) for batch in batches} == {(plain.rows, plain.denominator)}
+            assert {pack.tokens_T.numel() for pack in packs} <= {64, 128}
+            assert any(pack.padding for pack in packs)
+            assert all(
+                (pack.tokens_T[len(pack.tokens_T) - pack.padding :] == TOKENIZER.pad_token_id).all() for pack in packs
+            )
+            assert sorted(row for pack in packs for row in pack.rows) == sorted(plain.rows)
+            sums = [sum(float(pack.weight_N.sum()) for pack in some) for some in (packs, plain.packs)]
+            assert sums[0] == sums[1]
+
+
+@pytest.mark.parametrize("pad_to", [-64, 48, 8192])
+def test_packs_cannot_be_padded_to_what_does_not_divide_them(pad_to):
+    with pytest.raises(InputError, match=rf"data.pad_to: is {pad_to}.*divisor of micro_tokens, which is 4096"):
+        SFTData(sources=[Source("x", path="none")], pad_to=pad_to, **SETTINGS)
+
+
 def test_an_sft_steps_denominator_is_its_number_of_trained_tokens(make):
     rows = [chat("q", "abc"), chat("q", "d")]  # each answer and its end token: 4 + 2
     (batch,) = make(SFTData, rows).train_dataloader()

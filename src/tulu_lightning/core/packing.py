@@ -4,7 +4,8 @@ A document is a tree of segments (`types.Segment`). Packing lays the segments of
 each the tokens it may see (its own, causally, and those of its chain of parents), and lists the places that predict a
 scored token. SFT packs one segment a document, DPO a prompt with two children, RL a prompt with one child a sample.
 
-Left out on purpose: padding (there is none) and splitting a document over packs.
+Padding does not exist, except where a compiled model wants few shapes: then it is one last segment of its own, that no
+document sees and nobody reads. Left out on purpose: splitting a document over packs.
 """
 
 from collections.abc import Sequence
@@ -46,12 +47,14 @@ def ancestors(spans: Sequence[Span], index: int) -> tuple[int, ...]:
     return tuple(reversed(chain))
 
 
-def pack(documents: Sequence[Document], rows: Sequence[int] = ()) -> Pack:
+def pack(documents: Sequence[Document], rows: Sequence[int] = (), pad_to: int = 0, pad_id: int = 0) -> Pack:
     """Lay documents end to end.
 
     Args:
         documents: at least one; parents before children within each.
         rows: data-set row of each document, kept for records and per-row caches.
+        pad_to: pad to a multiple of so many tokens with one segment that no row owns; 0 = no padding.
+        pad_id: the token to pad with.
 
     Returns:
         The pack; scored tokens are in the order of documents, segments and tokens.
@@ -85,6 +88,11 @@ def pack(documents: Sequence[Document], rows: Sequence[int] = ()) -> Pack:
             spans.append(span)
             ends.append(first + count)
             start += count
+    padding = -start % pad_to if pad_to else 0
+    if padding:
+        tokens.append(torch.full((padding,), pad_id))
+        positions.append(torch.zeros(padding, dtype=torch.int64))  # within any model's positions, however long
+        spans.append(Span(start, start + padding, -1))
     return Pack(
         tokens_T=torch.cat(tokens).long(),
         positions_T=torch.cat(positions),
@@ -94,13 +102,14 @@ def pack(documents: Sequence[Document], rows: Sequence[int] = ()) -> Pack:
         weight_N=torch.cat(weights).float(),
         segment_N=torch.cat(segments),
         rows=tuple(rows),
+        padding=padding,
     )
 
 
-def filler(document: Document) -> Pack:
+def filler(document: Document, pad_to: int = 0, pad_id: int = 0) -> Pack:
     """A pack that computes but counts for nothing: for a rank that is one micro-batch short.
 
-    Collectives need every rank to run the same number of forward and backward passes.
+    Collectives need every rank to run the same number of forward and backward passes. Arguments as in `pack`.
     """
-    packed = pack([document])
+    packed = pack([document], (), pad_to, pad_id)
     return packed._replace(weight_N=torch.zeros_like(packed.weight_N))

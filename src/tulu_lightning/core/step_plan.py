@@ -7,16 +7,20 @@ The cut is the second half: every rank gets the same number of micro-batches (sh
 most `micro_tokens` long unless one example alone is longer, and the ranks' costs (tokens plus attention) are level.
 """
 
+from bisect import bisect_left, insort
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from heapq import heappop, heappush, heapreplace
 
 import torch
 from torch import Tensor
 
 __all__ = ["StepPlan", "cut", "mix_seed"]
 
-ATTENTION_TOKENS = 4096.0
-"""Length at which a token's attention costs about as much as its matrix products (12·hidden, Llama-like shapes)."""
+ATTENTION_TOKENS = 16384.0
+"""Length of a document whose attention costs as much as its matrix products. In operations that is 12 x hidden for
+Llama-like shapes: 49,152 for 8B, of which a kernel at two thirds of the products' speed leaves 32,000; for SmolLM2-135M
+on a CPU it was measured as about 4,000 in fp32. One number between, as no plan may depend on the model."""
 
 
 def mix_seed(*parts: int) -> int:
@@ -33,68 +37,147 @@ def mix_seed(*parts: int) -> int:
 
 
 def cost(length: int) -> float:
-    """Relative cost of one document of that many tokens: linear layers plus causal attention."""
+    """Relative cost of one document of that many tokens: linear layers plus its causal attention to itself alone."""
     return length * (1.0 + length / ATTENTION_TOKENS)
 
 
-def cut(lengths: Sequence[int], micro_tokens: int, ranks: int = 1) -> list[list[tuple[int, ...]]]:
+def cut(lengths: Sequence[int], micro_tokens: int, ranks: int = 1, pad_to: int = 0) -> list[list[tuple[int, ...]]]:
     """Cut items into micro-batches of at most `micro_tokens` tokens and deal them over ranks.
 
-    Best-fit by decreasing length says how few micro-batches will do; the items are then spread evenly over that many,
-    and dealt by decreasing cost to the least loaded rank. An item longer than the limit gets one of its own.
+    There are as few micro-batches as best fit finds (often provably the fewest), rounded up to the same number on
+    every rank. Where shapes may vary, the items are then spread evenly over that many. Where they may not (`pad_to`),
+    even is the wrong aim, as every micro-batch pays for its padding: best fit fills one after the other, and the slack
+    gathers in the last. An item longer than the limit gets a micro-batch of its own.
+
+    Ranks run their j-th micro-batches in lock step, so the j-th ones of all ranks are neighbours in cost; among them
+    the dearest goes to the rank that has least so far.
 
     Args:
         lengths: tokens of each item.
         micro_tokens: limit of one micro-batch, in tokens.
         ranks: number of ranks.
+        pad_to: micro-batches will be padded to a multiple of so many tokens, and should be filled; 0 = no padding.
 
     Returns:
         For each rank its micro-batches, as tuples of indices into `lengths`; all ranks have the same number. An empty
         tuple asks for a filler.
     """
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
-    bins = _best_fit(order, lengths, micro_tokens)
+    bins = (
+        _filled(order, lengths, micro_tokens, ranks, pad_to) if pad_to else _even(order, lengths, micro_tokens, ranks)
+    )
     each = max(1, -(-len(bins) // ranks))
-    # The fewest micro-batches are known now; spread the items over that many evenly, if that still fits.
-    bins = _level(order, lengths, micro_tokens, each * ranks) or bins
-    costs = [sum(cost(lengths[i]) for i in items) for items in bins]
+    costs = [sum(map(cost, [lengths[i] for i in items])) for items in bins]
+    by_cost = sorted(range(len(bins)), key=lambda b: (-costs[b], b))
     dealt: list[list[tuple[int, ...]]] = [[] for _ in range(ranks)]
     load = [0.0] * ranks
-    for b in sorted(range(len(bins)), key=lambda b: (-costs[b], b)):
-        rank = min((r for r in range(ranks) if len(dealt[r]) < each), key=lambda r: (load[r], r))
-        dealt[rank].append(tuple(sorted(bins[b])))
-        load[rank] += costs[b]
+    for first in range(0, len(by_cost), ranks):
+        idle_first = sorted(range(ranks), key=lambda r: (load[r], r))
+        for rank, b in zip(idle_first, by_cost[first : first + ranks], strict=False):
+            dealt[rank].append(tuple(sorted(bins[b])))
+            load[rank] += costs[b]
     return [micros + [()] * (each - len(micros)) for micros in dealt]
+
+
+def _even(order: Sequence[int], lengths: Sequence[int], micro_tokens: int, ranks: int) -> list[list[int]]:
+    """Micro-batches of even cost, as few as `_best_fit` needs, rounded up to whole rounds of the ranks."""
+    alone = sum(lengths[i] > micro_tokens for i in order)
+    rest = sum(lengths[i] for i in order[alone:])
+    fewest = _rounded(alone + -(-rest // micro_tokens), ranks)  # none can do with less
+    bins = _level(order, lengths, micro_tokens, fewest)
+    if bins is None:
+        packed = _best_fit(order, lengths, micro_tokens)
+        count = _rounded(len(packed), ranks)
+        bins = _level(order, lengths, micro_tokens, count) if count > fewest else None
+        bins = bins or _tightest(order, lengths, -(-rest // count), micro_tokens, count, max(1, micro_tokens // 64))
+    return [items for items in bins if items]
+
+
+def _filled(
+    order: Sequence[int], lengths: Sequence[int], micro_tokens: int, ranks: int, pad_to: int
+) -> list[list[int]]:
+    """Micro-batches filled by best fit; with several ranks, so that they wait least for each other.
+
+    For one rank that is best fit to the limit. Several would wait for the slack to gather on one of them, so they take
+    best fit to a lower limit, or even micro-batches after all if those are cheaper and lose at most 2% to padding.
+    """
+    bins = _best_fit(order, lengths, micro_tokens)
+    if ranks == 1:
+        return bins
+    count = _rounded(len(bins), ranks)
+    bins = _tightest(order, lengths, -(-sum(lengths) // count), micro_tokens, count, pad_to)
+    even = [items for items in _level(order, lengths, micro_tokens, count) or [] if items]
+    padding = sum(-sum([lengths[i] for i in items]) % pad_to for items in even)
+    if not even or padding > 0.02 * sum(lengths):
+        return bins
+
+    def waited(bins: list[list[int]]) -> float:
+        """What one rank pays when every round lasts as long as its dearest micro-batch."""
+        sizes = ([lengths[i] for i in items] for items in bins)
+        costs = sorted((sum(map(cost, part)) + -sum(part) % pad_to for part in sizes), reverse=True)
+        return sum(costs[::ranks])
+
+    return min([bins, even], key=waited)
+
+
+def _rounded(count: int, ranks: int) -> int:
+    return max(1, -(-count // ranks)) * ranks
+
+
+def _tightest(
+    order: Sequence[int], lengths: Sequence[int], low: int, high: int, count: int, grain: int
+) -> list[list[int]]:
+    """Best fit to the lowest limit in (low, high], in steps of `grain`, that needs no more than `count` micro-batches.
+
+    `high` is known to do. Best fit is not monotonic in its limit, so "lowest" is as a bisection finds it.
+    """
+    bins = _best_fit(order, lengths, high)
+    below, above = max(0, -(-low // grain) - 1), -(-high // grain)
+    while above - below > 1:
+        middle = (below + above) // 2
+        tried = _best_fit(order, lengths, middle * grain)
+        if len(tried) <= count:
+            bins, above = tried, middle
+        else:
+            below = middle
+    return bins
 
 
 def _best_fit(order: Sequence[int], lengths: Sequence[int], micro_tokens: int) -> list[list[int]]:
     """Each item, longest first, into the fullest micro-batch that still takes it."""
     bins: list[list[int]] = []
-    room: list[int] = []
+    rooms: list[tuple[int, int]] = []  # (room, micro-batch) in order; full ones are left out
     for item in order:
-        fits = [b for b in range(len(bins)) if room[b] >= lengths[item]]
-        best = min(fits, key=lambda b: room[b], default=len(bins))
-        if best == len(bins):
-            bins.append([])
-            room.append(max(micro_tokens, lengths[item]))
-        bins[best].append(item)
-        room[best] -= lengths[item]
+        size = lengths[item]
+        at = bisect_left(rooms, (size, 0))
+        if at < len(rooms):
+            room, best = rooms.pop(at)
+            bins[best].append(item)
+        else:
+            room, best = max(micro_tokens, size), len(bins)
+            bins.append([item])
+        if room > size:
+            insort(rooms, (room - size, best))
     return bins
 
 
 def _level(order: Sequence[int], lengths: Sequence[int], micro_tokens: int, count: int) -> list[list[int]] | None:
-    """Each item, longest first, into the cheapest of `count` micro-batches; None where one gets too long."""
+    """Each item, longest first, into the cheapest of `count` micro-batches that takes it; None where none does."""
     bins: list[list[int]] = [[] for _ in range(count)]
-    tokens, load = [0] * count, [0.0] * count
+    heap = [(0.0, b, 0) for b in range(count)]  # (cost, micro-batch, tokens)
     for item in order:
-        fits = [b for b in range(count) if not bins[b] or tokens[b] + lengths[item] <= micro_tokens]
-        if not fits:
+        size = lengths[item]
+        aside = []
+        while heap and heap[0][2] and heap[0][2] + size > micro_tokens:
+            aside.append(heappop(heap))
+        if not heap:
             return None
-        best = min(fits, key=lambda b: (load[b], b))
+        load, best, tokens = heap[0]
         bins[best].append(item)
-        tokens[best] += lengths[item]
-        load[best] += cost(lengths[item])
-    return [items for items in bins if items]
+        heapreplace(heap, (load + cost(size), best, tokens + size))
+        for entry in aside:
+            heappush(heap, entry)
+    return bins
 
 
 @dataclass(frozen=True)
@@ -108,7 +191,7 @@ class StepPlan:
     """
 
     lengths: Sequence[int] | Tensor
-    """Tokens of each row."""
+    """Tokens of each row: a list, a tensor, or any array that gives an integer per index. It is not copied."""
     examples_per_step: int
     """Rows of one optimiser step, over all ranks (the paper's effective batch)."""
     micro_tokens: int
@@ -118,12 +201,16 @@ class StepPlan:
     max_steps: int | None = None
     """Stop here, if that is earlier than the last epoch's end (or go on over more epochs when it is later)."""
     world_size: int = 1
+    pad_to: int = 0
+    """Fill the micro-batches, which will be padded to a multiple of so many tokens; 0 = no padding. See `cut`."""
     _order: dict[int, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         for name in ("examples_per_step", "micro_tokens", "epochs", "world_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.pad_to < 0 or (self.pad_to and self.micro_tokens % self.pad_to):
+            raise ValueError(f"pad_to is {self.pad_to}; it must divide micro_tokens ({self.micro_tokens}), or be 0")
         if not len(self.lengths):
             raise ValueError("a step plan needs at least one row")
 
@@ -143,17 +230,28 @@ class StepPlan:
         Raises:
             IndexError: a step outside the run.
         """
-        if not 0 <= step < self.total_steps:
-            raise IndexError(f"step {step} of a run of {self.total_steps}")
-        epoch, within = divmod(step, self.steps_per_epoch)
-        order = self._epoch_order(epoch)
-        return tuple(order[within * self.examples_per_step : (within + 1) * self.examples_per_step].tolist())
+        return tuple(self._rows(step).tolist())
+
+    def ranks(self, step: int) -> list[list[tuple[int, ...]]]:
+        """Rows of each micro-batch of every rank at `step`; an empty tuple asks for a filler."""
+        index = self._rows(step)
+        rows = index.tolist()
+        if isinstance(self.lengths, Tensor):
+            lengths = self.lengths[index].tolist()
+        else:
+            lengths = [int(self.lengths[row]) for row in rows]
+        dealt = cut(lengths, self.micro_tokens, self.world_size, self.pad_to)
+        return [[tuple([rows[i] for i in items]) for items in micros] for micros in dealt]
 
     def micro_batches(self, step: int, rank: int = 0) -> list[tuple[int, ...]]:
         """Rows of each micro-batch of one rank at `step`; an empty tuple asks for a filler."""
-        rows = self.examples(step)
-        dealt = cut([int(self.lengths[row]) for row in rows], self.micro_tokens, self.world_size)
-        return [tuple(rows[i] for i in items) for items in dealt[rank]]
+        return self.ranks(step)[rank]
+
+    def _rows(self, step: int) -> Tensor:
+        if not 0 <= step < self.total_steps:
+            raise IndexError(f"step {step} of a run of {self.total_steps}")
+        epoch, within = divmod(step, self.steps_per_epoch)
+        return self._epoch_order(epoch)[within * self.examples_per_step : (within + 1) * self.examples_per_step]
 
     def _epoch_order(self, epoch: int) -> Tensor:
         if epoch not in self._order:

@@ -91,6 +91,7 @@ class StepData(L.LightningDataModule, Generic[Item]):
         self.max_dropped_share, self.accept_changed_data = max_dropped_share, accept_changed_data
         self._tokenizer_path, self._template_name = tokenizer, template
         self._micro_tokens = max_tokens  # nothing is cut into passes here; `PackedData` sets its own
+        self._pad_to = 0  # as above
         self._mixed: Mixed | None = None
         self._items: Sequence[Item] = []
         self._digest: str | None = None
@@ -255,6 +256,7 @@ class StepData(L.LightningDataModule, Generic[Item]):
             epochs=self.epochs,
             max_steps=self.max_steps,
             world_size=world_size,
+            pad_to=self._pad_to,
         )
 
     def train_dataloader(self) -> StepLoader:

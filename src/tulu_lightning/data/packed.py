@@ -14,6 +14,7 @@ from tulu_lightning.data.intake import LeftOut
 from tulu_lightning.data.mixture import order, wanted
 from tulu_lightning.data.rows import Documents, Mixed, SourceRows
 from tulu_lightning.data.sources import Source, Table
+from tulu_lightning.errors import InputError
 from tulu_lightning.types import Document, Pack, StepBatch
 
 __all__ = ["PackedData"]
@@ -48,6 +49,7 @@ class PackedData(StepData[Document]):
         on_overflow: Overflow = "drop",
         max_dropped_share: float = 0.5,
         accept_changed_data: bool = False,
+        pad_to: int = 0,
     ) -> None:
         """Keep the settings; those not named here are as in `StepData`.
 
@@ -65,9 +67,12 @@ class PackedData(StepData[Document]):
             on_overflow: as in `StepData`.
             max_dropped_share: as in `StepData`.
             accept_changed_data: as in `StepData`.
+            pad_to: fill packs and pad them to a multiple of so many tokens, for a compiled model that wants few
+                shapes (`micro_tokens` itself makes it one); 0 = no padding. Never seen in the gradient.
 
         Raises:
-            InputError: a number below 1, or anything that `StepData` refuses.
+            InputError: a number below 1, a `pad_to` that does not divide `micro_tokens`, or anything that `StepData`
+                refuses.
         """
         super().__init__(
             sources=sources,
@@ -83,7 +88,11 @@ class PackedData(StepData[Document]):
             accept_changed_data=accept_changed_data,
         )
         self._check_counts({"micro_tokens": micro_tokens})
+        if pad_to < 0 or (pad_to and micro_tokens % pad_to):
+            remedy = f"Use 0 for no padding, or a divisor of micro_tokens, which is {micro_tokens}."
+            raise InputError("data.pad_to", f"is {pad_to}", remedy)
         self.micro_tokens = self._micro_tokens = micro_tokens
+        self.pad_to = self._pad_to = pad_to
 
     # Reading ----------------------------------------------------------------------------------------------------
 
@@ -154,7 +163,13 @@ class PackedData(StepData[Document]):
             yield self._pack(documents, group)
 
     def _pack(self, documents: Documents, rows: Sequence[int]) -> Pack:
-        return pack([documents[row] for row in rows], rows)
+        return pack([documents[row] for row in rows], rows, self.pad_to, self._pad_id)
+
+    @property
+    def _pad_id(self) -> int:
+        """Any token of the vocabulary would do: nobody reads what comes of it."""
+        pad_id = self.tokenizer.pad_token_id
+        return pad_id if isinstance(pad_id, int) else 0
 
     def _denominator(self, documents: Documents, rows: Sequence[int]) -> float:
         """What the summed loss of a whole step is divided by."""
@@ -168,7 +183,7 @@ class PackedData(StepData[Document]):
         packs = tuple(
             self._pack(documents, micro)
             if micro
-            else filler(documents[min(rows, key=lambda row: documents.lengths[row])])
+            else filler(documents[min(rows, key=lambda row: documents.lengths[row])], self.pad_to, self._pad_id)
             for micro in plan.micro_batches(step, rank)
         )
         return StepBatch(step, packs, self._denominator(documents, rows), rows)

@@ -55,6 +55,7 @@ class SFTData(PackedData):
         on_overflow: Overflow = "drop",
         max_dropped_share: float = 0.5,
         accept_changed_data: bool = False,
+        pad_to: int = 0,
         train: Train = "all",
         validation: list[Source] | None = None,
     ) -> None:
@@ -73,6 +74,7 @@ class SFTData(PackedData):
             on_overflow: as in `StepData`.
             max_dropped_share: as in `StepData`.
             accept_changed_data: as in `StepData`.
+            pad_to: as in `PackedData`.
             train: which assistant turns are trained: `all`, or only the `last` of each conversation.
             validation: rows that are not trained on: their loss is logged as `val_loss` (`tulu validate`, and in a fit
                 whenever the trainer validates).
@@ -93,6 +95,7 @@ class SFTData(PackedData):
             on_overflow=on_overflow,
             max_dropped_share=max_dropped_share,
             accept_changed_data=accept_changed_data,
+            pad_to=pad_to,
         )
         if train not in ("all", "last"):
             raise InputError("data.train", f"is {train!r}", "Use 'all' or 'last'.")
@@ -182,6 +185,7 @@ class SFTData(PackedData):
             examples_per_step=min(self.examples_per_step, len(documents)),
             micro_tokens=self.micro_tokens,
             world_size=world_size,
+            pad_to=self.pad_to,
         )
 
         def batch(plan: StepPlan, step: int, rank: int) -> StepBatch:

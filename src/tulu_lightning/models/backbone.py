@@ -17,6 +17,7 @@ from transformers.utils import logging as transformers_logging
 from tulu_lightning.core.logprobs import TokenStats, token_logprobs
 from tulu_lightning.errors import InputError
 from tulu_lightning.models import attention
+from tulu_lightning.models.backends import Chooser, Requested, check_request
 from tulu_lightning.models.linear import use_fast_linear
 from tulu_lightning.models.loading import decoder_layers, load_causal_lm
 from tulu_lightning.models.probe import check_packed
@@ -38,14 +39,19 @@ class Backbone:
     """Recompute each decoder layer in backward: less memory, about a third more time."""
     layers: int | None = None
     """Keep only the first so many decoder layers (a critic smaller than its policy)."""
+    attention: Requested = "auto"
+    """How packed attention is computed: `auto` takes the fastest that the machine can run and that passes a trial
+    (CPU: matrix products; CUDA: `varlen`, flash attention, and `flex` where answers share a prompt; else `sdpa`,
+    PyTorch's kernel document by document). The others insist."""
 
     def load(self, folder: str) -> PreTrainedModel:
         """Load fp32 weights from a local folder, with packed attention, no KV cache and no dropout.
 
         Raises:
-            InputError: the weights do not load, `layers` is more than the model has, or the architecture does not
-                compute the same packed as alone.
+            InputError: the machine cannot run `attention`, the weights do not load, `layers` is more than the model
+                has, or the architecture does not compute the same packed as alone.
         """
+        check_request(self.attention, getattr(torch, self.compute_dtype))
         level = transformers_logging.get_verbosity()
         transformers_logging.set_verbosity_error()
         transformers_logging.disable_progress_bar()
@@ -89,18 +95,21 @@ class _Packed(nn.Module):
     def __init__(self, config: Backbone) -> None:
         super().__init__()
         self.config = config
+        self.attention = Chooser(config.attention, getattr(torch, config.compute_dtype))
 
     def source_hidden(self, decoder: nn.Module, pack: Pack) -> Tensor:
         """Hidden states at `pack.source_N`, in the compute dtype."""
-        tiles = attention.tiles(pack.spans, pack.tokens_T.device)
+        trees, device = any(span.parent >= 0 for span in pack.spans), pack.tokens_T.device
+        config: Any = decoder.config
+        backend = self.attention.backend(trees, device, config)
         # A sharded module's mixed-precision policy casts by itself; autocast on top would cast a second time.
         sharded = isinstance(self, FSDPModule)
-        with nullcontext() if sharded else self.config.autocast(pack.tokens_T.device):
+        with nullcontext() if sharded else self.config.autocast(device):
             hidden_TD = decoder(
                 input_ids=pack.tokens_T[None],
                 position_ids=pack.positions_T[None],
                 use_cache=False,
-                segment_tiles=tiles,
+                segments=attention.layout(pack.spans, pack.padding, device, backend),
             ).last_hidden_state[0]
         hidden_ND = hidden_TD[pack.source_N]
         return hidden_ND.to(torch.bfloat16) if self.config.compute_dtype == "bfloat16" else hidden_ND

@@ -83,7 +83,7 @@ def _packed_logits(lm: PreTrainedModel, head: Any, packed: Pack) -> Tensor:
         input_ids=packed.tokens_T[None],
         position_ids=packed.positions_T[None],
         use_cache=False,
-        segment_tiles=attention.tiles(packed.spans),
+        segments=attention.layout(packed.spans),
     ).last_hidden_state[0]
     return hidden_TD @ head.weight.T
 

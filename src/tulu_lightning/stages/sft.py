@@ -26,7 +26,9 @@ class SFT(Stage):
             loss = -(pack.weight_N * logp_N).sum()
             self.backward_sum(loss, batch.denominator)
             trained = int((pack.weight_N > 0).sum())
-            sums += torch.tensor([float(loss.detach()), pack.tokens_T.numel() if pack.rows else 0, trained])
+            sums += torch.tensor(
+                [float(loss.detach()), pack.tokens_T.numel() - pack.padding if pack.rows else 0, trained]
+            )
         norm = self.update(self.optimizer, self.optimizers(), self.model.parameters())
         loss_sum, tokens, trained = self.reduce_sum(sums).tolist()
         self.finish_step(
