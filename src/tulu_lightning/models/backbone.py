@@ -17,6 +17,7 @@ from transformers.utils import logging as transformers_logging
 from tulu_lightning.core.logprobs import TokenStats, token_logprobs
 from tulu_lightning.errors import InputError
 from tulu_lightning.models import attention
+from tulu_lightning.models.linear import use_fast_linear
 from tulu_lightning.models.loading import decoder_layers, load_causal_lm
 from tulu_lightning.models.probe import check_packed
 from tulu_lightning.types import Pack
@@ -60,6 +61,7 @@ class Backbone:
                 raise InputError(folder, f"{name} is {getattr(lm.config, name)}", "Set it to 0 in its config.json.")
         if self.layers is not None:
             self._cut(lm, folder, self.layers)
+        use_fast_linear(lm)
         check_packed(lm, folder)
         if self.activation_checkpointing:
             lm.gradient_checkpointing_enable({"use_reentrant": False})

@@ -1,0 +1,111 @@
+"""fp32 matrix products on the CPU, by the library that is fast there.
+
+PyTorch's x86 builds send fp32 products to MKL. On AMD processors MKL takes a slow path: a third of what oneDNN, which
+is in the same build, does with the same numbers (`docs/performance.md`). So there, and only there, fp32 linear layers
+and the head go through oneDNN. Both compute in true fp32; sums are added in another order, so results differ in the
+last bits. The choice depends on the processor alone, never on a timing: a run that goes on takes the same one.
+
+bf16 products and everything off the CPU are PyTorch's own.
+"""
+
+import functools
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+__all__ = ["fp32_library", "linear", "product"]
+
+
+@functools.cache
+def fp32_library() -> str:
+    """The library that multiplies fp32 matrices on this machine's CPU: "onednn", or "default" for PyTorch's choice."""
+    return "onednn" if _vendor() == "AuthenticAMD" and _onednn_works() else "default"
+
+
+def _vendor() -> str:
+    if platform.machine() not in ("x86_64", "AMD64"):
+        return ""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return "AuthenticAMD" if "AuthenticAMD" in platform.processor() else ""
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("vendor_id")), "")
+
+
+def _onednn_works() -> bool:
+    """The operator is PyTorch's own but not public: it is used only where it gives what a product gives."""
+    try:
+        a, b = torch.arange(6.0).view(2, 3), torch.arange(12.0).view(4, 3)
+        return torch.backends.mkldnn.is_available() and torch.equal(_onednn(a, b), a @ b.T)
+    except (AttributeError, RuntimeError, TypeError):
+        return False
+
+
+def _onednn(a_MK: Tensor, b_NK: Tensor) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(a_MK, b_NK, None, "none", [], "")
+
+
+def _takes(*tensors: Tensor) -> bool:
+    return (
+        all(t.dtype == torch.float32 and t.device.type == "cpu" and type(t) in _PLAIN and t.numel() for t in tensors)
+        and fp32_library() == "onednn"
+    )
+
+
+_PLAIN = (Tensor, torch.nn.Parameter)
+"""Not DTensors or other subclasses: the operator knows nothing of them."""
+
+
+def product(a_MK: Tensor, b_NK: Tensor) -> Tensor:
+    """a @ b.T without a gradient; either may be a transposed view.
+
+    Args:
+        a_MK: [M, K].
+        b_NK: [N, K], like a linear layer's weight.
+
+    Returns:
+        [M, N], in the common dtype.
+    """
+    if _takes(a_MK, b_NK):
+        with torch.no_grad():
+            return _onednn(a_MK, b_NK)
+    return a_MK @ b_NK.T
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_MK: Tensor, weight_NK: Tensor) -> Tensor:
+        ctx.save_for_backward(x_MK, weight_NK)
+        return _onednn(x_MK, weight_NK)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        x_MK, weight_NK = ctx.saved_tensors
+        grad_MN = grads[0].contiguous()  # an expanded gradient has strides that oneDNN does not read
+        need_x, need_weight = ctx.needs_input_grad
+        grad_x = _onednn(grad_MN, weight_NK.T) if need_x else None
+        grad_weight = _onednn(grad_MN.T, x_MK.T) if need_weight else None
+        return grad_x, grad_weight
+
+
+def linear(x: Tensor, weight_NK: Tensor, bias_N: Tensor | None = None) -> Tensor:
+    """`torch.nn.functional.linear`, by the fast library where there is one.
+
+    Args:
+        x: [..., K].
+        weight_NK: [N, K].
+        bias_N: [N], or None.
+
+    Returns:
+        [..., N]; differentiable once.
+    """
+    if torch.is_autocast_enabled(x.device.type) or torch.compiler.is_compiling() or not _takes(x, weight_NK):
+        return F.linear(x, weight_NK, bias_N)
+    out = _Linear.apply(x.reshape(-1, x.shape[-1]), weight_NK).view(*x.shape[:-1], -1)  # type: ignore[union-attr]
+    return out if bias_N is None else out + bias_N
