@@ -19,9 +19,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from tulu_lightning.core.matmul import product
+
 __all__ = ["TokenStats", "token_logprobs"]
 
-TILE_BYTES = {"cpu": 8 << 20, "cuda": 256 << 20}
+TILE_BYTES = {"cpu": 16 << 20, "cuda": 256 << 20}
 """fp32 logits alive at once: on CPU what a cache holds (each tile is read several times), else what fills the device."""
 LEAST = -1e30
 """Start of a running maximum: finite, so that its difference to the first real one is, too."""
@@ -114,30 +116,29 @@ def _backward(
             logits_NK.div_(ctx.temperature)
         product_NK.copy_(logits_NK)
         if grad_ND is not None:
-            _add_product(grad_ND, product_NK, weight_KD)
+            grad_ND += product(product_NK, weight_KD.T)
         if grad_VD is not None:
-            grad_VD[part] = product_NK.T @ hidden_ND
+            grad_VD[part] = product(product_NK.T, hidden_ND.T)
     return None if grad_ND is None else grad_ND.to(hidden_ND.dtype), grad_VD
 
 
 def _tiles(
     hidden_ND: Tensor, head_VD: Tensor, temperature: float, tile_bytes: int
 ) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
-    """For each run of the vocabulary: where it is, its rows of the head, its fp32 logits, and room for a product.
+    """For each run of the vocabulary: where it is, its rows of the head, its fp32 logits, and these as multiplied.
 
-    The product runs in the dtype of the hidden states, everything after it in fp32. The last two are buffers that the
-    next tile overwrites, and one and the same in fp32.
+    The product runs in the dtype of the hidden states, everything after it in fp32; in fp32 the last two are one.
     """
     rows, vocabulary = hidden_ND.shape[0], head_VD.shape[0]
     width = min(vocabulary, max(128, tile_bytes // (4 * max(rows, 1)) // 128 * 128))
-    logits = torch.empty(rows * width, dtype=torch.float32, device=hidden_ND.device)
-    product = logits if hidden_ND.dtype == torch.float32 else torch.empty_like(logits, dtype=hidden_ND.dtype)
+    room = torch.empty(rows * width, dtype=hidden_ND.dtype, device=hidden_ND.device)
+    wide = None if room.dtype == torch.float32 else room.float()
     for start in range(0, vocabulary, width):
         part = slice(start, min(start + width, vocabulary))
         weight_KD = head_VD[part].to(hidden_ND.dtype)
-        logits_NK, product_NK = (x[: rows * len(weight_KD)].view(rows, -1) for x in (logits, product))
-        torch.mm(hidden_ND, weight_KD.T, out=product_NK)
-        logits_NK.copy_(product_NK)
+        size = rows * len(weight_KD)
+        product_NK = product(hidden_ND, weight_KD, room[:size].view(rows, -1))
+        logits_NK = product_NK if wide is None else wide[:size].view(rows, -1).copy_(product_NK)
         yield part, weight_KD, logits_NK if temperature == 1 else logits_NK.div_(temperature), product_NK
 
 
@@ -146,14 +147,6 @@ def _place(target_N: Tensor, part: slice) -> tuple[Tensor, Tensor]:
     place_N = target_N - part.start
     inside_N = (place_N >= 0) & (target_N < part.stop)
     return inside_N, place_N.clamp(0, part.stop - part.start - 1)[:, None]
-
-
-def _add_product(sum_ND: Tensor, left_NK: Tensor, right_KD: Tensor) -> None:
-    """Add a product to a fp32 sum."""
-    if left_NK.dtype == torch.float32:
-        sum_ND.addmm_(left_NK, right_KD)
-    else:
-        sum_ND += left_NK @ right_KD
 
 
 def token_logprobs(

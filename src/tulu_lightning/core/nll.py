@@ -12,12 +12,16 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from tulu_lightning.core.matmul import product
+
 __all__ = ["WeightedNll", "weighted_nll"]
 
 CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 256 << 20}
 """Logits alive at once: each chunk passes once over the head's whole gradient, so there should be few."""
-BLOCK_BYTES = {"cpu": 1 << 20, "cuda": 64 << 20}
-"""Of these, what is worked on at a time in fp32: on CPU, what stays in a core's cache."""
+HEAD_BYTES = {"cpu": 8 << 20, "cuda": 256 << 20}
+"""Of the head's gradient, what is added to at a time."""
+BLOCK_BYTES = {"cpu": 4 << 20, "cuda": 64 << 20}
+"""Of the logits, what is worked on at a time in fp32: on CPU, what stays in the cache."""
 
 
 class WeightedNll(NamedTuple):
@@ -76,20 +80,18 @@ def _run(
     count = -(-rows // -(-rows // most))  # as few chunks as will do, and these alike
     weight_VD = head_VD.to(hidden_ND.dtype)
     logits = torch.empty(count, vocabulary, dtype=hidden_ND.dtype, device=hidden_ND.device)
-    product_VD = None if grad_VD is None or hidden_ND.dtype == torch.float32 else torch.empty_like(weight_VD)
+    width = max(1, HEAD_BYTES.get(head_VD.device.type, HEAD_BYTES["cuda"]) // (4 * head_VD.shape[1]))
+    runs = [slice(at, at + width) for at in range(0, vocabulary, width)]
     for start in range(0, rows, count):
         part = slice(start, min(start + count, rows))
-        logits_CV = logits[: part.stop - start]
-        torch.mm(hidden_ND[part], weight_VD.T, out=logits_CV)
+        logits_CV = product(hidden_ND[part], weight_VD, logits[: part.stop - start])
         logp_N[part] = _finish(logits_CV, target_N[part], grad_ND is not None or grad_VD is not None)
         if grad_ND is not None:
-            torch.mm(logits_CV, weight_VD, out=grad_ND[part]).mul_(weight_N[part, None])
+            grad_ND[part] = product(logits_CV, weight_VD.T) * weight_N[part, None]
         if grad_VD is not None:
             scaled_CD = (hidden_ND[part] * weight_N[part, None]).to(hidden_ND.dtype)
-            if product_VD is None:
-                grad_VD.addmm_(logits_CV.T, scaled_CD)
-            else:
-                grad_VD += torch.mm(logits_CV.T, scaled_CD, out=product_VD)
+            for run in runs:
+                grad_VD[run] += product(logits_CV[:, run].T, scaled_CD.T)
     return logp_N
 
 
