@@ -1,11 +1,11 @@
-"""The chunked log-prob function against the plain one, and its memory."""
+"""The log-prob function that never holds all logits, against the plain one; its memory is in test_loss_memory."""
 
 import math
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from tulu_lightning.core import logprobs
 from tulu_lightning.core.logprobs import token_logprobs
 
 
@@ -29,11 +29,12 @@ def test_two_logits_by_hand():
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-@pytest.mark.parametrize("chunk", [1, 8, 37, 64])
-def test_values_and_gradients_equal_the_plain_version_for_any_upstream_gradient(temperature, chunk):
-    hidden, head, target = inputs(dtype=torch.float32)
+@pytest.mark.parametrize("tile_bytes", [1, 37 * 4 * 256, 1 << 20])
+def test_values_and_gradients_equal_the_plain_version_for_any_upstream_gradient(temperature, tile_bytes):
+    """Tiles of 128 (the least), 256 and all 300 tokens of the vocabulary."""
+    hidden, head, target = inputs(vocab=300, dtype=torch.float32)
     up = torch.randn(37, generator=torch.Generator().manual_seed(2))
-    stats = token_logprobs(hidden, head, target, temperature, entropy=True, chunk=chunk)
+    stats = token_logprobs(hidden, head, target, temperature, entropy=True, tile_bytes=tile_bytes)
     (stats.logp_N @ up + stats.entropy_N @ up.flip(0)).backward()
     ours = hidden.grad.clone(), head.grad.clone()
     exact = [x.detach().double().requires_grad_() for x in (hidden, head)]
@@ -53,29 +54,38 @@ def test_bf16_products_give_fp32_numbers():
     assert head.grad.dtype == torch.float32
 
 
-class Largest(TorchDispatchMode):
-    """Remembers the largest tensor that any operation made, in elements."""
+@pytest.mark.parametrize("entropy", [False, True])
+def test_tokens_without_an_upstream_gradient_are_left_out_of_backward_and_change_nothing(entropy, monkeypatch):
+    hidden, head, target = inputs(dtype=torch.float32)
+    up = torch.randn(37, generator=torch.Generator().manual_seed(2))
+    up[::3] = 0  # as PPO's clipped tokens
+    computed = []
+    tiles = logprobs._tiles
+    monkeypatch.setattr(logprobs, "_tiles", lambda own, *more: computed.append(len(own)) or tiles(own, *more))
+    stats = token_logprobs(hidden, head, target, entropy=entropy)
+    loss = stats.logp_N @ up + (stats.entropy_N @ up if entropy else 0)
+    loss.backward()
+    assert computed == [37, 24]
+    exact = [x.detach().double().requires_grad_() for x in (hidden, head)]
+    logp, entropies = plain(*exact, target, 1.0)
+    (logp @ up.double() + (entropies @ up.double() if entropy else 0)).backward()
+    for found, right in zip((hidden, head), exact, strict=True):
+        assert (found.grad - right.grad).abs().max() <= 1e-5 * right.grad.abs().max()
+    hidden.grad = head.grad = None
+    token_logprobs(hidden, head, target).logp_N.mul(0).sum().backward()
+    assert not hidden.grad.any()
+    assert not head.grad.any(), "a filler: gradients of 0, nothing computed"
+    assert computed[2:] == [37]
 
-    def __init__(self):
-        super().__init__()
-        self.elements = 0
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        if isinstance(out, torch.Tensor):
-            self.elements = max(self.elements, out.numel())
-        return out
-
-
-def test_no_tensor_of_all_logits_is_ever_made():
-    rows, vocab, chunk = 640, 3000, 32
-    hidden, head, target = inputs(rows, 8, vocab, torch.float32)
-    with Largest() as largest:
-        token_logprobs(hidden, head, target, chunk=chunk).logp_N.sum().backward()
-    assert largest.elements <= chunk * vocab < rows * vocab / 10
-    with Largest() as largest:  # the counter does see the plain version's
-        plain(hidden, head, target, 1.0)[0].sum().backward()
-    assert largest.elements == rows * vocab
+def test_a_frozen_head_gets_no_gradient_and_the_hidden_states_theirs():
+    """LoRA: the head is not trained."""
+    hidden, head, target = inputs(dtype=torch.float32)
+    token_logprobs(hidden, head.detach(), target).logp_N.sum().backward()
+    found = hidden.grad
+    other = hidden.detach().requires_grad_()
+    plain(other, head, target, 1.0)[0].sum().backward()
+    torch.testing.assert_close(found, other.grad, rtol=1e-5, atol=1e-5)
 
 
 def test_a_temperature_of_zero_is_refused():

@@ -1,24 +1,32 @@
 """The one number per token that everything else is made of: log p(target), without the logits of a batch.
 
-Hidden states meet the output head a few hundred rows at a time; each chunk's logits are reduced to a log-prob (and an
-entropy, on demand) and thrown away. Backward computes them again, chunk by chunk, so any upstream gradient per token
-will do: SFT weights it, DPO sums it, PPO multiplies it by a ratio. Peak extra memory is a small multiple of
-`chunk x V` instead of `N x V`.
+Hidden states meet the output head one run of the vocabulary (a tile) at a time; each tile's logits are folded into a
+running log-sum-exp (and entropy, on demand) and overwritten by the next. Backward computes them again, tile by tile,
+so any upstream gradient per token will do: DPO sums it, PPO multiplies it by a ratio. Peak extra memory is that of a
+tile instead of `N x V`, and every tile writes its own rows of the head's gradient once, so nothing of the head's size
+is summed over.
+
+SFT knows the upstream gradient beforehand and has a cheaper way: `core.nll`.
 
 Source of the arithmetic: for logits z / temperature, log p(t) = z_t - logsumexp(z), d log p(t) / dz = onehot(t) - p,
 entropy H = logsumexp(z) - sum p z, dH/dz = -p (log p + H).
 """
 
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from tulu_lightning.core.matmul import product
+
 __all__ = ["TokenStats", "token_logprobs"]
 
-CHUNK = 512
-"""Rows of logits alive at once. At V = 128k in fp32 that is 0.26 GB."""
+TILE_BYTES = {"cpu": 16 << 20, "cuda": 256 << 20}
+"""fp32 logits alive at once: on CPU what a cache holds (each tile is read several times), else what fills the device."""
+LEAST = -1e30
+"""Start of a running maximum: finite, so that its difference to the first real one is, too."""
 
 
 class TokenStats(NamedTuple):
@@ -33,55 +41,112 @@ class TokenStats(NamedTuple):
 class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden_ND: Tensor, head_VD: Tensor, target_N: Tensor, temperature: float, chunk: int, entropy: bool
+        ctx: Any, hidden_ND: Tensor, head_VD: Tensor, target_N: Tensor, temperature: float, tile: int, entropy: bool
     ) -> tuple[Tensor, Tensor]:
-        rows, weight_VD = hidden_ND.shape[0], head_VD.to(hidden_ND.dtype)
-        logp_N = torch.empty(rows, dtype=torch.float32, device=hidden_ND.device)
-        lse_N = torch.empty_like(logp_N)
-        entropy_N = torch.empty_like(logp_N) if entropy else logp_N.new_empty(0)
-        for at in range(0, rows, chunk):
-            part = slice(at, at + chunk)
-            logits_CV = _logits(hidden_ND[part], weight_VD, temperature)
-            lse_N[part] = torch.logsumexp(logits_CV, -1)
-            logp_N[part] = logits_CV.gather(1, target_N[part, None])[:, 0] - lse_N[part]
-            if entropy:
-                p_CV = torch.exp(logits_CV - lse_N[part, None])
-                entropy_N[part] = lse_N[part] - (p_CV * logits_CV).sum(-1)
+        maximum_N = torch.full(target_N.shape, LEAST, dtype=torch.float32, device=hidden_ND.device)
+        sum_N, moment_N, logit_N = (torch.zeros_like(maximum_N) for _ in range(3))
+        for part, _, logits_NK, _ in _tiles(hidden_ND, head_VD, temperature, tile):
+            inside_N, place_N1 = _place(target_N, part)
+            logit_N = torch.where(inside_N, logits_NK.gather(1, place_N1)[:, 0], logit_N)
+            higher_N = torch.maximum(maximum_N, logits_NK.amax(-1))
+            shift_N, maximum_N = maximum_N - higher_N, higher_N
+            logits_NK.sub_(maximum_N[:, None])
+            if entropy:  # of z - maximum, whose sums are taken along when the maximum moves
+                p_NK = logits_NK.exp()
+                moment_N = shift_N.exp() * (moment_N + shift_N * sum_N) + logits_NK.mul_(p_NK).sum(-1)
+                sum_N = shift_N.exp() * sum_N + p_NK.sum(-1)
+            else:
+                sum_N = shift_N.exp() * sum_N + logits_NK.exp_().sum(-1)
+        lse_N = maximum_N + sum_N.log()
+        entropy_N = sum_N.log() - moment_N / sum_N if entropy else lse_N.new_empty(0)
         ctx.save_for_backward(hidden_ND, head_VD, target_N, lse_N, entropy_N)
-        ctx.temperature, ctx.chunk, ctx.entropy = temperature, chunk, entropy
+        ctx.temperature, ctx.tile, ctx.entropy = temperature, tile, entropy
         if not entropy:
             ctx.mark_non_differentiable(entropy_N)
-        return logp_N, entropy_N
+        return logit_N - lse_N, entropy_N
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        grad_logp_N, grad_entropy_N = grad_outputs
+        up_N, up_entropy_N = grad_outputs
         hidden_ND, head_VD, target_N, lse_N, entropy_N = ctx.saved_tensors
-        need_hidden, need_head = ctx.needs_input_grad[:2]
-        weight_VD = head_VD.to(hidden_ND.dtype)
-        # fp32: chunks are summed, and a bf16 running sum would lose small ones.
-        grad_head = torch.zeros(head_VD.shape, dtype=torch.float32, device=head_VD.device) if need_head else None
-        grad_hidden = torch.empty_like(hidden_ND) if need_hidden else None
-        for at in range(0, hidden_ND.shape[0], ctx.chunk):
-            part = slice(at, at + ctx.chunk)
-            log_p_CV = _logits(hidden_ND[part], weight_VD, ctx.temperature).sub_(lse_N[part, None])
-            p_CV = log_p_CV.exp()
-            grad_CV = p_CV * -grad_logp_N[part, None]
-            grad_CV.scatter_add_(1, target_N[part, None], grad_logp_N[part, None])
-            if ctx.entropy:
-                grad_CV.sub_(p_CV.mul_(log_p_CV.add_(entropy_N[part, None])).mul_(grad_entropy_N[part, None]))
-            grad_CV = grad_CV.div_(ctx.temperature).to(hidden_ND.dtype)
-            if grad_hidden is not None:
-                grad_hidden[part] = grad_CV @ weight_VD
-            if grad_head is not None:
-                grad_head += (grad_CV.T @ hidden_ND[part]).float()
-        return grad_hidden, None if grad_head is None else grad_head.to(head_VD.dtype), None, None, None, None
+        live_N = (up_N != 0) | (up_entropy_N != 0) if ctx.entropy else up_N != 0
+        grad_hidden, grad_head = None, None
+        if bool(live_N.all()):
+            grad_hidden, grad_head = _backward(ctx, hidden_ND, head_VD, target_N, lse_N, entropy_N, up_N, up_entropy_N)
+        else:  # clipped tokens of PPO, fillers: their rows are not computed
+            rows = live_N.nonzero()[:, 0]
+            of_entropy = (x[rows] if ctx.entropy else x for x in (entropy_N, up_entropy_N))
+            own_entropy_N, own_up_entropy_N = of_entropy
+            part, grad_head = _backward(
+                ctx, hidden_ND[rows], head_VD, target_N[rows], lse_N[rows], own_entropy_N, up_N[rows], own_up_entropy_N
+            )
+            if part is not None:
+                grad_hidden = torch.zeros_like(hidden_ND).index_copy_(0, rows, part)
+        return grad_hidden, grad_head, None, None, None, None
 
 
-def _logits(hidden_CD: Tensor, weight_VD: Tensor, temperature: float) -> Tensor:
-    # The product runs in the dtype of the hidden states (the head was cast to it); everything after it in fp32.
-    return (hidden_CD @ weight_VD.T).float().div_(temperature)
+def _backward(
+    ctx: Any,
+    hidden_ND: Tensor,
+    head_VD: Tensor,
+    target_N: Tensor,
+    lse_N: Tensor,
+    entropy_N: Tensor,
+    up_N: Tensor,
+    up_entropy_N: Tensor,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of hidden states and head, where they are needed."""
+    need_hidden, need_head = ctx.needs_input_grad[:2]
+    # fp32: tiles are summed, and a bf16 running sum would lose small ones.
+    grad_ND = torch.zeros_like(hidden_ND, dtype=torch.float32) if need_hidden else None
+    grad_VD = torch.zeros_like(head_VD) if need_head else None
+    if not len(hidden_ND):
+        return grad_ND, grad_VD
+    for part, weight_KD, logits_NK, product_NK in _tiles(hidden_ND, head_VD, ctx.temperature, ctx.tile):
+        logits_NK.sub_(lse_N[:, None])  # log p
+        if ctx.entropy:
+            slope_NK = logits_NK.add(entropy_N[:, None]).mul_(up_entropy_N[:, None]).add_(up_N[:, None])
+            logits_NK.exp_().mul_(slope_NK.neg_())
+        else:
+            logits_NK.exp_().mul_(-up_N[:, None])
+        inside_N, place_N1 = _place(target_N, part)
+        logits_NK.scatter_add_(1, place_N1, torch.where(inside_N, up_N, 0.0)[:, None])
+        if ctx.temperature != 1:
+            logits_NK.div_(ctx.temperature)
+        product_NK.copy_(logits_NK)
+        if grad_ND is not None:
+            grad_ND += product(product_NK, weight_KD.T)
+        if grad_VD is not None:
+            grad_VD[part] = product(product_NK.T, hidden_ND.T)
+    return None if grad_ND is None else grad_ND.to(hidden_ND.dtype), grad_VD
+
+
+def _tiles(
+    hidden_ND: Tensor, head_VD: Tensor, temperature: float, tile_bytes: int
+) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
+    """For each run of the vocabulary: where it is, its rows of the head, its fp32 logits, and these as multiplied.
+
+    The product runs in the dtype of the hidden states, everything after it in fp32; in fp32 the last two are one.
+    """
+    rows, vocabulary = hidden_ND.shape[0], head_VD.shape[0]
+    width = min(vocabulary, max(128, tile_bytes // (4 * max(rows, 1)) // 128 * 128))
+    room = torch.empty(rows * width, dtype=hidden_ND.dtype, device=hidden_ND.device)
+    wide = None if room.dtype == torch.float32 else room.float()
+    for start in range(0, vocabulary, width):
+        part = slice(start, min(start + width, vocabulary))
+        weight_KD = head_VD[part].to(hidden_ND.dtype)
+        size = rows * len(weight_KD)
+        product_NK = product(hidden_ND, weight_KD, room[:size].view(rows, -1))
+        logits_NK = product_NK if wide is None else wide[:size].view(rows, -1).copy_(product_NK)
+        yield part, weight_KD, logits_NK if temperature == 1 else logits_NK.div_(temperature), product_NK
+
+
+def _place(target_N: Tensor, part: slice) -> tuple[Tensor, Tensor]:
+    """Which targets lie in a tile, and where; somewhere in it for the others."""
+    place_N = target_N - part.start
+    inside_N = (place_N >= 0) & (target_N < part.stop)
+    return inside_N, place_N.clamp(0, part.stop - part.start - 1)[:, None]
 
 
 def token_logprobs(
@@ -90,7 +155,7 @@ def token_logprobs(
     target_N: Tensor,
     temperature: float = 1.0,
     entropy: bool = False,
-    chunk: int = CHUNK,
+    tile_bytes: int | None = None,
 ) -> TokenStats:
     """Log-prob of each target under `softmax(hidden @ head.T / temperature)`, never holding all logits.
 
@@ -100,16 +165,18 @@ def token_logprobs(
         target_N: int64 token ids.
         temperature: what logits are divided by; the sampler's own, so that both sides speak of one policy.
         entropy: also return the entropy at each place (differentiable, too).
-        chunk: rows of logits alive at once.
+        tile_bytes: fp32 logits alive at once, about; `TILE_BYTES` of the device if left out.
 
     Returns:
-        float32 log-probs in nats (and entropies). Gradients flow to `hidden_ND` and `head_VD`.
+        float32 log-probs in nats (and entropies). Gradients flow to `hidden_ND` and `head_VD`; tokens whose upstream
+        gradient is 0 cost no backward.
 
     Raises:
         ValueError: a temperature that is not above 0.
     """
     if not temperature > 0:
         raise ValueError(f"temperature is {temperature}; log-probs need one above 0")
+    tile = tile_bytes or TILE_BYTES.get(hidden_ND.device.type, TILE_BYTES["cuda"])
     with torch.autocast(hidden_ND.device.type, enabled=False):  # dtypes here are chosen by hand
-        logp_N, entropy_N = _TokenLogprobs.apply(hidden_ND, head_VD, target_N, temperature, chunk, entropy)  # type: ignore[misc]
+        logp_N, entropy_N = _TokenLogprobs.apply(hidden_ND, head_VD, target_N, temperature, tile, entropy)  # type: ignore[misc]
     return TokenStats(logp_N, entropy_N if entropy else None)

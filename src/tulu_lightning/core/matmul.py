@@ -61,12 +61,13 @@ _PLAIN = (Tensor, torch.nn.Parameter)
 """Not DTensors or other subclasses: the operator knows nothing of them."""
 
 
-def product(a_MK: Tensor, b_NK: Tensor) -> Tensor:
+def product(a_MK: Tensor, b_NK: Tensor, out_MN: Tensor | None = None) -> Tensor:
     """a @ b.T without a gradient; either may be a transposed view.
 
     Args:
         a_MK: [M, K].
         b_NK: [N, K], like a linear layer's weight.
+        out_MN: room for the result, used where the library takes one; read what is returned.
 
     Returns:
         [M, N], in the common dtype.
@@ -74,7 +75,8 @@ def product(a_MK: Tensor, b_NK: Tensor) -> Tensor:
     if _takes(a_MK, b_NK):
         with torch.no_grad():
             return _onednn(a_MK, b_NK)
-    return a_MK @ b_NK.T
+    with torch.no_grad():
+        return torch.mm(a_MK, b_NK.T, out=out_MN)
 
 
 class _Linear(torch.autograd.Function):
