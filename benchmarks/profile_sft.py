@@ -25,7 +25,7 @@ from tulu_lightning.models import attention, backbone
 from tulu_lightning.models.backbone import Backbone, PackedLM
 from tulu_lightning.stages.optimizer import AdamW
 
-PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::addmm_", "mkldnn::_linear_pointwise")
+PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::addmm_", "aten::baddbmm", "mkldnn::_linear_pointwise")
 CASTS = ("aten::to", "aten::_to_copy", "autograd::engine::evaluate_function: ToCopyBackward0")
 SCOPES = ("norm", "rope", "attention", "mlp", "projections", "head and loss", "embedding", "clip", "optimiser")
 
@@ -63,38 +63,48 @@ def name_parts(model: PackedLM) -> None:
     backbone.token_logprobs = scoped("head and loss", logprobs.token_logprobs)
 
 
+def chain(event: Any) -> list[Any]:
+    """An operator and those that called it, the innermost first."""
+    found = []
+    while event is not None:
+        found.append(event)
+        event = event.cpu_parent
+    return found
+
+
+def part_of(events: list[Any], forward: dict[int, str]) -> str:
+    """The part of the model that a chain of operators works for."""
+    for event in events:
+        if event.name in SCOPES:
+            return event.name
+        if "_TokenLogprobs" in event.name:
+            return "head and loss"
+    for event in events:  # an autograd node carries the number of the forward operator that it belongs to
+        if event.sequence_nr in forward:
+            return forward[event.sequence_nr]
+    return "gradients added up" if any("AccumulateGrad" in event.name for event in events) else "residuals, other"
+
+
+def kind_of(events: list[Any]) -> str:
+    """What kind of work the innermost operator of a chain is."""
+    if "flash_attention" in events[0].name:
+        return "kernel"
+    if any(event.name in CASTS for event in events):
+        return "casts"
+    return "matrix products" if events[0].name in PRODUCTS else "rest"
+
+
 def book(events: Any) -> dict[tuple[str, str], float]:
     """Self time in milliseconds by (part of the model, kind of work)."""
+    chains = [chain(event) for event in events]
     forward: dict[int, str] = {}
-
-    def chain(event: Any) -> list[str]:
-        names = []
-        while event is not None:
-            names.append(event.name)
-            event = event.cpu_parent
-        return names
-
-    for event in events:  # which part an autograd node belongs to: the part in which its forward ran
-        scope = next((name for name in chain(event) if name in SCOPES), None)
-        if scope and event.sequence_nr >= 0:
-            forward.setdefault(event.sequence_nr, scope)
+    for found in chains:
+        scope = next((event.name for event in found if event.name in SCOPES), None)
+        if scope and found[0].sequence_nr >= 0:
+            forward.setdefault(found[0].sequence_nr, scope)
     times: dict[tuple[str, str], float] = collections.defaultdict(float)
-    for event in events:
-        names = chain(event)
-        scope = next((name for name in names if name in SCOPES), None)
-        if scope is None:
-            scope = "head and loss" if any("_TokenLogprobs" in name for name in names) else None
-        parent = event
-        while scope is None and parent is not None:
-            scope, parent = forward.get(parent.sequence_nr), parent.cpu_parent
-        if scope is None:
-            scope = "gradients added up" if any("AccumulateGrad" in name for name in names) else "residuals, other"
-        kind = "matrix products" if event.name in PRODUCTS else "rest"
-        if any(name in CASTS for name in names):
-            kind = "casts"
-        if "flash_attention" in event.name:
-            kind = "kernel"
-        times[scope, kind] += event.self_cpu_time_total / 1000
+    for found in chains:
+        times[part_of(found, forward), kind_of(found)] += found[0].self_cpu_time_total / 1000
     return times
 
 

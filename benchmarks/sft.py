@@ -13,6 +13,7 @@ shows the others too: `cross` attends across rows, `bf16 weights` has no fp32 we
 
 import argparse
 import json
+import os
 import statistics
 import sys
 import tempfile
@@ -110,8 +111,23 @@ class Bench:
     def run(self, side: str, setting: Setting, steps: int) -> dict[str, Any]:
         """Train `steps` steps after the first; adds the rates to what the worker measured."""
         ours, ordered = self.files(steps + 1)
-        job = {
-            "rows": str(ours if side == "ours" else ordered),
+        job = self.job(ours if side == "ours" else ordered, setting, steps)
+        result = run_worker(PEERS / f"{side}_sft.py", job)
+        seconds, cpu = sum(result["seconds"]), sum(result["cpu_seconds"])
+        result["rate"] = sum(result["tokens"][1:]) / seconds
+        result["trained_rate"] = sum(result["trained"][1:]) / seconds
+        result["cpu_rate"] = sum(result["tokens"][1:]) / cpu
+        padding = 1 - sum(result["tokens"]) / sum(result["computed"])
+        say(
+            f"{self.dtype} {side:4} {setting.name:45} {result['rate']:7.0f} tokens/s  "
+            f"{result['cpu_rate']:6.0f} a CPU second  {padding:4.0%} padding  {result['peak_bytes'] / 1e9:5.2f} GB"
+        )
+        return result
+
+    def job(self, rows: Path, setting: Setting, steps: int) -> dict[str, Any]:
+        """What a worker is told."""
+        return {
+            "rows": str(rows),
             "model": self.model,
             "template": TEMPLATE,
             "system": SMOLLM2_SYSTEM,
@@ -125,17 +141,17 @@ class Bench:
             "folder": str(self.folder / "trl"),
             "settings": setting.settings,
         }
-        result = run_worker(PEERS / f"{side}_sft.py", job)
-        seconds, cpu = sum(result["seconds"]), sum(result["cpu_seconds"])
-        result["rate"] = sum(result["tokens"][1:]) / seconds
-        result["trained_rate"] = sum(result["trained"][1:]) / seconds
-        result["cpu_rate"] = sum(result["tokens"][1:]) / cpu
-        padding = 1 - sum(result["tokens"]) / sum(result["computed"])
-        say(
-            f"{self.dtype} {side:4} {setting.name:45} {result['rate']:7.0f} tokens/s  "
-            f"{result['cpu_rate']:6.0f} a CPU second  {padding:4.0%} padding  {result['peak_bytes'] / 1e9:5.2f} GB"
-        )
-        return result
+
+    def prepare(self, side: str, setting: Setting, copies: int = 4) -> float:
+        """Rows a second from chat rows in a file to whole steps of token ids (tokenise, mask, pack), nothing cached."""
+        every = alpaca_rows(limit=999, max_chars=10**7) * copies
+        path = self.folder / "every.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in every))
+        with tempfile.TemporaryDirectory() as cache:
+            result = run_worker(PEERS / f"{side}_sft.py", self.job(path, setting, 0), Path(cache))
+        rate = len(every) / result["prepare_seconds"]
+        say(f"{side:4} {setting.name:45} {rate:7.0f} rows/s prepared")
+        return rate
 
     def sweep(self, side: str, settings: Sequence[Setting]) -> tuple[Setting, list[dict[str, Any]]]:
         """Each setting for a step or two; the fastest that computes the same thing, and the table."""
@@ -206,6 +222,23 @@ def pairs(bench: Bench, ours: Setting, trl: Setting) -> dict[str, Any]:
     }
 
 
+def prepare(bench: Bench) -> dict[str, Any]:
+    """Data preparation of both sides in turn; TRL's with packing, in one process and in as many as there are cores."""
+    rates: dict[str, list[float]] = {"ours": [], "trl": []}
+    for _ in range(min(3, bench.options.rounds)):
+        rates["ours"].append(bench.prepare("ours", Setting("prepare", {})))
+        peers = [
+            {"batch": 1, "accumulate": 1, "packing": "bfd", "processes": count} for count in (None, os.cpu_count())
+        ]
+        rates["trl"].append(
+            max(bench.prepare("trl", Setting(f"prepare, processes {peer['processes']}", peer)) for peer in peers)
+        )
+    return {
+        "rows_per_second": {side: round(statistics.median(found)) for side, found in rates.items()},
+        "ratio": spread([a / b for a, b in zip(rates["ours"], rates["trl"], strict=True)]),
+    }
+
+
 def spread(ratios: list[float]) -> dict[str, Any]:
     """Ratios pair by pair, ours over TRL's."""
     whole = {"median": statistics.median(ratios), "min": min(ratios), "max": max(ratios)}
@@ -251,6 +284,7 @@ def main() -> int:
             result |= {"rows_per_step": options.rows, "max_tokens": options.max_tokens, "steps": options.steps}
             if not options.sweep:
                 result |= pairs(bench, ours, trl)
+                result["prepare"] = prepare(bench)
             print(json.dumps(result | about | {"sweep": table + more}), flush=True)
     return 0
 

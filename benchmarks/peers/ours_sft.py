@@ -57,6 +57,9 @@ def main(job: dict[str, Any]) -> dict[str, Any]:
     )
     started = time.perf_counter()
     data.setup()
+    if not job["steps"]:
+        for _ in data.train_dataloader():  # packing is done step by step
+            pass
     prepared = time.perf_counter() - started
     clock = Clock()
     if job["steps"]:

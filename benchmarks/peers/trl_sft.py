@@ -102,7 +102,7 @@ def config(job: dict[str, Any]) -> SFTConfig:
         report_to="none",
         disable_tqdm=True,
         use_cpu=True,
-        dataset_num_proc=job.get("processes"),
+        dataset_num_proc=settings.get("processes"),
         seed=0,
     )
 
