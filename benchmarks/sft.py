@@ -204,6 +204,7 @@ def pairs(bench: Bench, ours: Setting, trl: Setting) -> dict[str, Any]:
             "tokens_per_cpu_second": round(statistics.median(r["cpu_rate"] for r in results[side]), 1),
             "peak_bytes": max(result["peak_bytes"] for result in results[side]),
             "share_of_matmul_peak": round(rate * per_token / peak["flops"], 3),
+            "share_of_mm_peak": round(rate * per_token / peak["mm_flops"], 3),
             "setting": asdict(setting),
         }
     return {
