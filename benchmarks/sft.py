@@ -275,10 +275,12 @@ def main() -> int:
             bench = Bench(options, dtype, Path(folder))
             mean = sum(bench.lengths) / len(bench.lengths)
             tried = trl_settings(options.rows, options.max_tokens, mean, dtype, options.quick)
-            trl, table = (Setting("as given", options.trl), []) if options.trl else bench.sweep("trl", tried)
+            trl, table = (
+                (Setting("as given", options.trl), []) if options.trl is not None else bench.sweep("trl", tried)
+            )
             ours, more = (
                 (Setting("as given", options.ours), [])
-                if options.ours
+                if options.ours is not None
                 else bench.sweep("ours", our_settings(options.quick))
             )
             result: dict[str, Any] = {"benchmark": "sft", "dtype": dtype, "model": MODEL}
