@@ -58,8 +58,8 @@ check: setup ## lint, format and types, as in continuous integration
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
-bench: setup ## what can be measured, and how
-	$(BIN)/python benchmarks/seeds.py --help
+bench: setup ## SFT against TRL on this machine, in short (some minutes); benchmarks/ has more
+	$(BIN)/python benchmarks/sft.py --quick --dtype float32 bfloat16
 
 clean: ## remove .venv and the tools' caches; keeps runs/ and the download cache
 	rm -rf .venv build dist .pytest_cache .ruff_cache src/*.egg-info
