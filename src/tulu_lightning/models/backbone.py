@@ -18,7 +18,7 @@ from tulu_lightning.core.logprobs import TokenStats, token_logprobs
 from tulu_lightning.errors import InputError
 from tulu_lightning.models import attention
 from tulu_lightning.models.backends import Chooser, Requested, check_request
-from tulu_lightning.models.linear import use_fast_linear
+from tulu_lightning.models.linear import use_fast_layers
 from tulu_lightning.models.loading import decoder_layers, load_causal_lm
 from tulu_lightning.models.probe import check_packed
 from tulu_lightning.types import Pack
@@ -67,7 +67,7 @@ class Backbone:
                 raise InputError(folder, f"{name} is {getattr(lm.config, name)}", "Set it to 0 in its config.json.")
         if self.layers is not None:
             self._cut(lm, folder, self.layers)
-        use_fast_linear(lm)
+        use_fast_layers(lm)
         check_packed(lm, folder)
         if self.activation_checkpointing:
             lm.gradient_checkpointing_enable({"use_reentrant": False})

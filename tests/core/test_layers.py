@@ -1,0 +1,61 @@
+import pytest
+import torch
+import torch.nn.functional as F
+
+from tulu_lightning.core.layers import gated_mlp, low_linear, rms_norm
+
+
+def leaves(*shapes):
+    return [torch.randn(shape).requires_grad_() for shape in shapes]
+
+
+def compare(ours, theirs, inputs, tolerance=1e-5):
+    """Values and every gradient, for one upstream gradient."""
+    upstream = torch.randn(ours.shape).to(ours.dtype)
+    torch.testing.assert_close(ours, theirs.to(ours.dtype), rtol=tolerance, atol=tolerance)
+    found = torch.autograd.grad(ours, inputs, upstream)
+    expected = torch.autograd.grad(theirs, inputs, upstream.to(theirs.dtype))
+    for one, other in zip(found, expected, strict=True):
+        assert one.dtype == other.dtype
+        torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance * float(other.abs().max()))
+
+
+def test_the_norm_is_torchs():
+    x, weight = leaves((2, 7, 16), (16,))
+    compare(rms_norm(x, weight, 1e-5, torch.float32), F.rms_norm(x, (16,), weight, 1e-5), [x, weight])
+
+
+def test_the_norm_of_a_hand_sized_row():
+    # mean square (9 + 16) / 2 = 12.5, so x / 3.5355 = (0.8485, 1.1314), times the weights (1, 2)
+    y = rms_norm(torch.tensor([3.0, 4.0]), torch.tensor([1.0, 2.0]), 0.0, torch.float32)
+    assert y.tolist() == pytest.approx([0.848528, 2.262742], abs=1e-5)
+
+
+def mlp(x, gate, up, down):
+    return F.linear(F.silu(F.linear(x, gate)) * F.linear(x, up), down)
+
+
+def test_the_gated_mlp_is_the_plain_one():
+    x, *weights = leaves((2, 5, 8), (24, 8), (24, 8), (8, 24))
+    compare(gated_mlp(x, tuple(weights), tuple(weights)), mlp(x, *weights), [x, *weights])
+
+
+def test_frozen_weights_of_the_mlp_get_no_gradient_and_its_input_does():
+    x, *weights = leaves((3, 8), (24, 8), (24, 8), (8, 24))
+    frozen = tuple(w.detach() for w in weights)
+    compare(gated_mlp(x, frozen, frozen), mlp(x, *frozen), [x])
+
+
+def test_a_low_copy_computes_in_its_dtype_and_the_gradient_is_the_weights():
+    x, weight = torch.randn(2, 5, 8).bfloat16().requires_grad_(), torch.randn(12, 8).requires_grad_()
+    out = low_linear(x, weight, weight.detach().bfloat16())
+    assert out.dtype == torch.bfloat16
+    upstream = torch.randn(out.shape).bfloat16()
+    grad_x, grad_weight = torch.autograd.grad(out, [x, weight], upstream)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        plain = F.linear(x, weight)
+    expected_x, expected_weight = torch.autograd.grad(plain, [x, weight], upstream)
+    assert torch.equal(out, plain)
+    assert (grad_x.dtype, grad_weight.dtype) == (torch.bfloat16, torch.float32)
+    torch.testing.assert_close(grad_x, expected_x)
+    torch.testing.assert_close(grad_weight, expected_weight)
