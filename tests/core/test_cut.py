@@ -57,17 +57,24 @@ def test_there_are_no_more_micro_batches_than_best_fit_needs(ranks, pad_to):
         assert len(cut(lengths, 700, ranks, pad_to)[0]) <= rounds
 
 
+@pytest.mark.parametrize("rows", [128, 256])
 @pytest.mark.parametrize(
-    ("ranks", "micro_tokens", "bound"), [(2, 8192, 1.02), (8, 8192, 1.02), (8, 16384, 1.02), (8, 4096, 1.13)]
+    ("ranks", "micro_tokens", "pad_to", "bound"),
+    [(2, 8192, 0, 1.02), (8, 8192, 0, 1.02), (8, 16384, 0, 1.02), (8, 4096, 0, 1.13), (8, 16384, 256, 1.04)],
 )
-def test_ranks_wait_little_for_each_other(ranks, micro_tokens, bound):
+def test_ranks_wait_little_for_each_other(ranks, micro_tokens, pad_to, bound, rows):
     # 4096 tokens a micro-batch is the length of the longest rows: those cannot be joined by short ones to even it out.
-    for seed in range(10):
-        lengths = chat_lengths(128, seed)
-        costs = costs_of(cut(lengths, micro_tokens, ranks), lengths)
+    for seed in range(60):
+        lengths = chat_lengths(rows, seed)
+        costs = costs_of(cut(lengths, micro_tokens, ranks, pad_to), lengths)
         mean = sum(map(sum, costs)) / ranks
         waited = sum(max(one) for one in zip(*costs, strict=True))  # every round lasts as long as its dearest
         assert max(map(sum, costs)) <= waited <= bound * mean, seed
+
+
+def test_in_every_round_the_rank_with_least_so_far_gets_the_dearest_micro_batch():
+    # Four micro-batches of one item each: 10 and 8, then 7 to the rank that had 8. In turn it would be 17 and 11.
+    assert cut([10, 8, 7, 3], 10, ranks=2) == [[(0,), (3,)], [(1,), (2,)]]
 
 
 def test_with_two_rows_a_rank_nothing_is_dearer_than_the_dearest_row_must_be():

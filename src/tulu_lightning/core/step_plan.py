@@ -87,9 +87,7 @@ def _even(order: Sequence[int], lengths: Sequence[int], micro_tokens: int, ranks
     bins = _level(order, lengths, micro_tokens, fewest)
     if bins is None:
         packed = _best_fit(order, lengths, micro_tokens)
-        count = _rounded(len(packed), ranks)
-        bins = _level(order, lengths, micro_tokens, count) if count > fewest else None
-        bins = bins or _tightest(order, lengths, -(-rest // count), micro_tokens, count, max(1, micro_tokens // 64))
+        bins = _level(order, lengths, micro_tokens, _rounded(len(packed), ranks)) or packed
     return [items for items in bins if items]
 
 

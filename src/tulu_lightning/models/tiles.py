@@ -140,7 +140,7 @@ class SdpaTiles:
         for tile, mask in zip(self.tiles, self.masks, strict=True):
             q = self._join(queries, ((tile.start, tile.end),))
             k, v = (self._join(pieces, tile.keys) for pieces in (keys, values))
-            if mask is not None and q.is_cuda:  # CUDA's kernels take a mask or grouped heads, not both
+            if q.is_cuda:  # grouped heads with a mask, or in fp32, would fall to a kernel that keeps all scores
                 k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
             part = F.scaled_dot_product_attention(
                 q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
