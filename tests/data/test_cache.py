@@ -6,14 +6,17 @@ import multiprocessing
 import os
 import resource
 import signal
+import threading
+import time
 from pathlib import Path
 
 import pytest
 
 from tulu_lightning.data import cache
-from tulu_lightning.data.cache import ENTRY, Job, Kept, code_digest, load_or_build, tokens_dir
+from tulu_lightning.data.cache import ENTRY, Job, Kept, load_or_build, tokens_dir
 from tulu_lightning.data.criteria import Keywords
 from tulu_lightning.data.intake import LeftOut, TooLong
+from tulu_lightning.data.keys import code_digest
 from tulu_lightning.data.sft import SFTData
 from tulu_lightning.data.sources import Source
 from tulu_lightning.data.store import Part
@@ -104,38 +107,49 @@ def test_a_bad_row_leaves_nothing_behind(tokens):
 # Kills, other processes, damage -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "when", ["while it encodes", "between the rows and the journal", "in the journal", "at the end"]
-)
-def test_a_build_that_was_killed_goes_on_and_ends_in_the_same_bytes(when, tokens, monkeypatch):
+def kill(*_) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def kill_in(when: str) -> None:
+    """Build, and be killed at the third of the five chunks, or when all are done."""
+    write, append = cache._write, cache.Writer.append
+
+    def encode(chunk):
+        if when == "while it encodes" and chunk[0] == 2 * CHUNK:
+            kill()
+        return [encoded(index) for index in chunk]
+
+    def append_and_die(writer, rows, numbers):
+        append(writer, rows, numbers)
+        if numbers[0] >= 2 * CHUNK:
+            kill()
+
+    def die_in_the_middle(path, values):
+        if (values["counts"]["tried"] == 3 * CHUNK) if when == "in the journal" else (path.name == ENTRY):
+            path.with_name(f".{path.name}.tmp").write_text('{"summary": {"ro')
+            kill()
+        write(path, values)
+
+    if when == "between the rows and the journal":
+        cache.Writer.append = append_and_die
+    if when in ("in the journal", "at the end"):
+        cache._write = die_in_the_middle
+    load_or_build("killed", job(encode))
+
+
+WHEN = {
+    "while it encodes": {0, CHUNK, 2 * CHUNK},  # what was tokenised but not stored is lost
+    "between the rows and the journal": {2 * CHUNK},
+    "in the journal": {2 * CHUNK},
+    "at the end": {ROWS},
+}
+
+
+@pytest.mark.parametrize("when", WHEN)
+def test_a_build_that_was_killed_goes_on_and_ends_in_the_same_bytes(when, tokens):
     whole = files(load_or_build("whole", job()).store.folder)
-
-    def kill(*_):
-        os.kill(os.getpid(), signal.SIGKILL)
-
-    def killed():
-        seen = []
-
-        def encode(chunk):
-            seen.extend(chunk)
-            if when == "while it encodes" and len(seen) > 2 * CHUNK:
-                kill()
-            return [encoded(index) for index in chunk]
-
-        write, append = cache._write, cache.Writer.append
-        if when == "between the rows and the journal":
-            cache.Writer.append = lambda *a: kill() if len(seen) > 2 * CHUNK and not append(*a) else append(*a)
-        if when == "in the journal":
-            cache._write = lambda path, values: kill() if len(seen) > 2 * CHUNK and half(path) else write(path, values)
-        if when == "at the end":
-            cache._write = lambda path, values: kill() if path.name == ENTRY and half(path) else write(path, values)
-        load_or_build("killed", job(encode))
-
-    def half(path: Path) -> bool:
-        path.with_name(f".{path.name}.tmp").write_text('{"summary": {"ro')
-        return True
-
-    assert in_child(killed) == -signal.SIGKILL
+    assert in_child(lambda: kill_in(when)) == -signal.SIGKILL
     assert not (tokens / "killed").exists()
 
     tried = []
@@ -144,9 +158,50 @@ def test_a_build_that_was_killed_goes_on_and_ends_in_the_same_bytes(when, tokens
         tried.extend(chunk)
         return [encoded(index) for index in chunk]
 
-    again = files(load_or_build("killed", job(rest)).store.folder)
-    assert again == whole
-    assert tried == list(range(ROWS if when == "at the end" else 2 * CHUNK, ROWS))  # no chunk was lost, none done twice
+    assert files(load_or_build("killed", job(rest)).store.folder) == whole
+    done = ROWS - len(tried)
+    assert tried == list(range(done, ROWS))
+    assert done in WHEN[when]
+
+
+def test_reading_a_chunk_goes_on_while_another_is_tokenised():
+    """The second chunk is read before the first is tokenised; were they done in turn, this would wait forever."""
+    second = threading.Event()
+
+    def read(chunk):
+        if chunk[0] == CHUNK:
+            second.set()
+        return chunk
+
+    def encode(chunk):
+        assert second.wait(30)
+        return [encoded(index) for index in chunk]
+
+    assert load_or_build("both", job(encode)._replace(read=read)).counts.kept == 405
+
+
+def test_rows_that_may_not_be_needed_are_not_read():
+    read = []
+    load_or_build("few", job(wanted=150)._replace(read=lambda chunk: read.extend(chunk) or chunk))
+    # 150 rows are missing, so 150 are tried (100 and 64); 16 of those 164 are left out, so 64 more, the least at once.
+    assert len(read) <= 164 + 64
+
+
+def test_the_first_bad_row_is_the_one_that_is_named():
+    """A later chunk is read early, and is found bad before the first is tokenised."""
+
+    def bad(number):
+        raise InputError(f"row {number}", "is bad", "Correct it.")
+
+    def read(chunk):
+        return bad(150) if 150 in chunk else chunk
+
+    def encode(chunk):
+        time.sleep(0.05)
+        return bad(20)
+
+    with pytest.raises(InputError, match="row 20: is bad"):
+        load_or_build("bad", job(encode)._replace(read=read))
 
 
 def test_who_wants_what_another_process_builds_waits_for_it_and_says_so(tokens, monkeypatch):

@@ -13,13 +13,13 @@ from transformers import PreTrainedTokenizerBase
 from tulu_lightning.assets.models import generation_eos, load_tokenizer
 from tulu_lightning.core.step_plan import StepPlan
 from tulu_lightning.data import chat, doctor
-from tulu_lightning.data.cache import tokenizer_digest
 from tulu_lightning.data.intake import TooLong, check_names, check_source, intake_table
+from tulu_lightning.data.keys import tokenizer_digest
 from tulu_lightning.data.loader import StepLoader
 from tulu_lightning.data.manifest import manifest_of
 from tulu_lightning.data.mixture import repeats
 from tulu_lightning.data.rows import Mixed, SourceRows
-from tulu_lightning.data.sources import Row, Source, Table, open_source
+from tulu_lightning.data.sources import Source, Table, open_source
 from tulu_lightning.errors import InputError
 
 __all__ = ["Overflow", "StepData", "Steps"]
@@ -167,7 +167,7 @@ class StepData(L.LightningDataModule, Generic[Item]):
         """What is kept of one source, tokenised."""
         raise NotImplementedError
 
-    def _encode(self, source: Source, numbers: Sequence[int], rows: Sequence[Row]) -> list[Any]:
+    def _encode(self, source: Source, numbers: Sequence[int], rows: Sequence[Any]) -> list[Any]:
         """Check and tokenise a chunk of rows (numbered from 1): for each what is kept, or the LeftOut why not.
 
         Raises:

@@ -1,27 +1,21 @@
 """Tokenised rows by content: what was tokenised once is mapped again, whichever run asks and wherever the rows lie.
 
-An entry is a folder named by a hash of everything that decides its tokens (`key`). It is built in chunks of rows. After
+An entry is a folder named by a hash of everything that decides its tokens (`keys.key`). It is built in chunks of rows. After
 each one a journal says how far the files are good, so a killed build goes on with the next chunk; the finished folder is
 renamed into its place. Processes that want the same entry wait for the one that builds it.
 """
 
 import dataclasses
-import hashlib
-import importlib.util
-import inspect
 import json
 import os
 import shutil
 import sys
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, suppress
-from functools import cache
+from collections import Counter, deque
+from collections.abc import Callable, Generator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, ExitStack, closing, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
-
-import tokenizers
-from transformers import PreTrainedTokenizerBase
 
 from tulu_lightning.assets.cache import cache_dir, locked, writing
 from tulu_lightning.data.intake import Counts, LeftOut
@@ -29,13 +23,13 @@ from tulu_lightning.data.store import Part, Store, Summary, Writer, expected_siz
 from tulu_lightning.errors import InputError
 from tulu_lightning.progress import Progress
 
-__all__ = ["Entry", "Job", "Kept", "code_digest", "key", "load_or_build", "tokenizer_digest", "tokens_dir"]
+__all__ = ["Entry", "Job", "Kept", "load_or_build", "tokens_dir"]
 
-FORMAT = 1
-"""Of the files; entries of another one are not looked at."""
-CHUNK = 2000
-"""Rows of a chunk: what a kill can cost, and what the tokenizer gets at once."""
+CHUNK = 1024
+"""Rows of a chunk: what the tokenizer gets at once."""
 SMALLEST_CHUNK = 64
+AHEAD = 3
+"""Chunks in work, and so what a kill can cost: one is stored, the next tokenised, the one after that read."""
 JOURNAL, ENTRY = "journal.json", "entry.json"
 
 
@@ -58,8 +52,10 @@ class Job(NamedTuple):
     """Which of them are tried, in order."""
     wanted: int | None
     """Stop when so many are kept."""
-    encode: Callable[[Sequence[int]], Sequence[Kept | LeftOut]]
-    """One outcome for each of the given rows; raises InputError for a bad one."""
+    encode: Callable[[Any], Sequence[Kept | LeftOut]]
+    """One outcome for each row of a chunk that was read; raises InputError for a bad one."""
+    read: Callable[[Sequence[int]], Any] = lambda indices: indices
+    """The given rows, as `encode` wants them; raises InputError for a bad one. Runs beside `encode`, in order like it."""
 
 
 class Entry(NamedTuple):
@@ -77,60 +73,6 @@ def tokens_dir() -> Path:
     return Path(given).expanduser() if given else cache_dir() / "tokens"
 
 
-# What decides the tokens ------------------------------------------------------------------------------------------
-
-
-def key(parts: Mapping[str, Any]) -> str:
-    """The name of an entry: a hash of plain values, of the format and of the tokenizing library's version."""
-    everything = {"format": FORMAT, "tokenizers": tokenizers.__version__, **parts}
-    return hashlib.sha256(json.dumps(everything, sort_keys=True).encode()).hexdigest()[:32]
-
-
-def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Hash of all that a tokenizer knows (vocabulary, merges, special tokens), wherever it lies. Hexadecimal."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    known = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
-    special = json.dumps({name: str(token) for name, token in tokenizer.special_tokens_map.items()}, sort_keys=True)
-    return hashlib.sha256(f"{type(tokenizer).__name__}\n{special}\n{known}".encode()).hexdigest()
-
-
-def code_digest(*parts: Any) -> str:
-    """Hash of the source that turns rows into tokens: this folder's, and that of what a user adds to it.
-
-    A change of the code makes new entries, so a stale one is never used and nobody has to raise a number.
-
-    Args:
-        parts: classes (a user's data module), or texts that may be import paths (a reader, a filter); others are
-            passed over.
-    """
-    digest = hashlib.sha256(_own_code().encode())
-    for part in parts:
-        if isinstance(part, type):
-            modules = {base.__module__ for base in part.__mro__ if base is not object}
-            for module in sorted(modules - {"typing", "builtins"}):
-                if module.partition(".")[0] not in ("lightning", "torch", "tulu_lightning"):
-                    digest.update(_module_code(module, part))
-        elif isinstance(part, str) and all(name.isidentifier() for name in part.split(".")) and "." in part:
-            digest.update(_module_code(part.rpartition(".")[0]))
-    return digest.hexdigest()
-
-
-@cache
-def _own_code() -> str:
-    files = sorted(Path(__file__).parent.glob("*.py"))
-    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
-
-
-def _module_code(module: str, part: type | None = None) -> bytes:
-    with suppress(ImportError, ValueError, AttributeError):
-        spec = importlib.util.find_spec(module)
-        if spec is not None and spec.origin and Path(spec.origin).is_file():
-            return Path(spec.origin).read_bytes()
-    with suppress(OSError, TypeError):  # a notebook's cells are no file
-        return inspect.getsource(part).encode() if part is not None else b""
-    return b""
-
-
 # Entries ----------------------------------------------------------------------------------------------------------
 
 
@@ -138,7 +80,7 @@ def load_or_build(name: str, job: Job) -> Entry:
     """The entry of that name, built by the first process that finds it missing or damaged.
 
     Args:
-        name: from `key`.
+        name: from `keys.key`.
         job: how to build it.
 
     Raises:
@@ -205,15 +147,27 @@ def _say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
+class _BadRow(Exception):
+    """An InputError about a row, told apart from those about the disk."""
+
+    def __init__(self, error: InputError) -> None:
+        super().__init__(str(error))
+        self.error = error
+
+
 # Building ---------------------------------------------------------------------------------------------------------
 
 
 def _build(folder: Path, job: Job) -> None:
     """Fill the folder, going on where an earlier build stopped; it is an entry but for its name then."""
     summary, counts = _resume(folder, job)
-    with _writer(folder, summary) as writer:
-        _encode_all(folder, job, writer, counts)
-        summary = writer.summary
+    try:
+        with _writer(folder, summary) as writer:
+            _encode_all(folder, job, writer, counts)
+            summary = writer.summary
+    except _BadRow as bad:  # the source or a setting has to change, and then this is no part of anything
+        shutil.rmtree(folder, ignore_errors=True)
+        raise bad.error from None
     with _writing():
         digest = Store(folder, summary).content_digest()
         _write(folder / ENTRY, {**_state(summary, counts), "digest": digest, "source": job.label})
@@ -239,20 +193,48 @@ def _writer(folder: Path, summary: Summary) -> Writer:
 
 def _encode_all(folder: Path, job: Job, writer: Writer, counts: Counts) -> None:
     total = len(job.order) if job.wanted is None else min(len(job.order), job.wanted)
-    with Progress(f"tokenising {job.label}", total, done=_done(job, counts), unit="rows") as progress:
-        while counts.tried < len(job.order) and (job.wanted is None or counts.kept < job.wanted):
-            size = CHUNK if job.wanted is None else min(CHUNK, max(SMALLEST_CHUNK, job.wanted - counts.kept))
-            chunk = job.order[counts.tried : counts.tried + size]
-            try:
-                kept = counts.take(job.encode(chunk), job.wanted)
-            except InputError:  # the source or a setting has to change, and then this is no part of anything
-                shutil.rmtree(folder, ignore_errors=True)
-                raise
+    label, unit = f"tokenising {job.label}", "rows"
+    with Progress(label, total, _done(job, counts), unit=unit) as progress, closing(_outcomes(job, counts)) as chunks:
+        for chunk, outcomes in chunks:
+            kept = counts.take(outcomes, job.wanted)
             with _writing():
                 writer.append([row.parts for _, row in kept], [int(chunk[place]) for place, _ in kept])
                 _write(folder / JOURNAL, _state(writer.summary, counts))
             if len(job.order) > CHUNK:  # what is done in a moment needs no line
                 progress.update(_done(job, counts))
+
+
+def _outcomes(job: Job, counts: Counts) -> Generator[tuple[Sequence[int], Sequence[Kept | LeftOut]], None, None]:
+    """Chunks and their outcomes, in order; `counts` says how far the caller has stored them.
+
+    The tokenizer leaves Python alone while it works, so reading goes on beside it.
+    """
+    start, waiting = counts.tried, deque[tuple[Sequence[int], Future[Sequence[Kept | LeftOut]]]]()
+    readers, encoders = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
+    try:
+        while True:
+            while len(waiting) < AHEAD and start < len(job.order):
+                size = CHUNK
+                if job.wanted is not None:  # of rows that may not be needed none is read
+                    missing = job.wanted - counts.kept - sum(len(chunk) for chunk, _ in waiting)
+                    if missing <= 0:
+                        break
+                    size = min(CHUNK, max(SMALLEST_CHUNK, missing))
+                chunk = job.order[start : start + size]
+                start += len(chunk)
+                read = readers.submit(job.read, chunk)
+                waiting.append((chunk, encoders.submit(lambda read=read: job.encode(read.result()))))
+            if not waiting:
+                return
+            chunk, outcomes = waiting.popleft()
+            try:
+                found = outcomes.result()
+            except InputError as error:
+                raise _BadRow(error) from error
+            yield chunk, found
+    finally:
+        for pool in (encoders, readers):
+            pool.shutdown(cancel_futures=True)
 
 
 def _done(job: Job, counts: Counts) -> int:

@@ -9,11 +9,12 @@ import numpy as np
 from tulu_lightning.core.packing import filler, pack
 from tulu_lightning.core.step_plan import StepPlan
 from tulu_lightning.data.base import Overflow, StepData
-from tulu_lightning.data.cache import Entry, Job, Kept, code_digest, key, load_or_build
+from tulu_lightning.data.cache import Entry, Job, Kept, load_or_build
 from tulu_lightning.data.intake import LeftOut
+from tulu_lightning.data.keys import code_digest, key
 from tulu_lightning.data.mixture import order, wanted
 from tulu_lightning.data.rows import Documents, Mixed, SourceRows
-from tulu_lightning.data.sources import Source, Table
+from tulu_lightning.data.sources import Row, Source, Table
 from tulu_lightning.errors import InputError
 from tulu_lightning.types import Document, Pack, StepBatch
 
@@ -105,10 +106,18 @@ class PackedData(StepData[Document]):
         )
 
     def _entry(self, source: Source, table: Table, tried: Sequence[int], enough: int | None) -> Entry:
-        def encode(indices: Sequence[int]) -> list[Kept | LeftOut]:
-            return self._encode(source, [table.number(index) for index in indices], table.take(indices))
+        def read(indices: Sequence[int]) -> tuple[list[int], list[Any]]:
+            numbers = [table.number(index) for index in indices]
+            return numbers, self._read(source, numbers, table.take(indices))
 
-        return load_or_build(self._key(source, table), Job(source.name, len(table), tried, enough, encode))
+        def encode(chunk: tuple[list[int], list[Any]]) -> list[Kept | LeftOut]:
+            return self._encode(source, *chunk)
+
+        return load_or_build(self._key(source, table), Job(source.name, len(table), tried, enough, encode, read))
+
+    def _read(self, source: Source, numbers: Sequence[int], rows: Sequence[Row]) -> list[Any]:
+        """A chunk of rows (numbered from 1) as `_encode` takes them; runs beside that of the chunk before."""
+        return list(rows)
 
     def _key(self, source: Source, table: Table) -> str:
         """Name of a source's tokens in the cache: whatever could change one of them is in it, and nothing else."""

@@ -120,13 +120,17 @@ class SFTData(PackedData):
     def _token_settings(self) -> dict[str, Any]:
         return {**super()._token_settings(), "train": self.train}
 
-    def _encode(self, source: Source, numbers: Sequence[int], rows: Sequence[Row]) -> list[Kept | LeftOut]:
-        read = [self._messages(source, number, row) for number, row in zip(numbers, rows, strict=True)]
-        conversations = [messages for messages in read if not isinstance(messages, LeftOut)]
+    def _read(self, source: Source, numbers: Sequence[int], rows: Sequence[Row]) -> list[list[Message] | LeftOut]:
+        return [self._messages(source, number, row) for number, row in zip(numbers, rows, strict=True)]
+
+    def _encode(
+        self, source: Source, numbers: Sequence[int], rows: Sequence[list[Message] | LeftOut]
+    ) -> list[Kept | LeftOut]:
+        conversations = [messages for messages in rows if not isinstance(messages, LeftOut)]
         encoded = iter(chat.encode_many(self.tokenizer, self.template, conversations, self.train))
         return [
             messages if isinstance(messages, LeftOut) else self._fitted(source, number, next(encoded))
-            for number, messages in zip(numbers, read, strict=True)
+            for number, messages in zip(numbers, rows, strict=True)
         ]
 
     def _conversations(self, source: Source, table: Table) -> list[doctor.Named]:

@@ -1,0 +1,70 @@
+"""What decides the tokens of a row, as hashes: the names of entries in the cache."""
+
+import hashlib
+import importlib.util
+import inspect
+import json
+from collections.abc import Mapping
+from contextlib import suppress
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+from transformers import PreTrainedTokenizerBase
+
+__all__ = ["FORMAT", "code_digest", "key", "tokenizer_digest"]
+
+FORMAT = 1
+"""Of the files of an entry; entries of another one are not looked at."""
+
+
+def key(parts: Mapping[str, Any]) -> str:
+    """The name of an entry: a hash of plain values, of the format and of the tokenizing library's version."""
+    everything = {"format": FORMAT, "tokenizers": tokenizers.__version__, **parts}
+    return hashlib.sha256(json.dumps(everything, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Hash of all that a tokenizer knows (vocabulary, merges, special tokens), wherever it lies. Hexadecimal."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    known = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
+    special = json.dumps({name: str(token) for name, token in tokenizer.special_tokens_map.items()}, sort_keys=True)
+    return hashlib.sha256(f"{type(tokenizer).__name__}\n{special}\n{known}".encode()).hexdigest()
+
+
+def code_digest(*parts: Any) -> str:
+    """Hash of the source that turns rows into tokens: this folder's, and that of what a user adds to it.
+
+    A change of the code makes new entries, so a stale one is never used and nobody has to raise a number.
+
+    Args:
+        parts: classes (a user's data module), or texts that may be import paths (a reader, a filter); others are
+            passed over.
+    """
+    digest = hashlib.sha256(_own_code().encode())
+    for part in parts:
+        if isinstance(part, type):
+            modules = {base.__module__ for base in part.__mro__ if base is not object}
+            for module in sorted(modules - {"typing", "builtins"}):
+                if module.partition(".")[0] not in ("lightning", "torch", "tulu_lightning"):
+                    digest.update(_module_code(module, part))
+        elif isinstance(part, str) and all(name.isidentifier() for name in part.split(".")) and "." in part:
+            digest.update(_module_code(part.rpartition(".")[0]))
+    return digest.hexdigest()
+
+
+@cache
+def _own_code() -> str:
+    files = sorted(Path(__file__).parent.glob("*.py"))
+    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
+
+
+def _module_code(module: str, part: type | None = None) -> bytes:
+    with suppress(ImportError, ValueError, AttributeError):
+        spec = importlib.util.find_spec(module)
+        if spec is not None and spec.origin and Path(spec.origin).is_file():
+            return Path(spec.origin).read_bytes()
+    with suppress(OSError, TypeError):  # a notebook's cells are no file
+        return inspect.getsource(part).encode() if part is not None else b""
+    return b""
