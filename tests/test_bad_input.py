@@ -94,6 +94,23 @@ def test_a_setting_out_of_its_range(stage, settings, said, refused, tmp_path):
     assert refused(*leaf(tmp_path, stage, model={"init_args": settings})).startswith(said)
 
 
+def test_a_models_own_template_that_does_not_say_what_is_trained(refused, tmp_path, tiny):
+    folder = shutil.copytree(tiny, tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = "{% for message in messages %}{{ message.content + eos_token }}{% endfor %}"
+    tokenizer.save_pretrained(folder)
+    settings = {"template": "model", "tokenizer": str(folder)}
+    said = refused(*rows(tmp_path, "sft", good(8), **settings))
+    assert said.startswith("template 'model': the tokenizer's chat template has no {% generation %} spans")
+    assert "use one of our templates (tulu, llama3, chatml, smollm2)" in said
+
+
+def test_a_weight_below_zero_is_named_with_its_row(refused, tmp_path):
+    row = {"messages": [QUESTION, {**ANSWER, "weight": -1}]}
+    said = refused(*rows(tmp_path, "sft", [*good(8), row]))
+    assert "rows.jsonl, row 9: weight of messages[1] is -1. Use a number from 0" in said
+
+
 @pytest.mark.parametrize(
     ("key", "value", "instead"),
     [

@@ -152,6 +152,16 @@ def test_each_fault_of_a_template_breaks_one_rule(change, rule):
     assert rules(byte_tokenizer(), broken(change)) == {rule}
 
 
+def test_a_models_own_span_that_leaves_the_end_token_out_is_found():
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = (
+        "{% for message in messages %}{{ '<|im_start|>' + message.role + '\n' }}{% if message.role == 'assistant' %}"
+        "{% generation %}{{ message.content }}{% endgeneration %}{% else %}{{ message.content }}{% endif %}"
+        "{{ '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    )
+    assert rules(tokenizer, chat_template("model", tokenizer)) == {"end-trained"}
+
+
 def test_training_from_the_question_to_the_answer_in_one_piece_is_found():
     assert rules(byte_tokenizer(), broken(trained_user_to_answer)) == {"context", "prompt"}
 
@@ -255,6 +265,17 @@ def test_it_looks_at_the_result_whatever_made_it(monkeypatch, change, rule):
 
     monkeypatch.setattr(doctor, "encode_many", wrong)
     assert rule in rules(tokenizer, chat_template("chatml", tokenizer))
+
+
+def test_a_message_of_weight_zero_that_is_trained_is_found(monkeypatch):
+    tokenizer = byte_tokenizer()
+    messages = turns("q", "a", "r", "b")
+    messages[1]["weight"] = 0.0
+    plain = [{"role": message["role"], "content": message["content"]} for message in messages]
+    real = doctor.encode_many
+    monkeypatch.setattr(doctor, "encode_many", lambda *arguments: real(*arguments[:2], [plain]))
+    (found,) = examine(tokenizer, chat_template("tulu", tokenizer), [("row 1", messages)], [258])
+    assert found == Finding("answer", "row 1", "'a' has the weight 0 and is trained")
 
 
 # Before training ------------------------------------------------------------------------------------------------

@@ -90,6 +90,14 @@ def test_the_doctor_finds_trls_training_templates_healthy(name):
     assert examine(tokenizer, template, probes(tokenizer), stop_ids(tokenizer, template)) == []
 
 
+def test_the_doctor_knows_that_an_answers_first_newlines_may_join_those_before_it(monkeypatch):
+    tokenizer = smollm2()  # Qwen's span begins with the newline of the header
+    monkeypatch.setattr(tokenizer, "chat_template", trl_template("qwen2_5"))
+    template = chat_template("model", tokenizer)
+    rows = [("row 1", turns("q", "\n\nok"))]
+    assert examine(tokenizer, template, rows, stop_ids(tokenizer, template)) == []
+
+
 # Where they differ ----------------------------------------------------------------------------------------------
 
 

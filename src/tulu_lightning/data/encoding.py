@@ -11,6 +11,7 @@ from typing import Any, Literal, NamedTuple
 from transformers import PreTrainedTokenizerBase
 
 from tulu_lightning.data.templates import ChatTemplate, Message, Piece
+from tulu_lightning.data.words import word_table
 
 __all__ = ["PLAIN", "Encoded", "Train", "encode_many", "encode_pieces", "message_weight", "rendered", "truncate"]
 
@@ -168,15 +169,17 @@ def _ids(tokenizer: PreTrainedTokenizerBase, text: str, control: bool) -> list[i
 
 def _encode_texts(tokenizer: PreTrainedTokenizerBase, texts: set[str]) -> dict[str, list[int]]:
     """Ids of texts in which special tokens are ordinary text."""
-    wanted = sorted(texts - {""}, key=len, reverse=True)  # long ones first, so that no core waits at the end
     found: dict[str, list[int]] = {"": []}
     if not tokenizer.is_fast:
-        found.update((text, _ids(tokenizer, text, control=False)) for text in wanted)
+        found.update((text, _ids(tokenizer, text, control=False)) for text in texts - {""})
         return found
     backend: Any = tokenizer.backend_tokenizer  # type: ignore[attr-defined]
     backend.encode_special_tokens = True
     backend.no_truncation()
     backend.no_padding()
+    if (table := word_table(tokenizer)) is not None:
+        found.update(table.encode(texts - {""}))
+    wanted = sorted(texts - found.keys(), key=len, reverse=True)  # long ones first, so that no core waits at the end
     encodings = backend.encode_batch_fast(wanted, add_special_tokens=False)
     found.update((text, encoding.ids) for text, encoding in zip(wanted, encodings, strict=True))
     return found
