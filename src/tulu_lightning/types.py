@@ -72,6 +72,9 @@ class Pack(NamedTuple):
     """int64, index into S of the segment it belongs to."""
     rows: tuple[int, ...]
     """Row of the data set behind each document, in order; empty for a filler pack (weights all 0)."""
+    padding: int = 0
+    """Tokens at the end of the pack that belong to no row: its last segment, which nothing else sees and nobody reads.
+    0 unless packs are padded to few shapes."""
 
 
 class StepBatch(NamedTuple):

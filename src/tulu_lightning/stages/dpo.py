@@ -87,7 +87,7 @@ class DPO(Stage):
         self.backward_sum(terms.loss_B.sum(), denominator)
         right_B = (terms.rewards.chosen_B > terms.rewards.rejected_B).float()
         per_pair = (terms.loss_B.detach(), *terms.rewards, right_B, *lengths)
-        counts = [pack.tokens_T.numel(), pack.target_N.numel()]
+        counts = [pack.tokens_T.numel() - pack.padding, pack.target_N.numel()]
         return torch.tensor([*(float(x.sum()) for x in per_pair), *counts], dtype=torch.float64)
 
     def settings(self) -> dict[str, Any]:
