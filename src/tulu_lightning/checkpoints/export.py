@@ -6,8 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from tulu_lightning.models.weights import full, plain_weights
 
 __all__ = ["export", "publish"]
 
@@ -58,21 +62,24 @@ def export(
 
 
 def full_state(lm: PreTrainedModel) -> dict[str, Tensor]:
-    """The whole state dict on the CPU, gathered from shards where there are any (a collective then).
+    """The whole state dict on the CPU, adapters merged, gathered from shards where there are any.
 
-    Of tied tensors only the first name is in it: the copies are no longer one piece of memory, so nothing downstream
-    could tell that they are one tensor.
+    In fp32, unless every weight is stored in bf16.
+
+    Gathering is a collective, and only the first rank keeps what comes of it. Of tied tensors only the first name is in
+    it: the copies are no longer one piece of memory, so nothing downstream could tell that they are one tensor.
     """
-    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-
-    if any(hasattr(p, "full_tensor") for p in lm.parameters()):
-        state: dict[str, Any] = get_model_state_dict(
-            lm, options=StateDictOptions(full_state_dict=True, cpu_offload=True)
-        )
-    else:
-        state = {name: tensor.detach().to("cpu", torch.float32) for name, tensor in lm.state_dict().items()}
+    sharded = any(isinstance(p, DTensor) for p in lm.parameters())
+    kept = not sharded or dist.get_rank() == 0
     every, first = ({name for name, _ in lm.named_parameters(remove_duplicate=once)} for once in (False, True))
-    return {name: tensor for name, tensor in state.items() if name not in every - first}
+    dtype = torch.bfloat16 if {p.dtype for p in lm.parameters()} == {torch.bfloat16} else torch.float32
+    state: dict[str, Tensor] = {}
+    for name, tensor in plain_weights(lm):
+        if name not in every - first:
+            whole = full(tensor.detach())
+            if kept:
+                state[name] = whole.to("cpu", dtype)
+    return state
 
 
 def publish(folder: Path, link: Path) -> None:

@@ -36,6 +36,8 @@ class TokenStats(NamedTuple):
     """float32, log-prob of the target at the given temperature, in nats."""
     entropy_N: Tensor | None
     """float32, entropy of the whole distribution there, in nats; None unless asked for."""
+    nll: Tensor | None = None
+    """float32 scalar, sum of weight · -log p; None unless weights were given, and then it alone has a gradient."""
 
 
 class _TokenLogprobs(torch.autograd.Function):

@@ -1,9 +1,16 @@
-"""Sums over segments: from one number per token to one number per response."""
+"""Sums over segments: from one number per token to one number per response or row."""
+
+from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-__all__ = ["segment_sum"]
+from tulu_lightning.types import Span
+
+__all__ = ["Reduction", "document_of", "reduced_weights", "segment_sum"]
+
+Reduction = Literal["token_mean", "sum", "sequence_mean"]
 
 
 def segment_sum(values_N: Tensor, segment_N: Tensor, segments: int) -> Tensor:
@@ -20,3 +27,32 @@ def segment_sum(values_N: Tensor, segment_N: Tensor, segments: int) -> Tensor:
     Example: values [1, 2, 4], segments [1, 1, 2], S = 3 gives [0, 3, 4].
     """
     return torch.zeros(segments, dtype=values_N.dtype, device=values_N.device).index_add(0, segment_N, values_N)
+
+
+def document_of(spans: Sequence[Span]) -> list[int]:
+    """For each segment of a pack, the index of its document.
+
+    Example: a pair (prompt, two answers) and a plain row: [0, 0, 0, 1].
+    """
+    result: list[int] = []
+    for span in spans:
+        result.append((result[-1] if result else -1) + (span.parent < 0))
+    return result
+
+
+def reduced_weights(weight_N: Tensor, document_N: Tensor, reduction: Reduction) -> Tensor:
+    """What each token's -log p is multiplied by, before the division by the step's denominator.
+
+    Args:
+        weight_N: loss weight of each scored token.
+        document_N: int64, the document (row) of each.
+        reduction: `token_mean` and `sum` leave the weights as they are and differ in the denominator alone;
+            `sequence_mean` divides them by their sum over the token's row.
+
+    Returns:
+        weights_N; 0 stays 0, also in a row that has no other.
+    """
+    if reduction != "sequence_mean" or not len(weight_N):
+        return weight_N
+    sums_B = segment_sum(weight_N, document_N, int(document_N[-1]) + 1)
+    return torch.where(weight_N > 0, weight_N / sums_B[document_N], 0.0)

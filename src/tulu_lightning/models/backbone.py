@@ -15,11 +15,13 @@ from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from tulu_lightning.core.logprobs import TokenStats, token_logprobs
+from tulu_lightning.core.nll import weighted_nll
 from tulu_lightning.errors import InputError
 from tulu_lightning.models import attention
 from tulu_lightning.models.backends import Chooser, Requested, check_request
 from tulu_lightning.models.linear import use_fast_layers
 from tulu_lightning.models.loading import decoder_layers, load_causal_lm
+from tulu_lightning.models.lora import Lora, adapt
 from tulu_lightning.models.probe import check_packed
 from tulu_lightning.types import Pack
 
@@ -33,8 +35,14 @@ class Backbone:
     path: str
     """A Hugging Face model folder, a name that `assets.models` knows, or a hub id such as meta-llama/Llama-3.1-8B."""
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
-    """Dtype of the matrix products. Weights, gradients and optimiser state stay fp32: at RL learning rates updates of
-    bf16 weights round away."""
+    """Dtype of the matrix products."""
+    weights_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Dtype in which trained weights, and with them gradients and optimiser state, are kept. bfloat16 halves their
+    memory, and at small learning rates updates round away: a weight of 0.02 has neighbours 0.0001 apart."""
+    lora: Lora | None = None
+    """Train adapters on the decoder's linear layers, and nothing else."""
+    compile: bool = False
+    """Compile each decoder layer (`torch.compile`): faster steps for a slow first one. `data.pad_to` keeps shapes few."""
     activation_checkpointing: bool = False
     """Recompute each decoder layer in backward: less memory, about a third more time."""
     layers: int | None = None
@@ -44,8 +52,13 @@ class Backbone:
     (CPU: matrix products; CUDA: `varlen`, flash attention, and `flex` where answers share a prompt; else `sdpa`,
     PyTorch's kernel document by document). The others insist."""
 
+    def __post_init__(self) -> None:
+        if self.weights_dtype == "bfloat16" and self.compute_dtype != "bfloat16":
+            what = "is bfloat16 while compute_dtype is float32, whose digits such weights do not have"
+            raise InputError("backbone.weights_dtype", what, "Set compute_dtype to bfloat16 too, or keep float32.")
+
     def load(self, folder: str) -> PreTrainedModel:
-        """Load fp32 weights from a local folder, with packed attention, no KV cache and no dropout.
+        """Load weights from a local folder, with packed attention, no KV cache and no dropout.
 
         Raises:
             InputError: the machine cannot run `attention`, the weights do not load, `layers` is more than the model
@@ -69,8 +82,16 @@ class Backbone:
             self._cut(lm, folder, self.layers)
         use_fast_layers(lm)
         check_packed(lm, folder)
+        if self.weights_dtype == "bfloat16":  # after the check, which wants digits; parameters only: buffers stay fp32
+            for parameter in lm.parameters():
+                parameter.data = parameter.data.bfloat16()
+        if self.lora is not None:
+            adapt(lm, self.lora, folder)
         if self.activation_checkpointing:
             lm.gradient_checkpointing_enable({"use_reentrant": False})
+        if self.compile:
+            for layer in decoder_layers(lm.get_decoder(), folder):  # type: ignore[arg-type]
+                layer.compile()
         return lm.train()
 
     @staticmethod
@@ -97,8 +118,8 @@ class _Packed(nn.Module):
         self.config = config
         self.attention = Chooser(config.attention, getattr(torch, config.compute_dtype))
 
-    def source_hidden(self, decoder: nn.Module, pack: Pack) -> Tensor:
-        """Hidden states at `pack.source_N`, in the compute dtype."""
+    def source_hidden(self, decoder: nn.Module, pack: Pack, noise_TD: Tensor | None = None) -> Tensor:
+        """Hidden states at `pack.source_N`, in the compute dtype; `noise_TD` is added to the embeddings."""
         trees, device = any(span.parent >= 0 for span in pack.spans), pack.tokens_T.device
         config: Any = decoder.config
         backend = self.attention.backend(trees, device, config)
@@ -106,13 +127,20 @@ class _Packed(nn.Module):
         sharded = isinstance(self, FSDPModule)
         with nullcontext() if sharded else self.config.autocast(device):
             hidden_TD = decoder(
-                input_ids=pack.tokens_T[None],
+                **_input(decoder, pack, noise_TD),
                 position_ids=pack.positions_T[None],
                 use_cache=False,
                 segments=attention.layout(pack.spans, pack.padding, device, backend),
             ).last_hidden_state[0]
         hidden_ND = hidden_TD[pack.source_N]
         return hidden_ND.to(torch.bfloat16) if self.config.compute_dtype == "bfloat16" else hidden_ND
+
+
+def _input(decoder: Any, pack: Pack, noise_TD: Tensor | None) -> dict[str, Tensor]:
+    if noise_TD is None:
+        return {"input_ids": pack.tokens_T[None]}
+    embedded_TD = decoder.get_input_embeddings()(pack.tokens_T)
+    return {"inputs_embeds": (embedded_TD + noise_TD.to(embedded_TD))[None]}
 
 
 class PackedLM(_Packed):
@@ -128,11 +156,32 @@ class PackedLM(_Packed):
         super().__init__(config)
         self.lm = config.load(folder)
 
-    def forward(self, pack: Pack, temperature: float = 1.0, entropy: bool = False) -> TokenStats:
-        """Log-probs (and entropies) of the scored tokens; the head is not computed for any other."""
-        hidden_ND = self.source_hidden(self.lm.get_decoder(), pack)
+    def forward(
+        self,
+        pack: Pack,
+        temperature: float = 1.0,
+        entropy: bool = False,
+        weight_N: Tensor | None = None,
+        noise_TD: Tensor | None = None,
+    ) -> TokenStats:
+        """Log-probs of the scored tokens; the head is not computed for any other.
+
+        Args:
+            pack: documents on one token axis.
+            temperature: what logits are divided by.
+            entropy: also give entropies.
+            weight_N: give the weighted sum of -log p as `nll`, for less work; only it has a gradient then, and
+                temperature and entropy must be left as they are.
+            noise_TD: added to the embeddings.
+        """
+        hidden_ND = self.source_hidden(self.lm.get_decoder(), pack, noise_TD)  # type: ignore[arg-type]
         head: Any = self.lm.get_output_embeddings()
-        return token_logprobs(hidden_ND, head.weight, pack.target_N, temperature, entropy)
+        if weight_N is None:
+            return token_logprobs(hidden_ND, head.weight, pack.target_N, temperature, entropy)
+        if temperature != 1 or entropy:
+            raise ValueError("with weights there is neither a temperature nor an entropy")
+        nll = weighted_nll(hidden_ND, head.weight, pack.target_N, weight_N)
+        return TokenStats(nll.logp_N, None, nll.loss)
 
 
 class PackedValue(_Packed):

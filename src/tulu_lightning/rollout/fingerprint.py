@@ -5,18 +5,14 @@ from functools import lru_cache
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
+
+from tulu_lightning.models.weights import full
 
 __all__ = ["fingerprint", "full", "mark"]
 
 _BLOCK = 1 << 18
 _WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _MASK = (1 << 64) - 1
-
-
-def full(tensor: Tensor) -> Tensor:
-    """The whole tensor, gathered if it is sharded (then all ranks must call)."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def mark(tensor: Tensor) -> str:

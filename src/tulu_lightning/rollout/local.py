@@ -19,10 +19,11 @@ from transformers.utils import logging as transformers_logging
 
 from tulu_lightning.errors import InputError
 from tulu_lightning.models.loading import load_causal_lm
+from tulu_lightning.models.weights import full, plain_weights
 from tulu_lightning.rollout.chunk import Chunk, Row
 from tulu_lightning.rollout.decoding import CachedLM, use_fast_attention
 from tulu_lightning.rollout.engine import Progress, RefreshError
-from tulu_lightning.rollout.fingerprint import full, mark
+from tulu_lightning.rollout.fingerprint import mark
 from tulu_lightning.rollout.sampling import uniforms
 from tulu_lightning.types import Completion, Sampling
 
@@ -76,7 +77,7 @@ class LocalEngine:
     ) -> Self:
         """An engine with a copy of the model's weights, in `dtype` on `device` (both the model's own if left out).
 
-        `version` is stamped on the copy and on every completion that it makes.
+        `version` is stamped on the copy and on every completion that it makes. Adapters are merged.
 
         The attention that the model trains with is not copied. Global random state is left as it was. A sharded model
         is gathered tensor by tensor; then all ranks must call.
@@ -90,7 +91,7 @@ class LocalEngine:
         use_fast_attention(own)
         engine = cls(own.to(device or model.device), **limits)
         # Uninitialised memory until here: refresh proves that every tensor was written.
-        engine.refresh(model.state_dict().items(), version)
+        engine.refresh(plain_weights(model), version)
         return engine
 
     @property

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
+from torch import Tensor
 
 from tulu_lightning.assets.models import load_tokenizer, resolve_model
 from tulu_lightning.core.advantages import moments, whiten
@@ -18,9 +19,12 @@ from tulu_lightning.data.prompts import PromptData
 from tulu_lightning.errors import InputError
 from tulu_lightning.models.backbone import Backbone, PackedLM, PackedValue
 from tulu_lightning.models.limits import check_prompts
+from tulu_lightning.models.lora import without_adapters
+from tulu_lightning.models.weights import plain_weights
 from tulu_lightning.rollout.engine import Engine
 from tulu_lightning.rollout.experience import Experience, Group, Micro, estimate, micro_batches, reward
 from tulu_lightning.rollout.scoring import score_all
+from tulu_lightning.stages.checks import warn_of_bf16_weights
 from tulu_lightning.stages.optimizer import AdamW
 from tulu_lightning.stages.ppo_metrics import Epochs, step_metrics, table
 from tulu_lightning.stages.ppo_settings import Critic, Reward, Rollout
@@ -109,7 +113,8 @@ class PPO(Stage):
         if self.critic is None:
             config = replace(self.backbone, path=self.critic_folder, layers=self.critic_config.layers)
             self.critic = self.sharded(PackedValue(config, self.critic_folder), config)
-            self._reference = [PackedLM(self.backbone, self.folder).requires_grad_(False)]
+            if self.backbone.lora is None:  # else the policy without its adapters is the reference
+                self._reference = [PackedLM(self.backbone, self.folder).requires_grad_(False)]
 
     def settings(self) -> dict[str, Any]:
         """Critic, sampling, reward, losses; `micro_tokens` only cuts."""
@@ -129,6 +134,7 @@ class PPO(Stage):
     def setup(self, stage: str) -> None:
         """Refuse several processes, too."""
         super().setup(stage)
+        warn_of_bf16_weights(self.backbone, self.critic_config.optimizer.lr)
         if self.trainer.world_size > 1:
             raise InputError("trainer.devices", f"is {self.trainer.world_size}", "PPO runs in one process for now.")
 
@@ -148,14 +154,15 @@ class PPO(Stage):
 
     def on_fit_start(self) -> None:
         """Build the engine; the `RolloutRefresh` callback keeps it current."""
-        self._reference[0].to(self.device)
+        for reference in self._reference:
+            reference.to(self.device)
         if self.engine is None:
             self.engine = self.make_engine(getattr(torch, self.rollout.engine_dtype))
 
     def refresh(self) -> None:
         """Hand the present weights to the engine, stamped with the number of finished steps."""
         assert self.engine is not None
-        self.engine.refresh(self.model.lm.state_dict().items(), self.step)
+        self.engine.refresh(plain_weights(self.model.lm), self.step)
 
     # The step ---------------------------------------------------------------------------------------------------
 
@@ -227,11 +234,17 @@ class PPO(Stage):
         assert self.critic is not None
         micro = self.trainer.strategy.batch_to_device(micro)
         old = self.model(micro.pack, self.rollout.temperature, entropy=True)
-        reference_N = self._reference[0](micro.pack, self.rollout.temperature).logp_N
+        reference_N = self._reference_logps(micro)
         values_N = self.critic(micro.pack)
         assert old.entropy_N is not None
         beta = self.reward.kl_coefficient
         return estimate(micro, old.logp_N, reference_N, values_N, old.entropy_N, beta, self.gamma, self.lam)
+
+    def _reference_logps(self, micro: Micro) -> Tensor:
+        if self._reference:
+            return self._reference[0](micro.pack, self.rollout.temperature).logp_N
+        with without_adapters(self.model.lm):
+            return self.model(micro.pack, self.rollout.temperature).logp_N
 
     def learn(self, experience: Sequence[Sequence[Experience]]) -> Epochs:
         """K epochs of mini-batches: the critic's update, then the policy's."""

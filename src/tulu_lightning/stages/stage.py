@@ -6,6 +6,7 @@ number of micro-batches nor of ranks is seen in the gradient. Steps are counted 
 every `optimizer.step()` of every optimiser.
 """
 
+import math
 import os
 import time
 from collections.abc import Iterable
@@ -27,16 +28,10 @@ from tulu_lightning.models.backbone import Backbone, PackedLM
 from tulu_lightning.models.limits import check_documents
 from tulu_lightning.models.sharding import Fsdp2, shard
 from tulu_lightning.rollout.local import LocalEngine
-from tulu_lightning.stages.optimizer import AdamW
+from tulu_lightning.stages.checks import check_processes, check_trainer, warn_of_bf16_weights
+from tulu_lightning.stages.optimizer import AdamW, NonFiniteError, clip, differing, samples
 
 __all__ = ["NonFiniteError", "Stage"]
-
-SKIPS = 5
-"""Updates in a row whose gradient is non-finite before the run stops."""
-
-
-class NonFiniteError(RuntimeError):
-    """A network's gradients were not finite for several updates in a row."""
 
 
 class Stage(L.LightningModule):
@@ -58,6 +53,7 @@ class Stage(L.LightningModule):
         self.step = 0
         self.skipped: dict[str, int] = {}
         self._skipped_updates = 0
+        self._changed = torch.zeros(2, dtype=torch.float64)
         self.metrics: dict[str, float] = {}
         self.samples: list[dict[str, Any]] = []
         self.policy: PackedLM | None = None
@@ -121,25 +117,7 @@ class Stage(L.LightningModule):
 
     def configure_callbacks(self) -> list[Any]:
         """Adds none: this hook is the only one that comes before Lightning's own checks, which end in a traceback."""
-        trainer = self.trainer
-        if trainer.precision != "32-true":
-            raise InputError(
-                "trainer.precision",
-                f"is {trainer.precision}",
-                "Leave it at 32-true; model.init_args.backbone.compute_dtype sets that of the matrix products.",
-            )
-        if trainer.gradient_clip_val:
-            raise InputError(
-                "trainer.gradient_clip_val",
-                f"is {trainer.gradient_clip_val}",
-                "Leave it out and set model.init_args.optimizer.max_grad_norm.",
-            )
-        if trainer.accumulate_grad_batches != 1:
-            raise InputError(
-                "trainer.accumulate_grad_batches",
-                f"is {trainer.accumulate_grad_batches}",
-                "Leave it at 1: a batch is a whole step here, cut by data.micro_tokens.",
-            )
+        check_trainer(self.trainer)
         return []
 
     def check_data(self, data: Any) -> None:
@@ -159,32 +137,17 @@ class Stage(L.LightningModule):
 
     def setup(self, stage: str) -> None:
         """Refuse, before any weights load, what would divide, average or shuffle behind our back."""
-        trainer = self.trainer
-        if trainer.world_size > 1 and not isinstance(trainer.strategy, Fsdp2):
-            raise InputError(
-                "trainer.strategy",
-                f"is {type(trainer.strategy).__name__} with {trainer.world_size} processes",
-                "Use fsdp2: any other would average micro-batches that this package sums.",
-            )
-        if trainer.max_steps != -1:
-            raise InputError(
-                "trainer.max_steps",
-                f"is {trainer.max_steps}, and Lightning counts every call of every optimiser there",
-                "Use data.init_args.max_steps, which counts whole steps.",
-            )
-        if trainer.world_size > 1 and trainer._accelerator_connector.use_distributed_sampler:
-            raise InputError(
-                "trainer.use_distributed_sampler",
-                "is true",
-                "Set it to false: Lightning would replace the step plan by a shuffling sampler.",
-            )
-        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        check_processes(self.trainer)
+        if stage == "fit":
+            warn_of_bf16_weights(self.backbone, self.optimizer.lr)
+        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
         if isinstance(data, StepData):
             self.check_data(data)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> int | None:
         """Start the step's clock; a trainer that wants more epochs than the plan has gets nothing more."""
         self._started, self._skipped_updates = time.perf_counter(), 0
+        self._changed = torch.zeros(2, dtype=torch.float64)
         return -1 if self.finished else None
 
     def forward(self, pack: Any, temperature: float = 1.0) -> TokenStats:
@@ -203,21 +166,22 @@ class Stage(L.LightningModule):
         A non-finite norm skips the update; each network counts its own.
 
         Raises:
-            NonFiniteError: after several such steps in a row.
+            NonFiniteError: after `max_skipped` such steps in a row.
         """
-        norm = torch.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm or float("inf"))
-        norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)  # type: ignore[operator]
+        parameters = list(parameters)
+        norm = clip(parameters, settings.max_grad_norm)
         for group in optimizer.optimizer.param_groups:
             group["lr"] = settings.lr_at(self.step, self.total_steps)
-        finite = norm == norm and norm != float("inf")
+        finite = math.isfinite(norm)
         self.skipped[network] = 0 if finite else self.skipped.get(network, 0) + 1
         self._skipped_updates += not finite
         if finite:
+            before = samples(parameters)
             optimizer.step()
-        elif self.skipped[network] >= SKIPS:
-            raise NonFiniteError(
-                f"the {network}'s gradient was not finite for {SKIPS} updates in a row, up to step {self.step}"
-            )
+            self._changed += differing(before, samples(parameters))
+        elif self.skipped[network] >= settings.max_skipped:
+            times = f"{settings.max_skipped} updates in a row, up to step {self.step}"
+            raise NonFiniteError(f"the {network}'s gradient was not finite for {times}")
         optimizer.zero_grad(set_to_none=True)
         return norm
 
@@ -237,6 +201,9 @@ class Stage(L.LightningModule):
             "seconds": time.perf_counter() - self._started,
             "skipped_updates": float(self._skipped_updates),
         }
+        if self.backbone.weights_dtype == "bfloat16" and self.backbone.lora is None:
+            changed, watched = self.reduce_sum(self._changed).tolist()
+            self.metrics["weights_changed"] = changed / max(watched, 1)
         self.step += 1
         if self.finished:
             self.trainer.should_stop = True
@@ -271,7 +238,8 @@ class Stage(L.LightningModule):
         """
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
         result: dict[str, Value] = {"stage": type(self).__name__, "start weights": self.start_digest}
-        result |= {f"backbone.{name}": getattr(self.backbone, name) for name in ("compute_dtype", "layers")}
+        for name in ("compute_dtype", "weights_dtype", "layers", "lora"):  # what else it has sets speed
+            result |= flat(f"backbone.{name}", getattr(self.backbone, name))
         result |= flat("optimizer", self.optimizer)
         for name, setting in self.settings().items():
             result |= flat(name, setting)

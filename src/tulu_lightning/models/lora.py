@@ -1,0 +1,88 @@
+"""LoRA (Hu et al. 2021) through peft's layers: the model's class, names and forward stay, its linear layers get adapters.
+
+Only the adapters train; the rest is the start, which PPO's reference therefore needs no copy of. Whoever takes weights
+out (engines, exports) takes them merged, from `models.weights.plain_weights`. Checkpoints hold base and adapters.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from tulu_lightning.core.settings import require
+from tulu_lightning.errors import InputError
+
+__all__ = ["Lora", "adapt", "without_adapters"]
+
+
+@dataclass(frozen=True)
+class Lora:
+    """Adapters `W + s · B A` on linear layers of the decoder. There is no dropout: a step has to be the same however it
+    is cut, and a ratio of policies is 1 only without it."""
+
+    r: int = 16
+    """Rank: rows of A, columns of B."""
+    alpha: int = 32
+    """The scale s is alpha / r, or alpha / √r with `rslora`."""
+    targets: list[str] | None = None
+    """Names of the layers, e.g. [q_proj, v_proj]; all linear layers of the decoder when null."""
+    rslora: bool = False
+    """Rank-stabilised scale (Kalajdzievski 2023), for large ranks."""
+    seed: int = 0
+    """Of A's random start; B starts at 0, so the model starts as it was."""
+
+    def __post_init__(self) -> None:
+        require(self.r >= 1, "lora.r", self.r, "Use at least 1.")
+        require(self.alpha >= 1, "lora.alpha", self.alpha, "Use at least 1.")
+        require(self.targets != [], "lora.targets", self.targets, "Name at least one layer, or leave it out for all.")
+
+
+def adapt(lm: PreTrainedModel, lora: Lora, folder: str) -> None:
+    """Put adapters into a model in place, fp32 ones, and freeze everything else.
+
+    Args:
+        lm: the model.
+        lora: settings.
+        folder: where it came from, for the message.
+
+    Raises:
+        InputError: a target that the decoder has no linear layer of, or a decoder without linear layers.
+    """
+    from peft import LoraConfig, inject_adapter_in_model  # slow to import, and most runs need none of it
+
+    decoder: Any = lm.get_decoder()
+    known = sorted({name.rpartition(".")[2] for name, part in decoder.named_modules() if isinstance(part, nn.Linear)})
+    targets = known if lora.targets is None else lora.targets
+    if unknown := sorted(set(targets) - set(known)):
+        what = f"lora.targets names {unknown[0]!r}, and its decoder's linear layers are {', '.join(known) or 'none'}"
+        raise InputError(folder, what, "Name some of these, or leave targets out for all of them.")
+    if not targets:
+        raise InputError(folder, "its decoder has no linear layers to adapt", "Train it whole: leave out lora.")
+    settings = LoraConfig(
+        r=lora.r, lora_alpha=lora.alpha, target_modules=list(targets), lora_dropout=0.0, use_rslora=lora.rslora
+    )  # type: ignore[call-arg]
+    lm.requires_grad_(False)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(lora.seed)  # every rank starts alike, and the run's random state stays as it was
+        inject_adapter_in_model(settings, decoder)
+    for name, parameter in decoder.named_parameters():
+        if ".lora_" in name:
+            parameter.data = parameter.data.float()
+            parameter.requires_grad_(True)
+
+
+@contextmanager
+def without_adapters(model: nn.Module) -> Iterator[None]:
+    """The model as it was before training, as long as the context lasts."""
+    layers: list[Any] = [part for part in model.modules() if hasattr(part, "base_layer")]
+    for layer in layers:
+        layer.enable_adapters(False)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.enable_adapters(True)

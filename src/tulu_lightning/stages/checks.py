@@ -1,0 +1,78 @@
+"""Trainer settings that would divide, average, shuffle or count behind a stage's back, refused before weights load."""
+
+from typing import Any
+
+from lightning.pytorch.utilities import rank_zero_warn
+
+from tulu_lightning.errors import InputError
+from tulu_lightning.models.backbone import Backbone
+from tulu_lightning.models.sharding import Fsdp2
+
+__all__ = ["check_processes", "check_trainer", "warn_of_bf16_weights"]
+
+SMALL_RATE = 1e-5
+"""bf16 keeps 8 binary digits: a weight between 2^-8 and 2^-7 (0.004 to 0.008) has neighbours 2^-15 apart, and moves
+only by updates of more than half that, 1.5e-5. Adam's are about the learning rate. Weights with a standard deviation of
+0.02, as is usual, are larger than 0.004 in five of six cases."""
+
+
+def check_trainer(trainer: Any) -> None:
+    """Refuse settings of the Trainer that have their place elsewhere.
+
+    Raises:
+        InputError: another precision than 32-true, Lightning's clipping, or Lightning's accumulation.
+    """
+    if trainer.precision != "32-true":
+        raise InputError(
+            "trainer.precision",
+            f"is {trainer.precision}",
+            "Leave it at 32-true; model.init_args.backbone.compute_dtype sets that of the matrix products.",
+        )
+    if trainer.gradient_clip_val:
+        raise InputError(
+            "trainer.gradient_clip_val",
+            f"is {trainer.gradient_clip_val}",
+            "Leave it out and set model.init_args.optimizer.max_grad_norm.",
+        )
+    if trainer.accumulate_grad_batches != 1:
+        raise InputError(
+            "trainer.accumulate_grad_batches",
+            f"is {trainer.accumulate_grad_batches}",
+            "Leave it at 1: a batch is a whole step here, cut by data.micro_tokens.",
+        )
+
+
+def check_processes(trainer: Any) -> None:
+    """Refuse what would average or shuffle over several processes, or count steps otherwise.
+
+    Raises:
+        InputError: a strategy that is not ours, `max_steps`, or Lightning's sampler.
+    """
+    if trainer.world_size > 1 and not isinstance(trainer.strategy, Fsdp2):
+        raise InputError(
+            "trainer.strategy",
+            f"is {type(trainer.strategy).__name__} with {trainer.world_size} processes",
+            "Use fsdp2: any other would average micro-batches that this package sums.",
+        )
+    if trainer.max_steps != -1:
+        raise InputError(
+            "trainer.max_steps",
+            f"is {trainer.max_steps}, and Lightning counts every call of every optimiser there",
+            "Use data.init_args.max_steps, which counts whole steps.",
+        )
+    if trainer.world_size > 1 and trainer._accelerator_connector.use_distributed_sampler:
+        raise InputError(
+            "trainer.use_distributed_sampler",
+            "is true",
+            "Set it to false: Lightning would replace the step plan by a shuffling sampler.",
+        )
+
+
+def warn_of_bf16_weights(backbone: Backbone, lr: float) -> None:
+    """Say aloud that a small learning rate leaves most bf16-stored weights where they are."""
+    if backbone.weights_dtype == "bfloat16" and backbone.lora is None and lr < SMALL_RATE:
+        rank_zero_warn(
+            f"WEIGHTS STORED IN BFLOAT16 WILL HARDLY TRAIN at a learning rate of {lr:g}: an update is smaller than half "
+            "the distance to a weight's neighbour, so most of them round away, and Adam's second moment stands still "
+            "for the same reason. Watch `weights_changed`, or set backbone.weights_dtype to float32."
+        )
