@@ -1,5 +1,7 @@
 """Many conversations at once, weights, and rows that are too long."""
 
+import gc
+
 import pytest
 from chat_tokenizers import CONVERSATIONS, NASTY, byte_level, llama3, llama3_bytes, smollm2, turns
 from transformers import ByT5Tokenizer
@@ -67,6 +69,22 @@ def test_the_tokenizer_is_left_as_it_was(special):
     assert backend.encode_special_tokens is special
     backend.no_truncation()
     backend.no_padding()
+
+
+@pytest.mark.parametrize("collecting", [True, False])
+def test_the_garbage_collector_is_left_as_it_was(collecting):
+    tokenizer = byte_tokenizer()
+    template = chat_template("tulu", tokenizer)
+    was = gc.isenabled()
+    try:
+        (gc.enable if collecting else gc.disable)()
+        encode_many(tokenizer, template, CONVERSATIONS)
+        assert gc.isenabled() is collecting
+        with pytest.raises(KeyError):
+            encode_many(tokenizer, template, [[{"role": "user"}]])
+        assert gc.isenabled() is collecting
+    finally:
+        (gc.enable if was else gc.disable)()
 
 
 def test_a_tokenizer_that_is_not_in_rust_takes_the_long_way():

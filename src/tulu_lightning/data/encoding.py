@@ -4,6 +4,7 @@ Text is cut into runs: where the mask changes, and at every control token. A run
 token is looked up. `encode_many` gives the runs of a whole chunk to the Rust tokenizer at once, which works on all cores.
 """
 
+import gc
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple
@@ -77,7 +78,7 @@ def encode_many(
     """
     encoded: list[Encoded] = []
     controls: dict[str, list[int]] = {}
-    with _restored(tokenizer):
+    with _restored(tokenizer), _uncollected():
         for at in range(0, len(conversations), CHUNK):
             chunk = conversations[at : at + CHUNK]
             rows = [_runs(rendered(template, messages)) for messages in chunk]
@@ -203,3 +204,15 @@ def _restored(tokenizer: PreTrainedTokenizerBase) -> Iterator[None]:
             backend.enable_truncation(**truncation)
         if padding is not None:
             backend.enable_padding(**padding)
+
+
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """No search for cycles meanwhile: many lists are made here and no cycle, and a search costs as much as the work."""
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was:
+            gc.enable()
