@@ -18,6 +18,7 @@ from tulu_lightning.core.logprobs import TokenStats, token_logprobs
 from tulu_lightning.core.nll import weighted_nll
 from tulu_lightning.errors import InputError
 from tulu_lightning.models import attention
+from tulu_lightning.models.liger import Loss, head_loss
 from tulu_lightning.models.linear import use_fast_linear
 from tulu_lightning.models.loading import decoder_layers, load_causal_lm
 from tulu_lightning.models.lora import Lora, adapt
@@ -146,6 +147,7 @@ class PackedLM(_Packed):
         """
         super().__init__(config)
         self.lm = config.load(folder)
+        self._head_loss: Loss | None = None  # chosen at the first micro-batch that trains
 
     def forward(
         self,
@@ -171,7 +173,9 @@ class PackedLM(_Packed):
             return token_logprobs(hidden_ND, head.weight, pack.target_N, temperature, entropy)
         if temperature != 1 or entropy:
             raise ValueError("with weights there is neither a temperature nor an entropy")
-        nll = weighted_nll(hidden_ND, head.weight, pack.target_N, weight_N)
+        if self._head_loss is None and torch.is_grad_enabled():
+            self._head_loss = head_loss(hidden_ND, head.weight, pack.target_N)
+        nll = (self._head_loss or weighted_nll)(hidden_ND, head.weight, pack.target_N, weight_N)
         return TokenStats(nll.logp_N, None, nll.loss)
 
 
