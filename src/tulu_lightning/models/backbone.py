@@ -18,8 +18,13 @@ from tulu_lightning.core.logprobs import TokenStats, token_logprobs
 from tulu_lightning.core.nll import weighted_nll
 from tulu_lightning.errors import InputError
 from tulu_lightning.models import attention
+<<<<<<< HEAD
 from tulu_lightning.models.backends import Chooser, Requested, check_request
 from tulu_lightning.models.linear import use_fast_layers
+=======
+from tulu_lightning.models.liger import Loss, head_loss
+from tulu_lightning.models.linear import use_fast_linear
+>>>>>>> loss
 from tulu_lightning.models.loading import decoder_layers, load_causal_lm
 from tulu_lightning.models.lora import Lora, adapt
 from tulu_lightning.models.probe import check_packed
@@ -155,6 +160,7 @@ class PackedLM(_Packed):
         """
         super().__init__(config)
         self.lm = config.load(folder)
+        self._head_loss: Loss | None = None  # chosen at the first micro-batch that trains
 
     def forward(
         self,
@@ -180,7 +186,9 @@ class PackedLM(_Packed):
             return token_logprobs(hidden_ND, head.weight, pack.target_N, temperature, entropy)
         if temperature != 1 or entropy:
             raise ValueError("with weights there is neither a temperature nor an entropy")
-        nll = weighted_nll(hidden_ND, head.weight, pack.target_N, weight_N)
+        if self._head_loss is None and torch.is_grad_enabled():
+            self._head_loss = head_loss(hidden_ND, head.weight, pack.target_N)
+        nll = (self._head_loss or weighted_nll)(hidden_ND, head.weight, pack.target_N, weight_N)
         return TokenStats(nll.logp_N, None, nll.loss)
 
 
