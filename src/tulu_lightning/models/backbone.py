@@ -18,13 +18,9 @@ from tulu_lightning.core.logprobs import TokenStats, token_logprobs
 from tulu_lightning.core.nll import weighted_nll
 from tulu_lightning.errors import InputError
 from tulu_lightning.models import attention
-<<<<<<< HEAD
 from tulu_lightning.models.backends import Chooser, Requested, check_request
-from tulu_lightning.models.linear import use_fast_layers
-=======
 from tulu_lightning.models.liger import Loss, head_loss
-from tulu_lightning.models.linear import use_fast_linear
->>>>>>> loss
+from tulu_lightning.models.linear import use_fast_layers
 from tulu_lightning.models.loading import decoder_layers, load_causal_lm
 from tulu_lightning.models.lora import Lora, adapt
 from tulu_lightning.models.probe import check_packed
