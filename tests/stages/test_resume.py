@@ -102,9 +102,9 @@ def config(tmp_path, name, *callbacks):
 
 
 def tulu(argv):
-    """The command in a process of its own."""
+    """The command in a process of its own, with as many threads: the number decides the order of sums."""
     path = os.pathsep.join([str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])])
-    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": str(torch.get_num_threads())}
     return subprocess.run(
         [sys.executable, "-m", "tulu_lightning", *argv], capture_output=True, text=True, env=environment, check=False
     )
