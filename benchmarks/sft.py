@@ -29,7 +29,8 @@ from transformers.utils import logging as transformers_logging
 from tulu_lightning.assets.models import load_tokenizer, resolve_model
 from tulu_lightning.assets.rows import alpaca_rows
 from tulu_lightning.core.step_plan import StepPlan
-from tulu_lightning.data.chat import SMOLLM2_SYSTEM, chat_template, encode
+from tulu_lightning.data.chat import chat_template, encode
+from tulu_lightning.data.templates import SMOLLM2_SYSTEM
 
 PEERS = Path(__file__).parent / "peers"
 MODEL, TEMPLATE, SEED = "smollm2-135m-instruct", "smollm2", 0
