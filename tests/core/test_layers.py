@@ -2,7 +2,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tulu_lightning.core.layers import gated_mlp, low_linear, rms_norm
+from tulu_lightning.core.layers import gated_mlp, rms_norm
+from tulu_lightning.core.matmul import low_linear
 
 
 def leaves(*shapes):

@@ -18,10 +18,10 @@ from typing import Any
 
 import lightning as L
 
-from tulu_lightning.checkpoints.files import write_whole
 from tulu_lightning.checkpoints.identity import check_run, read_identity, write_identity
 from tulu_lightning.data.base import StepData
 from tulu_lightning.errors import InputError
+from tulu_lightning.files import write_whole
 from tulu_lightning.models.sharding import Fsdp2
 
 __all__ = ["Checkpoints", "checkpoint_path"]

@@ -13,10 +13,10 @@ import lightning as L
 from tulu_lightning.callbacks.evaluate import Evaluate
 from tulu_lightning.callbacks.records import Records
 from tulu_lightning.checkpoints.export import export, full_state, publish
-from tulu_lightning.checkpoints.files import write_whole
 from tulu_lightning.core.promotion import Decision, PromotionRule
 from tulu_lightning.errors import InputError
 from tulu_lightning.evaluation.heldout import compare
+from tulu_lightning.files import write_whole
 
 __all__ = ["Promote"]
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import lightning as L
 
-from tulu_lightning.checkpoints.files import write_whole
+from tulu_lightning.files import write_whole
 from tulu_lightning.progress import Progress
 
 __all__ = ["Records"]

@@ -13,8 +13,8 @@ from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_info
 
-from tulu_lightning.checkpoints.files import write_whole
 from tulu_lightning.errors import InputError
+from tulu_lightning.files import write_whole
 
 __all__ = ["Value", "check_identity", "check_run", "flat", "read_identity", "weights_digest", "write_identity"]
 

@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from tulu_lightning.core.matmul import product
 
-__all__ = ["gated_mlp", "low_linear", "rms_norm"]
+__all__ = ["gated_mlp", "rms_norm"]
 
 
 class _RmsNorm(torch.autograd.Function):
@@ -52,36 +52,6 @@ def rms_norm(x: Tensor, weight_D: Tensor, eps: float, dtype: torch.dtype) -> Ten
         dtype: of the result; what reads it would round it anyway.
     """
     return _RmsNorm.apply(x, weight_D, eps, dtype)  # type: ignore[return-value]
-
-
-class _LowLinear(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x_MK: Tensor, weight_NK: Tensor, low_NK: Tensor) -> Tensor:
-        ctx.save_for_backward(x_MK, low_NK)
-        ctx.dtype = weight_NK.dtype
-        return product(x_MK, low_NK)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        x_MK, low_NK = ctx.saved_tensors
-        need_x, need_weight, _ = ctx.needs_input_grad
-        grad_MN = grads[0].contiguous()
-        grad_x = product(grad_MN, low_NK.T) if need_x else None
-        grad_weight = product(grad_MN.T, x_MK.T).to(ctx.dtype) if need_weight else None
-        return grad_x, grad_weight, None
-
-
-def low_linear(x: Tensor, weight_NK: Tensor, low_NK: Tensor) -> Tensor:
-    """x @ weight.T computed with a copy of the weight in x's dtype; the gradient goes to the weight itself.
-
-    Args:
-        x: [..., K].
-        weight_NK: the parameter.
-        low_NK: its copy, in the dtype of `x`.
-    """
-    out = _LowLinear.apply(x.reshape(-1, x.shape[-1]), weight_NK, low_NK)
-    return out.view(*x.shape[:-1], -1)  # type: ignore[union-attr]
 
 
 class _GatedMlp(torch.autograd.Function):

@@ -1,7 +1,7 @@
 """fp32 matrix products on the CPU, by the library that is fast there.
 
-PyTorch's x86 builds send fp32 products to MKL. On AMD processors MKL takes a slow path: a third of what oneDNN, which
-is in the same build, does with the same numbers (`docs/performance.md`). So there, and only there, fp32 linear layers
+PyTorch's x86 builds send fp32 products to MKL. On AMD processors MKL takes a slow path: less than half of what
+oneDNN, which is in the same build, does with the same numbers (`docs/performance.md`). So there, and only there, fp32 linear layers
 and the head go through oneDNN. Both compute in true fp32; sums are added in another order, so results differ in the
 last bits. The choice depends on the processor alone, never on a timing: a run that goes on takes the same one.
 
@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-__all__ = ["fp32_library", "linear", "product"]
+__all__ = ["fp32_library", "linear", "low_linear", "product"]
 
 
 @functools.cache
@@ -81,19 +81,35 @@ def product(a_MK: Tensor, b_NK: Tensor, out_MN: Tensor | None = None) -> Tensor:
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x_MK: Tensor, weight_NK: Tensor) -> Tensor:
-        ctx.save_for_backward(x_MK, weight_NK)
-        return _onednn(x_MK, weight_NK)
+    def forward(ctx: Any, x_MK: Tensor, weight_NK: Tensor, used_NK: Tensor) -> Tensor:
+        ctx.save_for_backward(x_MK, used_NK)
+        ctx.dtype = weight_NK.dtype
+        return product(x_MK, used_NK)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        x_MK, weight_NK = ctx.saved_tensors
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        x_MK, used_NK = ctx.saved_tensors
+        need_x, need_weight, _ = ctx.needs_input_grad
         grad_MN = grads[0].contiguous()  # an expanded gradient has strides that oneDNN does not read
-        need_x, need_weight = ctx.needs_input_grad
-        grad_x = _onednn(grad_MN, weight_NK.T) if need_x else None
-        grad_weight = _onednn(grad_MN.T, x_MK.T) if need_weight else None
-        return grad_x, grad_weight
+        grad_x = product(grad_MN, used_NK.T) if need_x else None
+        grad_weight = product(grad_MN.T, x_MK.T).to(ctx.dtype) if need_weight else None
+        return grad_x, grad_weight, None
+
+
+def low_linear(x: Tensor, weight_NK: Tensor, low_NK: Tensor) -> Tensor:
+    """x @ weight.T computed with a copy of the weight in x's dtype; the gradient goes to the weight itself.
+
+    Args:
+        x: [..., K].
+        weight_NK: the parameter.
+        low_NK: its copy, in the dtype of `x`.
+
+    Returns:
+        [..., N]; differentiable once.
+    """
+    out = _Linear.apply(x.reshape(-1, x.shape[-1]), weight_NK, low_NK)
+    return out.view(*x.shape[:-1], -1)  # type: ignore[union-attr]
 
 
 def linear(x: Tensor, weight_NK: Tensor, bias_N: Tensor | None = None) -> Tensor:
@@ -109,5 +125,5 @@ def linear(x: Tensor, weight_NK: Tensor, bias_N: Tensor | None = None) -> Tensor
     """
     if torch.is_autocast_enabled(x.device.type) or torch.compiler.is_compiling() or not _takes(x, weight_NK):
         return F.linear(x, weight_NK, bias_N)
-    out = _Linear.apply(x.reshape(-1, x.shape[-1]), weight_NK).view(*x.shape[:-1], -1)  # type: ignore[union-attr]
+    out = low_linear(x, weight_NK, weight_NK.detach())
     return out if bias_N is None else out + bias_N

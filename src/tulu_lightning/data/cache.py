@@ -21,6 +21,7 @@ from tulu_lightning.assets.cache import cache_dir, locked, writing
 from tulu_lightning.data.intake import Counts, LeftOut
 from tulu_lightning.data.store import Part, Store, Summary, Writer, expected_sizes
 from tulu_lightning.errors import InputError
+from tulu_lightning.files import write_whole
 from tulu_lightning.progress import Progress
 
 __all__ = ["Entry", "Job", "Kept", "load_or_build", "tokens_dir"]
@@ -246,6 +247,4 @@ def _state(summary: Summary, counts: Counts) -> dict[str, Any]:
 
 
 def _write(path: Path, values: Mapping[str, Any]) -> None:
-    beside = path.with_name(f".{path.name}.tmp")
-    beside.write_text(json.dumps(values, indent=1), encoding="utf-8")
-    beside.replace(path)
+    write_whole(path, json.dumps(values, indent=1))

@@ -135,13 +135,10 @@ class SFTData(PackedData):
 
     def _conversations(self, source: Source, table: Table) -> list[doctor.Named]:
         indices = range(min(EXAMINED, len(table)))
-        read = [
-            (number, self._messages(source, number, row))
-            for number, row in zip(map(table.number, indices), table.take(indices), strict=True)
-        ]
+        numbers = [table.number(index) for index in indices]
         return [
             (source.row_name(number), messages)
-            for number, messages in read
+            for number, messages in zip(numbers, self._read(source, numbers, table.take(indices)), strict=True)
             if not isinstance(messages, LeftOut) and messages[0]["role"] != chat.PLAIN
         ]
 

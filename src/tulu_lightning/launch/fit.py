@@ -4,7 +4,6 @@ A config is checked in full (keys, classes, values, the run folder) before any w
 """
 
 import argparse
-import os
 import signal
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -21,6 +20,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 import tulu_lightning.models.sharding  # noqa: F401  registers `strategy: fsdp2`
 from tulu_lightning.callbacks.checkpoints import Checkpoints
 from tulu_lightning.errors import InputError
+from tulu_lightning.files import write_whole
 from tulu_lightning.launch.arguments import linked_options, read_layers, with_lists_anew
 from tulu_lightning.launch.compose import Layer, merge, origin
 from tulu_lightning.launch.parser import IncludingConfigFile, TuluParser, causes
@@ -39,13 +39,11 @@ class SaveConfig(SaveConfigCallback):
     """Writes the whole config into the run folder: `config.yaml` for fit, `config-test.yaml` and so on for the others."""
 
     def save_config(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Write it beside its place and rename, so that it is never half there."""
+        """Write it whole or not at all."""
         name = "config.yaml" if stage == "fit" else f"config-{getattr(stage, 'value', stage)}.yaml"
         path = Path(trainer.default_root_dir, name)
-        beside = path.with_name(f".{name}.tmp")
         path.parent.mkdir(parents=True, exist_ok=True)
-        beside.write_text(self.parser.dump(self.config, skip_unset=False), encoding="utf-8")
-        os.replace(beside, path)
+        write_whole(path, self.parser.dump(self.config, skip_unset=False))
 
 
 class TuluCLI(LightningCLI):

@@ -1,18 +1,19 @@
 """A Llama-like model's layers, computed the way that is fast on a CPU; names and parameters stay as they are.
 
 Three kinds of modules get another `forward`: linear layers (fp32 by `core.matmul`; under bf16 autocast without
-autocast's bookkeeping), RMS norms and gated MLPs (`core.layers`). Off the CPU, while
-compiling, and for every architecture whose layers are not known here, transformers' own code runs.
+autocast's bookkeeping), RMS norms and gated MLPs (`core.layers`). Off the CPU, while compiling, and for every architecture
+whose layers are not known here, transformers' own code runs.
 """
 
+from functools import cache
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tulu_lightning.core.layers import gated_mlp, low_linear, rms_norm
-from tulu_lightning.core.matmul import linear
+from tulu_lightning.core.layers import gated_mlp, rms_norm
+from tulu_lightning.core.matmul import linear, low_linear
 
 __all__ = ["use_fast_layers"]
 
@@ -26,10 +27,16 @@ def use_fast_layers(module: nn.Module) -> nn.Module:
         if type(part) is nn.Linear:
             part.__class__ = _Linear
         elif type(part).__name__ in NORMS and type(part).__module__.startswith("transformers."):
-            part.__class__ = type(type(part).__name__, (_Norm, type(part)), {})
+            part.__class__ = _over(_Norm, type(part))
         elif type(part).__name__ in MLPS and type(part).__module__.startswith("transformers."):
-            part.__class__ = type(type(part).__name__, (_Mlp, type(part)), {})
+            part.__class__ = _over(_Mlp, type(part))
     return module
+
+
+@cache
+def _over(forward: type[nn.Module], known: type[nn.Module]) -> type[nn.Module]:
+    """The known class with another `forward` in front; one for all its modules."""
+    return type(known.__name__, (forward, known), {})
 
 
 def _dtype(x: Tensor) -> torch.dtype:

@@ -16,7 +16,6 @@ import torch
 
 from tulu_lightning.assets.models import resolve_model
 from tulu_lightning.callbacks.promote import peak_memory_bytes
-from tulu_lightning.checkpoints.files import write_whole
 from tulu_lightning.checkpoints.identity import weights_digest
 from tulu_lightning.core.step_plan import mix_seed
 from tulu_lightning.data.intake import LeftOut
@@ -24,6 +23,7 @@ from tulu_lightning.data.prompts import PromptData
 from tulu_lightning.data.rows import Mixed
 from tulu_lightning.data.sources import Row, Source
 from tulu_lightning.errors import InputError
+from tulu_lightning.files import write_whole
 from tulu_lightning.progress import Progress
 from tulu_lightning.recipes.config import read_config
 from tulu_lightning.rollout.local import LocalEngine

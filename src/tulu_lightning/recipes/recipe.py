@@ -19,9 +19,9 @@ from rich.console import Console
 
 from tulu_lightning import __version__
 from tulu_lightning.callbacks.promote import reset_peak_memory
-from tulu_lightning.checkpoints.files import write_whole
 from tulu_lightning.checkpoints.identity import weights_digest
 from tulu_lightning.errors import InputError
+from tulu_lightning.files import write_whole
 from tulu_lightning.launch.fit import fit
 from tulu_lightning.launch.run_folder import ensure_writable
 from tulu_lightning.recipes.check import check_fit, fill, require_plotly
