@@ -8,7 +8,7 @@ from torch import Tensor
 
 from tulu_lightning.types import Span
 
-__all__ = ["Reduction", "document_of", "reduced_weights", "segment_sum"]
+__all__ = ["Reduction", "document_of", "pair_sum", "reduced_weights", "segment_sum"]
 
 Reduction = Literal["token_mean", "sum", "sequence_mean"]
 
@@ -27,6 +27,26 @@ def segment_sum(values_N: Tensor, segment_N: Tensor, segments: int) -> Tensor:
     Example: values [1, 2, 4], segments [1, 1, 2], S = 3 gives [0, 3, 4].
     """
     return torch.zeros(segments, dtype=values_N.dtype, device=values_N.device).index_add(0, segment_N, values_N)
+
+
+def pair_sum(values_N: Tensor, segment_N: Tensor, pairs: int) -> tuple[Tensor, Tensor]:
+    """Sum per-token values over both sides of pairs whose common start is computed once.
+
+    A pair is three segments: what both sides begin with, the rest of the chosen, the rest of the rejected. Scored tokens
+    of the first one (answers of earlier turns, or the words with which both answers begin) belong to both sides.
+
+    Args:
+        values_N: one number per scored token.
+        segment_N: int64, the segment of each.
+        pairs: number of pairs B.
+
+    Returns:
+        chosen_B and rejected_B.
+
+    Example: values [1, 2, 4], segments [0, 1, 2], one pair: chosen 3, rejected 5.
+    """
+    sums_B3 = segment_sum(values_N, segment_N, 3 * pairs).view(-1, 3)
+    return sums_B3[:, 0] + sums_B3[:, 1], sums_B3[:, 0] + sums_B3[:, 2]
 
 
 def document_of(spans: Sequence[Span]) -> list[int]:
