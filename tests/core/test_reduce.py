@@ -18,4 +18,5 @@ def test_a_shared_token_gets_the_gradient_of_both_sides() -> None:
     values_N = torch.ones(3, requires_grad=True)
     chosen_B, rejected_B = pair_sum(values_N, torch.tensor([0, 1, 2]), 1)
     (3 * chosen_B - 2 * rejected_B).sum().backward()
-    assert values_N.grad is not None and values_N.grad.tolist() == [1.0, 3.0, -2.0]
+    assert values_N.grad is not None
+    assert values_N.grad.tolist() == [1.0, 3.0, -2.0]
