@@ -36,9 +36,37 @@ def mlp(x, gate, up, down):
     return F.linear(F.silu(F.linear(x, gate)) * F.linear(x, up), down)
 
 
-def test_the_gated_mlp_is_the_plain_one():
+@pytest.mark.parametrize("recompute", [False, True])
+def test_the_gated_mlp_is_the_plain_one(recompute):
     x, *weights = leaves((2, 5, 8), (24, 8), (24, 8), (8, 24))
-    compare(gated_mlp(x, tuple(weights), tuple(weights)), mlp(x, *weights), [x, *weights])
+    compare(gated_mlp(x, tuple(weights), tuple(weights), recompute), mlp(x, *weights), [x, *weights])
+
+
+def kept_bytes(make):
+    """What autograd keeps of a computation, its parameters left out."""
+    kept = {}
+
+    def keep(tensor):
+        kept[tensor.data_ptr()] = 0 if tensor.is_leaf and tensor.requires_grad else tensor.nbytes
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        out = make()
+    assert out.requires_grad
+    return sum(kept.values())
+
+
+@pytest.mark.parametrize(("recompute", "columns"), [(False, 8 + 2 * 24), (True, 8)])
+def test_a_gated_mlp_keeps_its_input_and_two_projections_or_its_input_alone(recompute, columns):
+    x, *weights = leaves((5, 8), (24, 8), (24, 8), (8, 24))
+    low = tuple(weight.detach().bfloat16() for weight in weights)
+    made = kept_bytes(lambda: gated_mlp((x * 1).bfloat16(), tuple(weights), low, recompute))
+    assert made == 2 * 5 * columns, "bf16, and no copy of a weight"
+
+
+def test_a_linear_layer_keeps_its_input_and_no_copy_of_its_weight():
+    x, weight = leaves((5, 8), (12, 8))
+    assert kept_bytes(lambda: low_linear((x * 1).bfloat16(), weight, weight.detach().bfloat16())) == 2 * 5 * 8
 
 
 def test_frozen_weights_of_the_mlp_get_no_gradient_and_its_input_does():

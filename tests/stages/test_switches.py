@@ -6,9 +6,11 @@ import pytest
 import stage_runs as runs
 import torch
 
+from tulu_lightning.errors import InputError
 from tulu_lightning.models.backbone import PackedLM
+from tulu_lightning.models.linear import recompute_mlps
 
-SWITCHES = ("activation_checkpointing", "compile")
+SWITCHES = ("activation_checkpointing", "recompute_mlps", "compile")
 
 
 def run(folder, **switches):
@@ -38,3 +40,17 @@ def test_the_switches_are_on(tiny):
     model = PackedLM(replace(runs.sft().backbone, compile=True, activation_checkpointing=True), tiny)
     layers = model.lm.get_decoder().layers
     assert all(layer._compiled_call_impl is not None and layer.gradient_checkpointing for layer in layers)
+
+
+def test_recomputed_mlps_are_all_of_them(tiny):
+    model = PackedLM(replace(runs.sft().backbone, recompute_mlps=True), tiny)
+    assert all(layer.mlp.recompute for layer in model.lm.get_decoder().layers)
+
+
+def test_recomputing_mlps_beside_whole_layers_is_refused():
+    with pytest.raises(InputError, match="does nothing beside activation_checkpointing"):
+        replace(runs.sft().backbone, recompute_mlps=True, activation_checkpointing=True)
+
+
+def test_where_there_is_no_known_mlp_none_is_marked():
+    assert recompute_mlps(torch.nn.Sequential(torch.nn.Linear(2, 2))) == 0

@@ -57,37 +57,51 @@ def rms_norm(x: Tensor, weight_D: Tensor, eps: float, dtype: torch.dtype) -> Ten
 class _GatedMlp(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x_MD: Tensor, gate: Tensor, up: Tensor, down: Tensor, low: tuple[Tensor, Tensor, Tensor]
+        ctx: Any,
+        x_MD: Tensor,
+        gate: Tensor,
+        up: Tensor,
+        down: Tensor,
+        low: tuple[Tensor, Tensor, Tensor],
+        recompute: bool,
     ) -> Tensor:
         g_MF, u_MF = product(x_MD, low[0]), product(x_MD, low[1])
-        ctx.save_for_backward(x_MD, g_MF, u_MF, *low)
-        ctx.dtype = gate.dtype
-        return product(F.silu(g_MF).mul_(u_MF), low[2])
+        # The parameters, not their low copies: these are made again in backward, which costs less than keeping them.
+        ctx.save_for_backward(x_MD, gate, up, down, *(() if recompute else (g_MF, u_MF)))
+        activated_MF = F.silu(g_MF, inplace=recompute)
+        return product(activated_MF.mul_(u_MF), low[2])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        x_MD, g_MF, u_MF, gate, up, down = ctx.saved_tensors
+        x_MD, *saved = ctx.saved_tensors  # read once: activation checkpointing allows no second time
+        dtype = saved[0].dtype
+        gate, up, down = (weight.to(x_MD.dtype) for weight in saved[:3])
+        g_MF, u_MF = saved[3:] or (product(x_MD, gate), product(x_MD, up))
         need_x, *need = ctx.needs_input_grad[:4]
         grad_MD = grads[0].contiguous()
         activated = F.silu(g_MF)
-        grad_down = product(grad_MD.T, (activated * u_MF).T).to(ctx.dtype) if need[2] else None
+        grad_down = product(grad_MD.T, (activated * u_MF).T).to(dtype) if need[2] else None
         grad_h = product(grad_MD, down.T)
         grad_u = activated.mul_(grad_h)
         grad_g = torch.ops.aten.silu_backward(grad_h.mul_(u_MF), g_MF)
-        grad_gate = product(grad_g.T, x_MD.T).to(ctx.dtype) if need[0] else None
-        grad_up = product(grad_u.T, x_MD.T).to(ctx.dtype) if need[1] else None
+        grad_gate = product(grad_g.T, x_MD.T).to(dtype) if need[0] else None
+        grad_up = product(grad_u.T, x_MD.T).to(dtype) if need[1] else None
         grad_x = product(grad_g, gate.T).add_(product(grad_u, up.T)) if need_x else None
-        return grad_x, grad_gate, grad_up, grad_down, None
+        return grad_x, grad_gate, grad_up, grad_down, None, None
 
 
-def gated_mlp(x: Tensor, weights: tuple[Tensor, Tensor, Tensor], low: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+def gated_mlp(
+    x: Tensor, weights: tuple[Tensor, Tensor, Tensor], low: tuple[Tensor, Tensor, Tensor], recompute: bool = False
+) -> Tensor:
     """down(silu(gate(x)) · up(x)).
 
     Args:
         x: [..., D].
         weights: the parameters gate [F, D], up [F, D] and down [D, F], which get the gradients.
         low: the same in the dtype of `x`; the parameters themselves where that is theirs.
+        recompute: keep only `x`, and compute gate(x) and up(x) again in backward: 11 products in place of 9.
     """
-    out = _GatedMlp.apply(x.reshape(-1, x.shape[-1]), *weights, tuple(part.detach() for part in low))
+    parts = tuple(part.detach() for part in low)
+    out = _GatedMlp.apply(x.reshape(-1, x.shape[-1]), *weights, parts, recompute)
     return out.view(x.shape)  # type: ignore[union-attr]

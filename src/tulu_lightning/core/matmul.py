@@ -82,18 +82,17 @@ def product(a_MK: Tensor, b_NK: Tensor, out_MN: Tensor | None = None) -> Tensor:
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_MK: Tensor, weight_NK: Tensor, used_NK: Tensor) -> Tensor:
-        ctx.save_for_backward(x_MK, used_NK)
-        ctx.dtype = weight_NK.dtype
+        ctx.save_for_backward(x_MK, weight_NK)  # not its copy, which is made again: that costs less than keeping it
         return product(x_MK, used_NK)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        x_MK, used_NK = ctx.saved_tensors
+        x_MK, weight_NK = ctx.saved_tensors
         need_x, need_weight, _ = ctx.needs_input_grad
         grad_MN = grads[0].contiguous()  # an expanded gradient has strides that oneDNN does not read
-        grad_x = product(grad_MN, used_NK.T) if need_x else None
-        grad_weight = product(grad_MN.T, x_MK.T).to(ctx.dtype) if need_weight else None
+        grad_x = product(grad_MN, weight_NK.to(x_MK.dtype).T) if need_x else None
+        grad_weight = product(grad_MN.T, x_MK.T).to(weight_NK.dtype) if need_weight else None
         return grad_x, grad_weight, None
 
 

@@ -11,11 +11,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from tulu_lightning.core.layers import gated_mlp, rms_norm
 from tulu_lightning.core.matmul import linear, low_linear
 
-__all__ = ["use_fast_layers"]
+__all__ = ["recompute_mlps", "use_fast_layers"]
 
 NORMS = ("LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm")
 MLPS = ("LlamaMLP", "MistralMLP", "Qwen2MLP", "Qwen3MLP")
@@ -31,6 +32,14 @@ def use_fast_layers(module: nn.Module) -> nn.Module:
         elif type(part).__name__ in MLPS and type(part).__module__.startswith("transformers."):
             part.__class__ = _over(_Mlp, type(part))
     return module
+
+
+def recompute_mlps(module: nn.Module) -> int:
+    """Let every gated MLP that `use_fast_layers` knows keep its input alone for backward; returns how many there are."""
+    known = [part for part in module.modules() if isinstance(part, _Mlp)]
+    for part in known:
+        part.recompute = True
+    return len(known)
 
 
 @cache
@@ -79,17 +88,20 @@ class _Mlp(nn.Module):
     gate_proj: nn.Module
     up_proj: nn.Module
     down_proj: nn.Module
+    recompute = False
+    """Whether backward computes the inner activations again; see `recompute_mlps`."""
 
     def forward(self, x: Tensor) -> Tensor:
         parts: Any = (self.gate_proj, self.up_proj, self.down_proj)
         plain = all(type(part) is _Linear and part.bias is None for part in parts)
         if not (plain and _ours(x) and _is_silu(self.act_fn)):  # LoRA, say, puts other modules there
-            return super().forward(x)
+            known: Any = super().forward
+            return checkpoint(known, x, use_reentrant=False) if self.recompute and self.training else known(x)
         dtype = _dtype(x)
         gate, up, down = (part.low(dtype) for part in parts)
         weights = (parts[0].weight, parts[1].weight, parts[2].weight)
         with torch.autocast("cpu", enabled=False):
-            return gated_mlp(x.to(dtype), weights, (gate, up, down))
+            return gated_mlp(x.to(dtype), weights, (gate, up, down), self.recompute)
 
 
 def _is_silu(activation: Any) -> bool:
