@@ -8,9 +8,11 @@ import pytest
 
 sys.path.append(str(Path(__file__).parents[1] / "stages"))
 
+import lightning as L
 import stage_runs as runs
 
-from tulu_lightning.callbacks.records import _append
+from tulu_lightning.callbacks.records import Records, _append
+from tulu_lightning.data.sources import Source
 
 
 def strict(text):
@@ -42,3 +44,20 @@ def test_the_reference_pass_of_dpo_shows_how_far_it_is(tmp_path, capsys):
     runs.fit(runs.dpo(), runs.preference_data(max_steps=1), tmp_path)
     out = capsys.readouterr()
     assert "DPO reference  40/40" in out.out + out.err
+
+
+def test_what_validation_finds_is_recorded_before_and_within_a_fit(tmp_path):
+    """A notebook's way: the baseline first, then a fit that validates, then again."""
+    held_out = Source("held out", rows="tulu_lightning.assets.arithmetic.sft_rows", args={"count": 8, "seed": 7})
+    stage, data = runs.sft(), runs.sft_data(max_steps=2, validation=[held_out])
+    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
+    trainer = L.Trainer(
+        accelerator="cpu", max_epochs=1, logger=False, default_root_dir=tmp_path, callbacks=[Records()], **quiet
+    )
+    (before,) = trainer.validate(stage, data, verbose=False)
+    trainer.fit(stage, data)
+    (after,) = trainer.validate(stage, data, verbose=False)
+    (row,) = [strict(line) for line in (tmp_path / "validation.jsonl").read_text().splitlines()]
+    assert row["step"] == 2
+    assert row["val_loss"] == pytest.approx(after["val_loss"])
+    assert after["val_loss"] < before["val_loss"], "trained"

@@ -92,3 +92,12 @@ def test_a_temperature_of_zero_is_refused():
     hidden, head, target = inputs()
     with pytest.raises(ValueError, match="temperature is 0"):
         token_logprobs(hidden, head, target, temperature=0.0)
+
+
+def test_no_scored_token_at_all_gives_no_log_prob_and_no_gradient():
+    hidden, head = torch.zeros(0, 4, requires_grad=True), torch.randn(9, 4, requires_grad=True)
+    stats = token_logprobs(hidden, head, torch.zeros(0, dtype=torch.int64))
+    assert stats.logp_N.shape == (0,)
+    stats.logp_N.sum().backward()
+    assert hidden.grad is not None
+    assert hidden.grad.shape == (0, 4)

@@ -20,6 +20,8 @@ SHOWN = ("loss", "accuracy", "margin", "reward", "score", "kl", "length")
 class Records(L.Callback):
     """Write `metrics.jsonl` (and `rollouts.jsonl`) in the run folder, the Trainer's logger, and a progress line.
 
+    What a validation found goes to `validation.jsonl` and the logger, at the step after which it ran.
+
     A resumed run first drops the lines of steps that it is about to do again, so every step stands there once.
     """
 
@@ -33,7 +35,7 @@ class Records(L.Callback):
         if not trainer.is_global_zero or self._progress is not None:
             return
         folder = Path(trainer.default_root_dir)
-        for name in ("metrics.jsonl", "rollouts.jsonl"):
+        for name in ("metrics.jsonl", "rollouts.jsonl", "validation.jsonl"):
             _keep_before(folder / name, pl_module.step)
         label = type(pl_module).__name__
         self._progress = Progress(label, pl_module.total_steps, done=pl_module.step)
@@ -53,6 +55,16 @@ class Records(L.Callback):
         if self._progress is not None:
             note = "  ".join(f"{name} {pl_module.metrics[name]:.3g}" for name in SHOWN if name in pl_module.metrics)
             self._progress.update(pl_module.step, note)
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        """Record a validation within a fit; `trainer.validate` returns what it finds."""
+        found = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val_")}
+        if trainer.state.fn != "fit" or trainer.sanity_checking or not found:
+            return
+        for logger in trainer.loggers:
+            logger.log_metrics(found, step=pl_module.step)
+        if trainer.is_global_zero:
+            _append(Path(trainer.default_root_dir) / "validation.jsonl", [{**_head(pl_module), **found}])
 
     def on_train_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Close the progress line."""

@@ -139,8 +139,8 @@ def _tiles(
         part = slice(start, min(start + width, vocabulary))
         weight_KD = head_VD[part].to(hidden_ND.dtype)
         size = rows * len(weight_KD)
-        product_NK = product(hidden_ND, weight_KD, room[:size].view(rows, -1))
-        logits_NK = product_NK if wide is None else wide[:size].view(rows, -1).copy_(product_NK)
+        product_NK = product(hidden_ND, weight_KD, room[:size].view(rows, len(weight_KD)))
+        logits_NK = product_NK if wide is None else wide[:size].view(rows, len(weight_KD)).copy_(product_NK)
         yield part, weight_KD, logits_NK if temperature == 1 else logits_NK.div_(temperature), product_NK
 
 

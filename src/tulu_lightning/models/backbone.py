@@ -94,6 +94,11 @@ class Backbone:
                 parameter.data = parameter.data.bfloat16()
         if self.lora is not None:
             adapt(lm, self.lora, folder)
+        self._switch(lm, folder)
+        return lm.train()
+
+    def _switch(self, lm: PreTrainedModel, folder: str) -> None:
+        """Turn on what changes memory and speed alone."""
         if self.activation_checkpointing:
             lm.gradient_checkpointing_enable({"use_reentrant": False})
         if self.recompute_mlps and not recompute_mlps(lm):
@@ -102,7 +107,6 @@ class Backbone:
         if self.compile:
             for layer in decoder_layers(lm.get_decoder(), folder):  # type: ignore[arg-type]
                 layer.compile()
-        return lm.train()
 
     @staticmethod
     def _cut(lm: PreTrainedModel, folder: str, layers: int) -> None:

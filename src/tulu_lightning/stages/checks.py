@@ -54,6 +54,11 @@ def check_processes(trainer: Any) -> None:
             f"is {type(trainer.strategy).__name__} with {trainer.world_size} processes",
             "Use fsdp2: any other would average micro-batches that this package sums.",
         )
+    if getattr(trainer, "fast_dev_run", False):
+        remedy = "Use data.init_args.max_steps=1 (or limit_train_batches) for a trial of one step."
+        raise InputError(
+            "trainer.fast_dev_run", "is set, and would leave out checkpoints, loggers and our steps", remedy
+        )
     if trainer.max_steps != -1:
         raise InputError(
             "trainer.max_steps",

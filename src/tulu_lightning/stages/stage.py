@@ -16,6 +16,7 @@ import lightning as L
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torchmetrics import Metric
 
 from tulu_lightning.assets.models import generation_eos, resolve_model
 from tulu_lightning.checkpoints.identity import Value, check_run, flat, weights_digest
@@ -141,8 +142,25 @@ class Stage(L.LightningModule):
         if stage == "fit":
             warn_of_bf16_weights(self.backbone, self.optimizer.lr)
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+        if data is None:
+            what = f"there is none, and {type(self).__name__} asks it for more than batches (rows, sources, steps)"
+            raise InputError("data", what, "Give the data module itself: trainer.fit(stage, datamodule=data).")
         if isinstance(data, StepData):
             self.check_data(data)
+
+    def on_validation_epoch_start(self) -> None:
+        """Begin metrics anew, in the mode of this validation: those of `trainer.validate` are inference tensors."""
+        for part in self.modules():
+            if isinstance(part, Metric):
+                part.reset()
+
+    def log_validation(self, metrics: dict[str, Metric], rows: int) -> None:
+        """Give metrics to Lightning, which computes them at the end of the validation.
+
+        Within a fit not to its logger, whose steps are counted otherwise than ours: `callbacks.records.Records` logs them.
+        """
+        in_fit = self.trainer.state.fn == "fit"
+        self.log_dict(metrics, on_step=False, on_epoch=True, logger=not in_fit, batch_size=rows)  # type: ignore[arg-type]
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> int | None:
         """Start the step's clock; a trainer that wants more epochs than the plan has gets nothing more."""
@@ -229,6 +247,7 @@ class Stage(L.LightningModule):
             )
         if self._trainer is not None and self._trainer.state.fn == "fit":
             check_run("ckpt_path", state.get("identity", {}), self)
+            _reopen_epoch(checkpoint)
         self.step, self.skipped = state["step"], state["skipped"]
 
     def identity(self) -> dict[str, Value]:
@@ -264,3 +283,13 @@ class Stage(L.LightningModule):
         if folder not in self._digests:
             self._digests[folder] = weights_digest(folder)
         return self._digests[folder]
+
+
+def _reopen_epoch(checkpoint: dict[str, Any]) -> None:
+    """Let Lightning go on within its only epoch: after `limit_train_batches` it holds it for finished, and would do nothing.
+
+    Whether anything is left to do is ours to say (`finished`).
+    """
+    progress = checkpoint.get("loops", {}).get("fit_loop", {}).get("epoch_loop.batch_progress")
+    if progress:
+        progress["is_last_batch"] = False
