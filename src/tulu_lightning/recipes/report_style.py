@@ -59,6 +59,9 @@ tbody tr:last-child > * { border-bottom: 0; }
 .facts-table td { overflow-wrap: anywhere; }
 .facts-table th { width: 11em; }
 .pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 320px), 1fr)); gap: 12px; align-items: start; }
+.lengths { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 320px), 1fr)); gap: 12px;
+  align-items: start; }
+.charts + .lengths { margin-top: 12px; }
 .rollouts { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 440px), 1fr)); gap: 12px; }
 .rollout { padding: 14px 16px; border-left: 4px solid var(--soft); min-width: 0; }
 .rollout.right { border-left-color: var(--good); } .rollout.wrong { border-left-color: var(--bad); }
