@@ -52,8 +52,8 @@ CHARTS = (
     Chart("Implicit rewards", "β times the log-ratio to the reference", ("rewards_chosen", "rewards_rejected"), *SIDES),
     Chart("Lengths of the pairs", "tokens; where one side stays longer, the loss may teach length",
           ("length_chosen", "length_rejected"), *SIDES),
-    Chart("Log-probs of the answers", "nats; where chosen falls as well, the loss drives both answers out "
-          "(likelihood displacement): not rare with DPO", ("logp_chosen", "logp_rejected"), *SIDES),
+    Chart("Log-probs of the answers", "nats; chosen may fall too: DPO moves likelihood to other answers (displacement)",
+          ("logp_chosen", "logp_rejected"), *SIDES),
     Chart("KL on the pairs", "of the policy to the reference", ("kl_chosen", "kl_rejected"), *SIDES),
     Chart("Outcomes", "share of the sampled responses",
           ("outcome_right", "outcome_wrong", "outcome_unparseable", "outcome_error"),

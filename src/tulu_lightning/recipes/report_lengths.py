@@ -60,15 +60,20 @@ def length_chart(stage: StageRecord, name: str) -> str:
         "ticktext": [str(bucket) for bucket in buckets],
         "range": [-0.5, len(buckets) - 0.5],
         "anchor": "y2",
-        "title": {"text": "tokens of the response", "standoff": 8},
+        "title": {"text": "tokens of the response", "standoff": 8, "font": {"size": 12}},
     }
     score = look["yaxis"] | {
         "domain": [0.42, 1],
         "tickformat": ".0%",
         "range": [-0.03, 1.03],
-        "title": {"text": "score"},
+        "title": {"text": "score", "font": {"size": 12}},
     }
-    count = look["yaxis"] | {"domain": [0, 0.3], "nticks": 3, "rangemode": "tozero", "title": {"text": "answers"}}
+    count = look["yaxis"] | {
+        "domain": [0, 0.3],
+        "nticks": 3,
+        "rangemode": "tozero",
+        "title": {"text": "answers", "font": {"size": 12}},
+    }
     figure.update_layout(**{**look, "yaxis": score, "yaxis2": count}, barmode="overlay", hovermode="closest")
     keys = legend([moment.when for moment, _ in moments], [moment.colour for moment, _ in moments])
     note = "with 95% intervals; below, how many answers are that long"
@@ -149,10 +154,14 @@ def _held_out(before: Scores | None, after: Scores | None) -> str:
     said = ", ".join(f"{mean:.1f} {when}" for mean, when in means if mean is not None)
     if not said:
         return ""
-    if not (before and after and before.answers and after.answers and before.settings_hash == after.settings_hash):
+    if not (before and after and before.answers and _same_prompts(before, after)):
         return f"mean tokens {said}"
     difference, low, high = length_change(before.answers, after.answers)
     return f"mean tokens {said}: {difference:+.1f}, 95% interval {low:+.1f} to {high:+.1f}"
+
+
+def _same_prompts(before: Scores, after: Scores) -> bool:
+    return before.settings_hash == after.settings_hash and len(before.answers) == len(after.answers)
 
 
 def _cut(before: Scores | None, after: Scores | None) -> str:
