@@ -68,6 +68,14 @@ def test_a_curve_draws_the_recorded_values_and_its_trend(run_dir):
     assert line["y"] == smooth(dots["y"])
 
 
+def test_an_axis_has_no_half_steps_and_no_share_beyond_all_or_none():
+    metrics = tuple({"step": float(step), "score": 0.0, "reward": -1.0} for step in range(4))
+    reward, score = stage_charts(StageRecord("ppo", None, metrics, None, None, None, None), "s0")[0]
+    assert '"dtick":1' in reward
+    assert '"autorangeoptions":{"clipmin":-0.03,"clipmax":1.03}' in score
+    assert "autorangeoptions" not in reward, "a reward may be anything"
+
+
 def test_both_sides_of_the_pairs_are_drawn_in_two_colours(run_dir):
     dpo = read_run(run_dir).stages[2]
     html = next(chart for chart in stage_charts(dpo, "s2")[0] if "Lengths of the pairs" in chart)

@@ -15,6 +15,8 @@ from tulu_lightning.recipes.report_figure import BLUE, GREEN, GREY, ORANGE, RED,
 PALETTE = (BLUE, ORANGE, GREEN, VIOLET, RED, GREY)
 MAX_POINTS = 1000
 """Per curve; a longer run is thinned, after smoothing."""
+FEW_STEPS = 7
+"""Up to so many steps each has its tick."""
 BY_SOURCE = ("loss", "margin", "accuracy")
 """Metrics of which a stage may record `name/source` as well."""
 _HIDDEN = {"step", "time", "stage"}
@@ -194,6 +196,11 @@ def _figure(chart: Chart, stage: StageRecord, name: str) -> str:
         figure.add_trace(go.Scatter(x=steps, y=line, mode="lines", line=stroke, name=text, hoverinfo="skip"))
     figure.update_layout(**layout(height=200), hovermode="x unified")
     figure.update_yaxes(tickformat=".3~p" if chart.share else "~g")
+    if chart.share:
+        # A curve that is 0 all along would be given an axis beyond what a share can be; 0.03 is room for the dots.
+        figure.update_yaxes(autorangeoptions={"clipmin": -0.03, "clipmax": 1.03})
+    if len(stage.metrics) <= FEW_STEPS:
+        figure.update_xaxes(dtick=1)  # there is no step and a half
     if chart.stacked:
         figure.update_layout(yaxis={"range": [0, 1]} if chart.share else {"rangemode": "tozero"})
     return wrap(chart.title, chart.note, legend(labels, colours) if chart.labels else "", figure, name)
