@@ -3,13 +3,21 @@
 import json
 import math
 import random
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
 from tulu_lightning.evaluation.heldout import Item, Scores
 
+sys.path.append(str(Path(__file__).parent))  # the report's tests share `pages`
+
 HOSTILE = '</script><script>alert("x")</script><img src="https://evil.example/a.png" onerror=alert(1)> & \u202e \ud800'
+
+
+CAP = 40
+"""Most tokens of a held-out answer."""
 
 
 def dump(path: Path, value: object) -> None:
@@ -22,8 +30,8 @@ def dump_lines(path: Path, rows: list[dict]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
-def scores(accuracy: float, n: int = 300) -> Scores:
-    """As the evaluation writes them, so that writer and reader cannot drift apart."""
+def scores(accuracy: float, n: int = 300, tokens: Sequence[int] = (3,)) -> Scores:
+    """As the evaluation writes them, so that writer and reader cannot drift apart. `tokens`: lengths, in turn."""
     right = round(accuracy * n)
     items = tuple(
         Item(
@@ -33,8 +41,8 @@ def scores(accuracy: float, n: int = 300) -> Scores:
             response="58" if row < right else "57",
             outcome="right" if row < right else "wrong",
             score=float(row < right),
-            tokens=3,
-            finish="stop",
+            tokens=tokens[row % len(tokens)],
+            finish="length" if tokens[row % len(tokens)] == CAP else "stop",
         )
         for row in range(n)
     )
@@ -71,6 +79,13 @@ def dpo_row(step: int, rng: random.Random) -> dict:
         "accuracy": min(1.0, 0.5 + 0.15 * max(margin, 0)),
         "length_chosen": 4 + rng.random(),
         "length_rejected": 5 + rng.random(),
+        "logp_chosen": -3 - 0.05 * step + rng.gauss(0, 0.1),
+        "logp_rejected": -4 - 0.15 * step + rng.gauss(0, 0.1),
+        "kl_chosen": 0.001 * step,
+        "kl_rejected": 0.004 * step,
+        "pairs": 32,
+        "accuracy/sums": min(1.0, 0.6 + 0.15 * max(margin, 0)),
+        "accuracy/chat": min(1.0, 0.4 + 0.15 * max(margin, 0)),
     }
 
 
@@ -133,6 +148,7 @@ def rollouts(steps: int, rng: random.Random) -> list[dict]:
 ROWS = {"sft": sft_row, "dpo": dpo_row, "ppo": ppo_row}
 STEPS = {"sft": 40, "dpo": 50, "ppo": 60}
 ACCURACY = {"sft": (0.12, 0.43), "dpo": (0.43, 0.45), "ppo": (0.45, 0.68)}
+TOKENS = {"sft": ((12, 25, 40, 31), (3,)), "dpo": ((3, 3, 4), (3, 4, 6, 9, 40)), "ppo": ((3, 4, 6, 9, 40), (3, 4))}
 GAIN = {"sft": (0.31, 0.25, 0.37), "dpo": (0.02, -0.02, 0.06), "ppo": (0.23, 0.17, 0.29)}
 
 
@@ -147,8 +163,8 @@ def write_run(root: Path) -> Path:
         folder = root / stage
         dump_lines(folder / "metrics.jsonl", [ROWS[stage](step, rng) for step in range(steps)])
         (folder / "config.yaml").write_text(f"stage: {stage}\nseed: 1\nmodel:\n  lr: 1.0e-05\n  beta: 0.05\n")
-        for when, accuracy in zip(("before", "after"), ACCURACY[stage], strict=True):
-            scores(accuracy).to_json(folder / "scores" / f"{when}.json")
+        for when, accuracy, tokens in zip(("before", "after"), ACCURACY[stage], TOKENS[stage], strict=True):
+            scores(accuracy, tokens=tokens).to_json(folder / "scores" / f"{when}.json")
         difference, low, high = GAIN[stage]
         reason = (
             "the lower end of the paired interval is above -1 point" if stage != "dpo" else "no clear loss [-2, +6]"
@@ -158,7 +174,9 @@ def write_run(root: Path) -> Path:
         start = {"sft": "assets/smollm2-135m-instruct", "dpo": "runs/smol/sft/final", "ppo": "runs/smol/dpo/final"}
         dump(folder / "summary.json", {**summary, "start": start[stage], "promoted": True, "decision": decision})
     dump_lines(root / "ppo" / "rollouts.jsonl", rollouts(STEPS["ppo"], rng))
+    lengths = {"pairs": 212, "chosen": 3.25, "rejected": 5.5, "chosen_longer": 0.125, "rejected_longer": 0.5}
     pairs = {"stage": "pairs", "prompts": 300, "samples": 1200, "pairs": 212, "seconds": 95.0, "tokens": 5100}
+    pairs["lengths"] = lengths
     dump(root / "pairs" / "summary.json", {**pairs, "peak_memory_bytes": 1.1e9})
     (root / "pairs" / "config.yaml").write_text("samples_per_prompt: 4\ntemperature: 1.0\n")
     return root

@@ -184,4 +184,10 @@ def test_the_command_writes_the_file_and_says_so(config, judged, tmp_path, capsy
         "sources: [{name: sums, rows: tulu_lightning.assets.arithmetic.prompt_rows, args: {count: 8}}]\n"
     )
     assert cli.main(["pairs", "--config", str(path)]) == 0
-    assert f"of 8 prompts: {config.output}/pairs.jsonl" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"of 8 prompts: {config.output}/pairs.jsonl" in said
+    rows = lines(config, "pairs.jsonl")
+    chosen, rejected = (sum(len(row[f"{side}_ids"]) for row in rows) / len(rows) for side in ("chosen", "rejected"))
+    assert f"mean tokens: chosen {chosen:.1f}, rejected {rejected:.1f}; chosen is longer in" in said
+    lengths = json.loads(Path(config.output, "summary.json").read_text())["lengths"]
+    assert (lengths["pairs"], lengths["chosen"], lengths["rejected"]) == (len(rows), chosen, rejected)

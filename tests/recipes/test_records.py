@@ -3,7 +3,8 @@ import json
 import pytest
 
 from tulu_lightning.errors import InputError
-from tulu_lightning.recipes.records import number, read_run
+from tulu_lightning.recipes.reading import number
+from tulu_lightning.recipes.records import read_run
 
 
 def stage(run, name):
@@ -72,6 +73,47 @@ def test_scores_with_different_settings_are_flagged(run_dir):
     path = run_dir / "sft" / "scores" / "after.json"
     path.write_text(path.read_text().replace("a1b2c3", "other"))
     assert "do not compare" in read_run(run_dir).notes[0]
+
+
+def test_the_length_and_score_of_every_answer_are_read_in_the_order_of_the_prompts(run_dir):
+    answers = stage(read_run(run_dir), "dpo").after.answers
+    assert [a.tokens for a in answers[:6]] == [3, 4, 6, 9, 40, 3]
+    assert [a.cut for a in answers[:6]] == [False] * 4 + [True, False]
+    assert sum(a.score for a in answers) == 135  # 45% of 300
+
+
+@pytest.mark.parametrize(
+    "item", [{}, {"tokens": 3, "score": None}, {"tokens": -1, "score": 0}, {"tokens": 3, "score": 2}, 7]
+)
+def test_a_file_with_an_answer_that_has_no_length_or_score_shows_none_by_length(run_dir, item):
+    path = run_dir / "dpo" / "scores" / "after.json"
+    value = json.loads(path.read_text())
+    value["items"][17] = item
+    path.write_text(json.dumps(value))
+    run = read_run(run_dir)
+    assert stage(run, "dpo").after.answers == ()
+    assert stage(run, "dpo").after.accuracy == 0.45, "the rest is read all the same"
+    assert run.notes == (
+        "dpo/scores/after.json: an answer in it has no length or no score, so none is shown by length.",
+    )
+
+
+def test_pairs_of_an_older_version_are_measured_from_their_file(run_dir):
+    made = stage(read_run(run_dir), "pairs").pair_lengths
+    assert made == (212, 3.25, 5.5, 0.125, 0.5)
+    path = run_dir / "pairs" / "summary.json"
+    summary = json.loads(path.read_text())
+    del summary["lengths"]
+    path.write_text(json.dumps(summary))
+    assert stage(read_run(run_dir), "pairs").pair_lengths is None, "there is no such file"
+    rows = [
+        {"chosen_ids": [1, 2], "rejected_ids": [1, 2, 3]},
+        {"chosen_ids": [4], "rejected_ids": [5]},
+        {"chosen": "x"},
+    ]
+    (run_dir / "pairs" / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert stage(read_run(run_dir), "pairs").pair_lengths == (2, 1.5, 2.0, 0.0, 0.5)
+    assert stage(read_run(run_dir), "dpo").pair_lengths is None
 
 
 def test_two_rollouts_a_step_and_outcome_are_kept(run_dir):

@@ -1,49 +1,23 @@
 import json
-import re
 import shutil
-from html.parser import HTMLParser
 
 import pytest
+from pages import Page, traces_of
 
 from tulu_lightning.errors import InputError
 from tulu_lightning.recipes.records import Rollout, StageRecord, read_run
 from tulu_lightning.recipes.report import main, pick_rollouts, render, write_report
 from tulu_lightning.recipes.report_charts import CHARTS, MAX_POINTS, plotly_js, smooth, stage_charts
 
-VOID = {"meta", "br", "img", "link", "hr", "input"}
-FETCHING = {"src", "href", "srcset", "data", "action", "poster", "formaction", "background"}
-
-
-class Page(HTMLParser):
-    """What a browser would make of the page: tags, attributes, text outside scripts and styles."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.open: list[str] = []
-        self.scripts: list[str] = []
-        self.text = ""
-        self.captions: list[str] = []
-        self.feed(text)
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append((tag, dict(attrs)))
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag, "tags nest"
-
-    def handle_data(self, data):
-        if self.open and self.open[-1] == "script":
-            self.scripts.append(data)
-        elif "style" not in self.open:
-            self.text += data
-            if self.open[-2:] == ["figcaption", "b"]:
-                self.captions.append(data)
-
-    def links(self):
-        return [v for _, attrs in self.tags for k, v in attrs.items() if k in FETCHING]
+PAIR_CHARTS = [
+    "Margin",
+    "Pair accuracy",
+    "Pair accuracy by source",
+    "Implicit rewards",
+    "Lengths of the pairs",
+    "Log-probs of the answers",
+    "KL on the pairs",
+]
 
 
 def page_of(run_dir) -> Page:
@@ -53,11 +27,6 @@ def page_of(run_dir) -> Page:
 
 def charts_of(page: Page) -> list[str]:
     return page.captions
-
-
-def traces_of(figure: str) -> list[dict]:
-    """What a figure hands to plotly: the second argument of its call."""
-    return json.loads(re.search(r'"plot-[\w-]+",\s*(\[.*?\]),\s*\{"', figure, re.DOTALL).group(1))
 
 
 def test_the_page_asks_nothing_of_the_network(run_dir):
@@ -82,8 +51,9 @@ def test_every_required_curve_is_there(run_dir):
     charts = charts_of(page_of(run_dir))
     assert charts.count("Loss") == 3  # sft, dpo, ppo
     required = ["Reward", "KL to the reference", "Response length", "Entropy", "Clip share", "Explained variance"]
-    for title in [*required, "Loss by source", "Margin", "Pair accuracy", "Answer length", "Seconds by phase"]:
+    for title in [*required, "Loss by source", "Seconds by phase", *PAIR_CHARTS]:
         assert charts.count(title) == 1, title
+    assert charts.count("Held-out score by response length") == 3
     assert charts.count("critic_grad_norm") == 1, "a metric that no chart claims has a chart of its own"
 
 
@@ -96,6 +66,45 @@ def test_a_curve_draws_the_recorded_values_and_its_trend(run_dir):
     assert dots["x"] == list(range(60))
     assert dots["marker"]["opacity"] < 0.5 < line["line"]["width"]
     assert line["y"] == smooth(dots["y"])
+
+
+def test_an_axis_has_no_half_steps_and_no_share_beyond_all_or_none():
+    metrics = tuple({"step": float(step), "score": 0.0, "reward": -1.0} for step in range(4))
+    reward, score = stage_charts(StageRecord("ppo", None, metrics, None, None, None, None), "s0")[0]
+    assert '"dtick":1' in reward
+    assert '"autorangeoptions":{"clipmin":-0.03,"clipmax":1.03}' in score
+    assert "autorangeoptions" not in reward, "a reward may be anything"
+
+
+def test_both_sides_of_the_pairs_are_drawn_in_two_colours(run_dir):
+    dpo = read_run(run_dir).stages[2]
+    html = next(chart for chart in stage_charts(dpo, "s2")[0] if "Lengths of the pairs" in chart)
+    chosen, _, rejected, _ = traces_of(html)
+    assert chosen["y"] == [row["length_chosen"] for row in dpo.metrics]
+    assert rejected["y"] == [row["length_rejected"] for row in dpo.metrics]
+    assert (chosen["name"], rejected["name"]) == ("chosen", "rejected")
+    assert chosen["marker"]["color"] != rejected["marker"]["color"]
+
+
+def test_a_dpo_run_of_an_older_version_has_the_charts_of_what_it_recorded(run_dir):
+    path = run_dir / "dpo" / "metrics.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    new = ("logp_", "kl_", "accuracy/", "pairs")
+    path.write_text("".join(json.dumps({k: v for k, v in r.items() if not k.startswith(new)}) + "\n" for r in rows))
+    dpo = Page("".join(stage_charts(read_run(run_dir).stages[2], "s2")[0]))
+    assert charts_of(dpo) == ["Loss", "Margin", "Pair accuracy", "Implicit rewards", "Lengths of the pairs"]
+
+
+def captions(*metrics: dict[str, float]) -> list[str]:
+    stage = StageRecord("dpo", None, metrics, None, None, None, None)
+    return [caption for part in stage_charts(stage, "s0") for caption in charts_of(Page("".join(part)))]
+
+
+def test_a_single_source_that_says_what_the_whole_says_is_not_drawn_twice():
+    same = {"step": 0.0, "accuracy": 0.5, "accuracy/sums": 0.5}
+    assert captions(same) == ["Pair accuracy"]
+    assert captions(same, {"step": 1.0, "accuracy": 0.5, "accuracy/sums": 0.6})[1:] == ["Pair accuracy by source"]
+    assert captions({**same, "accuracy/chat": 0.5})[1:] == ["Pair accuracy by source"]
 
 
 def test_the_trend_of_a_straight_line_is_the_line():

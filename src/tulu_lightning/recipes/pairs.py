@@ -26,6 +26,7 @@ from tulu_lightning.errors import InputError
 from tulu_lightning.files import write_whole
 from tulu_lightning.progress import Progress
 from tulu_lightning.recipes.config import read_config
+from tulu_lightning.recipes.pair_lengths import PairLengths, pair_lengths
 from tulu_lightning.rollout.local import LocalEngine
 from tulu_lightning.rollout.scoring import score_all
 from tulu_lightning.types import Completion, Prompt, Sampling, Verdict
@@ -59,8 +60,7 @@ class PairsConfig:
 def main(argv: Sequence[str]) -> int:
     """`tulu pairs --config FILE`."""
     config, _ = read_config(PairsConfig, "tulu pairs", argv)
-    summary = make_pairs(config)
-    print(f"{summary['pairs']} pairs of {summary['prompts']} prompts: {Path(config.output, 'pairs.jsonl')}")
+    make_pairs(config)
     return 0
 
 
@@ -87,7 +87,8 @@ def make_pairs(config: PairsConfig) -> dict[str, Any]:
     started = time.perf_counter()
     samples = _sample(config, data, output / "samples.jsonl")
     rows = list(_pairs(samples, data.prompts, data.messages, config.seed))
-    if not rows:
+    lengths = pair_lengths((len(row["chosen_ids"]), len(row["rejected_ids"])) for row in rows)
+    if lengths is None:
         raise InputError(
             str(output), "no prompt got both a right and a wrong response", "Use other prompts, or more samples."
         )
@@ -99,6 +100,7 @@ def make_pairs(config: PairsConfig) -> dict[str, Any]:
         "stage": "pairs",
         **counts,
         "right_share": right / counts["samples"],
+        "lengths": lengths._asdict(),
         "tokens": tokens,
         "seconds": time.perf_counter() - started,
         "peak_memory_bytes": peak_memory_bytes(),
@@ -106,7 +108,13 @@ def make_pairs(config: PairsConfig) -> dict[str, Any]:
         "start_digest": digest,
     }
     write_whole(output / "summary.json", json.dumps(summary, indent=1))
+    print(f"{counts['pairs']} pairs of {counts['prompts']} prompts: {output / 'pairs.jsonl'}")
+    print(f"mean tokens: chosen {lengths.chosen:.1f}, rejected {lengths.rejected:.1f}; {_longer(lengths)}", flush=True)
     return summary
+
+
+def _longer(lengths: PairLengths) -> str:
+    return f"chosen is longer in {lengths.chosen_longer:.0%} of the pairs, rejected in {lengths.rejected_longer:.0%}"
 
 
 class _PromptsAsWritten(PromptData):

@@ -5,18 +5,20 @@ left out, and every such thing becomes a note for the reader. Only a folder that
 
     RUN/recipe.json
     RUN/<stage>/config.yaml  metrics.jsonl  summary.json  scores/before.json  scores/after.json
-    RUN/<stage>/rollouts.jsonl
+    RUN/<stage>/rollouts.jsonl  pairs.jsonl
 
 A stage that was run by itself (`tulu fit`) is read as a run of that one stage.
 """
 
-import json
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from tulu_lightning.errors import InputError
+from tulu_lightning.evaluation.by_length import Answer
+from tulu_lightning.recipes.pair_lengths import PairLengths, pair_lengths
+from tulu_lightning.recipes.reading import mapping, number, read_lines, read_object, text
 
 STAGE_FILES = ("config.yaml", "metrics.jsonl", "summary.json")
 
@@ -31,6 +33,8 @@ class Scores(NamedTuple):
     mean_tokens: float | None
     settings_hash: str
     """Prompts, sampling and verifier in one hash: two scores compare only where it is the same."""
+    answers: tuple[Answer, ...] = ()
+    """Length and score of each answer, in the order of the prompts; empty where the file does not hold them."""
 
 
 class Decision(NamedTuple):
@@ -71,6 +75,8 @@ class StageRecord(NamedTuple):
     summary: Mapping[str, Any] | None
     """The stage's closing record; None while it has not finished."""
     decision: Decision | None
+    pair_lengths: PairLengths | None = None
+    """Of the pairs that the stage made; None for a stage that makes none."""
 
     @property
     def status(self) -> str:
@@ -111,7 +117,7 @@ def read_run(run_dir: Path) -> RunRecord:
     if not run_dir.is_dir():
         raise InputError(str(run_dir), "no such folder", "Give the folder of a run, e.g. runs/smol.")
     notes: list[str] = []
-    recipe = _read_object(run_dir / "recipe.json", "recipe.json", notes) or {}
+    recipe = read_object(run_dir / "recipe.json", "recipe.json", notes) or {}
     if not (run_dir / "recipe.json").exists() and _is_stage(run_dir):
         folders = [run_dir]
     else:
@@ -119,11 +125,11 @@ def read_run(run_dir: Path) -> RunRecord:
     _note_other_versions(recipe, notes)
     return RunRecord(
         path=run_dir,
-        name=_text(recipe.get("name")) or run_dir.resolve().name,
-        created=_text(recipe.get("created")),
-        command=_text(recipe.get("command")),
-        versions=_mapping(recipe.get("versions")),
-        seeds=_mapping(recipe.get("seeds")),
+        name=text(recipe.get("name")) or run_dir.resolve().name,
+        created=text(recipe.get("created")),
+        command=text(recipe.get("command")),
+        versions=mapping(recipe.get("versions")),
+        seeds=mapping(recipe.get("seeds")),
         stages=tuple(_read_stage(folder, notes) for folder in folders),
         rollouts=tuple(rollout for folder in folders for rollout in _read_rollouts(folder, notes)),
         notes=tuple(notes),
@@ -151,28 +157,18 @@ def _stage_folders(run_dir: Path, recipe: Mapping[str, Any]) -> list[Path]:
 
 def _note_other_versions(recipe: Mapping[str, Any], notes: list[str]) -> None:
     """Say where a run went on with other packages than those it began with."""
-    first = _mapping(recipe.get("versions"))
+    first = mapping(recipe.get("versions"))
     starts = recipe.get("starts")
     for start in starts if isinstance(starts, list) else ():
-        now = _mapping(_mapping(start).get("versions"))
+        now = mapping(mapping(start).get("versions"))
         if other := [f"{name} {now[name]}" for name in now if now[name] != first.get(name, now[name])]:
-            notes.append(f"Started again {_text(start.get('time'))} with other packages: {_text(', '.join(other))}.")
-
-
-def number(value: Any) -> float | None:
-    """The value as a finite float; None for anything else (a missing key, text, true, NaN)."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return None
-    try:
-        return float(value) if math.isfinite(value) else None
-    except OverflowError:  # JSON integers have no limit
-        return None
+            notes.append(f"Started again {text(start.get('time'))} with other packages: {text(', '.join(other))}.")
 
 
 def _read_stage(folder: Path, notes: list[str]) -> StageRecord:
     name = folder.resolve().name
     config = folder / "config.yaml"
-    summary = _read_object(folder / "summary.json", f"{name}/summary.json", notes)
+    summary = read_object(folder / "summary.json", f"{name}/summary.json", notes)
     before, after = (
         _read_scores(folder / "scores" / f"{when}.json", f"{name}/scores/{when}.json", notes)
         for when in ("before", "after")
@@ -187,47 +183,14 @@ def _read_stage(folder: Path, notes: list[str]) -> StageRecord:
         after=after,
         summary=summary,
         decision=_decision(summary),
+        pair_lengths=_pair_lengths(folder, summary or {}, notes),
     )
-
-
-def _read_object(path: Path, label: str, notes: list[str]) -> dict[str, Any] | None:
-    if not path.is_file():
-        return None
-    try:
-        value = json.loads(path.read_text(encoding="utf-8", errors="replace"))
-    except ValueError:
-        value = None
-    if not isinstance(value, dict):
-        notes.append(f"{label} is not a JSON object (cut off while being written?) and was left out.")
-        return None
-    return value
-
-
-def _read_lines(path: Path, label: str, notes: list[str]) -> Iterator[dict[str, Any]]:
-    """The JSON objects of a .jsonl file; a torn line is counted in a note and skipped."""
-    if not path.is_file():
-        return
-    torn = 0
-    with path.open(encoding="utf-8", errors="replace") as lines:
-        for line in lines:
-            if not line.strip():
-                continue
-            try:
-                value = json.loads(line)
-            except ValueError:
-                value = None
-            if isinstance(value, dict):
-                yield value
-            else:
-                torn += 1
-    if torn:
-        notes.append(f"{label}: {torn} torn {'line was' if torn == 1 else 'lines were'} left out.")
 
 
 def _read_metrics(path: Path, label: str, notes: list[str]) -> list[dict[str, float]]:
     rows: dict[float, dict[str, float]] = {}
     dropped: set[str] = set()
-    for value in _read_lines(path, label, notes):
+    for value in read_lines(path, label, notes):
         row = {key: x for key, v in value.items() if (x := number(v)) is not None}
         dropped |= {key for key, v in value.items() if isinstance(v, float) and key not in row}
         if "step" in row:
@@ -238,8 +201,8 @@ def _read_metrics(path: Path, label: str, notes: list[str]) -> list[dict[str, fl
 
 
 def _read_scores(path: Path, label: str, notes: list[str]) -> Scores | None:
-    value = _read_object(path, label, notes)
-    summary = _mapping(value.get("summary")) if value else {}
+    value = read_object(path, label, notes)
+    summary = mapping(value.get("summary")) if value else {}
     if value is None or (accuracy := number(summary.get("accuracy"))) is None:
         return None
     n = number(summary.get("n"))
@@ -251,8 +214,33 @@ def _read_scores(path: Path, label: str, notes: list[str]) -> Scores | None:
         high=number(high),
         n=None if n is None else int(n),
         mean_tokens=number(summary.get("mean_tokens")),
-        settings_hash=_text(value.get("settings")),
+        settings_hash=text(value.get("settings")),
+        answers=_answers(value.get("items"), label, notes),
     )
+
+
+def _answers(items: Any, label: str, notes: list[str]) -> tuple[Answer, ...]:
+    """All answers or none: a part of them would pass for the whole."""
+    answers = []
+    for item in map(mapping, items if isinstance(items, list) else ()):
+        tokens, score = number(item.get("tokens")), number(item.get("score"))
+        if tokens is None or tokens < 0 or score is None or not 0 <= score <= 1:
+            notes.append(f"{label}: an answer in it has no length or no score, so none is shown by length.")
+            return ()
+        answers.append(Answer(int(tokens), score, item.get("finish") == "length"))
+    return tuple(answers)
+
+
+def _pair_lengths(folder: Path, summary: Mapping[str, Any], notes: list[str]) -> PairLengths | None:
+    """From the summary; one of an older version has none, and the pairs themselves are asked."""
+    if number(summary.get("pairs")) is None:
+        return None
+    known = [number(mapping(summary.get("lengths")).get(name)) for name in PairLengths._fields]
+    if (values := [value for value in known if value is not None]) and len(values) == len(known):
+        return PairLengths(int(values[0]), *values[1:])
+    rows = read_lines(folder / "pairs.jsonl", f"{folder.resolve().name}/pairs.jsonl", notes)
+    sides = [(row.get("chosen_ids"), row.get("rejected_ids")) for row in rows]
+    return pair_lengths((len(a), len(b)) for a, b in sides if isinstance(a, list) and isinstance(b, list))
 
 
 def _decision(summary: Mapping[str, Any] | None) -> Decision | None:
@@ -263,37 +251,28 @@ def _decision(summary: Mapping[str, Any] | None) -> Decision | None:
         promoted = summary.get("promoted")
         return None if promoted is None else Decision(promoted is True, "", None, None, None)
     low, high, difference = (number(value.get(key)) for key in ("low", "high", "difference"))
-    return Decision(value.get("promote") is True, _text(value.get("reason")), difference, low, high)
+    return Decision(value.get("promote") is True, text(value.get("reason")), difference, low, high)
 
 
 def _read_rollouts(folder: Path, notes: list[str]) -> Iterator[Rollout]:
     """The first two rollouts of every (step, outcome): enough to show, and a long run still fits into memory."""
     seen: dict[tuple[float, str], int] = {}
     name = folder.resolve().name
-    for value in _read_lines(folder / "rollouts.jsonl", f"{name}/rollouts.jsonl", notes):
-        step, outcome = number(value.get("step")), _text(value.get("outcome"))
+    for value in read_lines(folder / "rollouts.jsonl", f"{name}/rollouts.jsonl", notes):
+        step, outcome = number(value.get("step")), text(value.get("outcome"))
         if step is None or seen.get((step, outcome), 0) >= 2:
             continue
         seen[step, outcome] = seen.get((step, outcome), 0) + 1
         tokens = number(value.get("tokens"))
         yield Rollout(
             step=int(step),
-            prompt=_text(value.get("prompt")),
-            response=_text(value.get("response")),
+            prompt=text(value.get("prompt")),
+            response=text(value.get("response")),
             outcome=outcome,
             score=number(value.get("score")),
             reward=number(value.get("reward")),
             advantage=number(value.get("advantage")),
             tokens=None if tokens is None else int(tokens),
-            finish=_text(value.get("finish")),
+            finish=text(value.get("finish")),
             stage=name,
         )
-
-
-def _text(value: Any) -> str:
-    """The value as text that any file can hold: a lone surrogate is legal in JSON and not in UTF-8."""
-    return "" if value is None else str(value).encode("utf-8", "replace").decode("utf-8")
-
-
-def _mapping(value: Any) -> dict[str, Any]:
-    return value if isinstance(value, dict) else {}

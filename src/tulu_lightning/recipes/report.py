@@ -79,13 +79,22 @@ def write_report(run_dir: Path, output: Path | None = None) -> Path:
 
 def render(run: RunRecord) -> str:
     """The whole page."""
-    from tulu_lightning.recipes import report_charts  # needs plotly, which write_report asks for first
+    from tulu_lightning.recipes import report_charts, report_lengths  # need plotly, which write_report asks for first
 
     sections = [
         _header(run),
         _notes(run),
         _scores(run, report_charts.score_chart(run.stages)),
-        _curves([(stage, *report_charts.stage_charts(stage, f"s{i}")) for i, stage in enumerate(run.stages)]),
+        _curves(
+            [
+                (
+                    stage,
+                    *report_charts.stage_charts(stage, f"s{i}"),
+                    report_lengths.length_section(stage, f"s{i}-length"),
+                )
+                for i, stage in enumerate(run.stages)
+            ]
+        ),
         _rollouts(run.rollouts),
         _configs(run.stages),
         _origin(run),
@@ -183,17 +192,19 @@ def _figure_class(heading: str) -> str:
     return ' class="n"' if heading in FIGURES else ""
 
 
-def _curves(stages: Sequence[tuple[StageRecord, list[str], list[str]]]) -> str:
+def _curves(stages: Sequence[tuple[StageRecord, list[str], list[str], str]]) -> str:
     parts = [
         '<h2 id="curves">Curves</h2><p class="lead">Dots are steps; the line is their trend (local linear fit).</p>'
     ]
-    for stage, main, more in stages:
-        if stage.status != "not started" and not stage.metrics and stage.summary is not None and not main:
-            continue  # a stage without steps of its own, such as making pairs
+    for stage, main, more, lengths in stages:
+        without_steps = not stage.metrics and stage.summary is not None  # such as making pairs
+        if without_steps and not lengths:
+            continue
         parts.append(f"<h3>{_e(stage.name)} <small>{_e(progress(stage))}</small></h3>")
-        if not main and not more:
+        if not stage.metrics and not without_steps:
             parts.append('<p class="empty">No step has been recorded.</p>')
         parts.append(f'<div class="charts">{"".join(main)}</div>' if main else "")
+        parts.append(lengths)
         if more:
             box = f'<div class="charts">{"".join(more)}</div>'
             parts.append(

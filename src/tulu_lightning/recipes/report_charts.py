@@ -1,8 +1,4 @@
-"""The report's plots: which metrics share a chart, and the charts themselves, by plotly.
-
-Colours are of middle lightness, at least 3:1 against both the light and the dark page; text and grid lines are
-coloured by the page's style sheet, so a chart follows the reader's theme without being drawn again.
-"""
+"""The report's curves: which metrics share a chart, and the charts themselves, by plotly."""
 
 import html
 import math
@@ -14,11 +10,15 @@ import plotly.graph_objects as go
 import plotly.offline
 
 from tulu_lightning.recipes.records import Scores, StageRecord
+from tulu_lightning.recipes.report_figure import BLUE, GREEN, GREY, ORANGE, RED, VIOLET, layout, legend, wrap
 
-BLUE, ORANGE, GREEN, VIOLET, RED, GREY = "#3b7dd8", "#d0702a", "#1a9c82", "#8a6ad6", "#d14b62", "#7d8590"
 PALETTE = (BLUE, ORANGE, GREEN, VIOLET, RED, GREY)
 MAX_POINTS = 1000
 """Per curve; a longer run is thinned, after smoothing."""
+FEW_STEPS = 7
+"""Up to so many steps each has its tick."""
+BY_SOURCE = ("loss", "margin", "accuracy")
+"""Metrics of which a stage may record `name/source` as well."""
 _HIDDEN = {"step", "time", "stage"}
 
 
@@ -36,6 +36,10 @@ class Chart(NamedTuple):
     colours: tuple[str, ...] = PALETTE
 
 
+SIDES = (("chosen", "rejected"), False, False, (BLUE, ORANGE))
+"""Labels to colours of a chart that has a curve for each side of the pairs."""
+
+
 CHARTS = (
     Chart("Loss", "what the optimiser minimises", ("loss",)),
     Chart("Reward", "per response: verifier, penalty for no end; without the KL term", ("reward",)),
@@ -47,10 +51,12 @@ CHARTS = (
     Chart("Explained variance", "of the returns, by the critic; 1 is perfect, below 0 is harmful", ("explained_variance",)),
     Chart("Margin", "reward of chosen minus rejected", ("margin",)),
     Chart("Pair accuracy", "pairs whose chosen answer has the higher reward", ("accuracy",), share=True),
-    Chart("Implicit rewards", "β times the log-ratio to the reference", ("rewards_chosen", "rewards_rejected"),
-          ("chosen", "rejected"), colours=(BLUE, ORANGE)),
-    Chart("Answer length", "tokens", ("length_chosen", "length_rejected"), ("chosen", "rejected"),
-          colours=(BLUE, ORANGE)),
+    Chart("Implicit rewards", "β times the log-ratio to the reference", ("rewards_chosen", "rewards_rejected"), *SIDES),
+    Chart("Lengths of the pairs", "tokens; where one side stays longer, the loss may teach length",
+          ("length_chosen", "length_rejected"), *SIDES),
+    Chart("Log-probs of the answers", "nats; chosen may fall too: DPO moves likelihood to other answers (displacement)",
+          ("logp_chosen", "logp_rejected"), *SIDES),
+    Chart("KL on the pairs", "of the policy to the reference", ("kl_chosen", "kl_rejected"), *SIDES),
     Chart("Outcomes", "share of the sampled responses",
           ("outcome_right", "outcome_wrong", "outcome_unparseable", "outcome_error"),
           ("right", "wrong", "unparseable", "error"), share=True, stacked=True, colours=(GREEN, RED, VIOLET, GREY)),
@@ -74,15 +80,28 @@ def stage_charts(stage: StageRecord, prefix: str) -> tuple[list[str], list[str]]
     """
     present = dict.fromkeys(key for row in stage.metrics for key in row if key not in _HIDDEN)
     main, claimed = [], set[str]()
-    sources = tuple(key for key in present if key.startswith("loss/"))
-    by_source = Chart("Loss by source", "of the data mixture", sources, tuple(s.removeprefix("loss/") for s in sources))
-    for chart in (CHARTS[0], by_source, *CHARTS[1:]):
+    for chart in CHARTS:
         if any(key in present for key in chart.keys):
             claimed.update(chart.keys)
             main.append(_figure(chart, stage, f"{prefix}-{len(main)}"))
+        sources = tuple(key for key in present if key.startswith(f"{chart.keys[0]}/"))
+        if chart.keys[0] in BY_SOURCE and sources:
+            claimed.update(sources)
+            if not _repeats(stage.metrics, sources, chart.keys[0]):
+                main.append(_figure(_by_source(chart, sources), stage, f"{prefix}-{len(main)}"))
     rest = [key for key in present if key not in claimed]
     more = [_figure(Chart(key, "", (key,)), stage, f"{prefix}-more-{i}") for i, key in enumerate(rest)]
     return main, more
+
+
+def _by_source(chart: Chart, sources: tuple[str, ...]) -> Chart:
+    labels = tuple(key.split("/", 1)[1] for key in sources)
+    return Chart(f"{chart.title} by source", "of the data mixture", sources, labels, chart.share)
+
+
+def _repeats(metrics: Sequence[Mapping[str, float]], sources: Sequence[str], whole: str) -> bool:
+    """Whether there is one source only and its curve is that of the whole."""
+    return len(sources) == 1 and all(row.get(sources[0]) == row.get(whole) for row in metrics)
 
 
 def score_chart(stages: Sequence[StageRecord]) -> str:
@@ -96,14 +115,14 @@ def score_chart(stages: Sequence[StageRecord]) -> str:
     after = [(y - 0.13, stage.after) for y, stage in rows if stage.after]
     for points, name, colour, symbol in ((before, "before", GREY, "circle-open"), (after, "after", BLUE, "circle")):
         figure.add_trace(_interval_trace(points, name, colour, symbol))
-    figure.update_layout(**_layout(height=70 + 62 * len(scored)), hovermode="closest")
+    figure.update_layout(**layout(height=70 + 62 * len(scored)), hovermode="closest")
     ticks = {"tickvals": [y for y, _ in rows], "ticktext": [html.escape(stage.name) for _, stage in rows]}
     figure.update_layout(
         yaxis={**ticks, "range": [0.4, len(scored) + 0.6], "showgrid": False, "tickfont": {"size": 14}}
     )
     figure.update_layout(xaxis={"tickformat": ".0%", "rangemode": "tozero", "showgrid": True})
-    legend = _legend(("before", "after"), (GREY, BLUE))
-    return _wrap("Before and after each stage", "", legend, figure, "scores-chart")
+    keys = legend(("before", "after"), (GREY, BLUE))
+    return wrap("Before and after each stage", "", keys, figure, "scores-chart")
 
 
 def _interval_trace(points: Sequence[tuple[float, Scores]], name: str, colour: str, symbol: str) -> go.Scatter:
@@ -175,11 +194,16 @@ def _figure(chart: Chart, stage: StageRecord, name: str) -> str:
         figure.add_trace(go.Scatter(x=steps, y=values, mode="markers", marker=dots, name=text, hovertemplate=hover))
         stroke = {"width": 2, "color": colour}
         figure.add_trace(go.Scatter(x=steps, y=line, mode="lines", line=stroke, name=text, hoverinfo="skip"))
-    figure.update_layout(**_layout(height=200), hovermode="x unified")
+    figure.update_layout(**layout(height=200), hovermode="x unified")
     figure.update_yaxes(tickformat=".3~p" if chart.share else "~g")
+    if chart.share:
+        # A curve that is 0 all along would be given an axis beyond what a share can be; 0.03 is room for the dots.
+        figure.update_yaxes(autorangeoptions={"clipmin": -0.03, "clipmax": 1.03})
+    if len(stage.metrics) <= FEW_STEPS:
+        figure.update_xaxes(dtick=1)  # there is no step and a half
     if chart.stacked:
         figure.update_layout(yaxis={"range": [0, 1]} if chart.share else {"rangemode": "tozero"})
-    return _wrap(chart.title, chart.note, _legend(labels, colours) if chart.labels else "", figure, name)
+    return wrap(chart.title, chart.note, legend(labels, colours) if chart.labels else "", figure, name)
 
 
 def _band(steps: list[float], values: list[float], text: str, colour: str, share: bool, hover: str) -> go.Scatter:
@@ -203,40 +227,3 @@ def _band(steps: list[float], values: list[float], text: str, colour: str, share
 def _clear(colour: str) -> str:
     red, green, blue = (int(colour[i : i + 2], 16) for i in (1, 3, 5))
     return f"rgba({red},{green},{blue},0.75)"
-
-
-def _layout(height: int) -> dict:
-    axis = {"automargin": True, "fixedrange": True, "zeroline": False, "tickfont": {"size": 11}}
-    axis |= {"ticks": "outside", "ticklen": 5, "tickcolor": "rgba(0,0,0,0)"}
-    return {
-        "template": "none",
-        "height": height,
-        "margin": {"l": 8, "r": 12, "t": 8, "b": 8},
-        "paper_bgcolor": "rgba(0,0,0,0)",
-        "plot_bgcolor": "rgba(0,0,0,0)",
-        "font": {"family": "system-ui, sans-serif", "size": 12},
-        "showlegend": False,
-        "dragmode": False,
-        "hoverlabel": {"bgcolor": "#20242c", "bordercolor": "#20242c", "font": {"color": "#ffffff", "size": 12}},
-        "xaxis": {**axis, "showgrid": False, "nticks": 7, "unifiedhovertitle": {"text": "step %{x}"}},
-        "yaxis": {**axis, "nticks": 5, "showgrid": True},
-    }
-
-
-def _legend(labels: Sequence[str], colours: Sequence[str]) -> str:
-    items = zip(labels, colours, strict=True)
-    return "".join(f'<span class="key"><i style="background:{c}"></i>{html.escape(label)}</span>' for label, c in items)
-
-
-def _wrap(title: str, note: str, legend: str, figure: go.Figure, name: str) -> str:
-    plot = figure.to_html(
-        full_html=False,
-        include_plotlyjs=False,
-        div_id=f"plot-{name}",
-        default_height=f"{figure.layout.height}px",
-        config={"responsive": True, "displayModeBar": False},
-    )
-    note = f"<small>{html.escape(note)}</small>" if note else ""
-    keys = f'<div class="keys">{legend}</div>' if legend else ""
-    caption = f"<figcaption><b>{html.escape(title)}</b> {note}{keys}</figcaption>"
-    return f'<figure class="chart">{caption}<div class="plot">{plot}</div></figure>'

@@ -59,6 +59,9 @@ tbody tr:last-child > * { border-bottom: 0; }
 .facts-table td { overflow-wrap: anywhere; }
 .facts-table th { width: 11em; }
 .pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 320px), 1fr)); gap: 12px; align-items: start; }
+.lengths { display: grid; grid-template-columns: minmax(0, 2fr) minmax(0, 1fr); gap: 12px; align-items: start; }
+.lengths .facts-table th { width: 10em; }
+.charts + .lengths { margin-top: 12px; }
 .rollouts { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 440px), 1fr)); gap: 12px; }
 .rollout { padding: 14px 16px; border-left: 4px solid var(--soft); min-width: 0; }
 .rollout.right { border-left-color: var(--good); } .rollout.wrong { border-left-color: var(--bad); }
@@ -80,6 +83,7 @@ footer { margin-top: 48px; color: var(--soft); font-size: 13px; }
 @media (max-width: 700px) {
   main { padding: 24px 14px 48px; } h1 { font-size: 26px; } h2 { margin-top: 36px; } figcaption { min-height: 0; }
   .tiles { grid-template-columns: 1fr 1fr; } .tile { padding: 12px; } .tile strong { font-size: 24px; }
+  .lengths { grid-template-columns: minmax(0, 1fr); }
   .scores thead { display: none; }
   .scores tr { display: block; padding: 12px 14px; border-bottom: 1px solid var(--line); }
   .scores tbody tr:last-child { border-bottom: 0; }

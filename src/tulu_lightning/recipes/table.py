@@ -7,7 +7,8 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from tulu_lightning.recipes.records import RunRecord, Scores, StageRecord, number, read_run
+from tulu_lightning.recipes.reading import number
+from tulu_lightning.recipes.records import RunRecord, Scores, StageRecord, read_run
 
 HEADINGS = ("Stage", "Before", "After", "Difference", "Time", "Tokens", "Peak memory", "Promoted")
 FIGURES = frozenset(HEADINGS) - {"Stage", "Promoted"}
