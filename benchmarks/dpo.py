@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 from measure import Shape, machine, run_worker
-from preference_pairs import read_pairs, write_rows
+from preference_pairs import about, read_pairs, write_rows
 from transformers.utils import logging as transformers_logging
 from turns import Setting, in_turns, median, ratios, say, sweep
 
@@ -34,9 +34,10 @@ from tulu_lightning.data.preference import PreferenceData
 
 PEERS = Path(__file__).parent / "peers"
 MODEL, SEED, BETA = "smollm2-135m-instruct", 0, 5.0
-AGREE = {"float32": (1e-4, 1e-3), "bfloat16": (2e-2, 5e-2)}
-"""Largest differences between ours and TRL's: of the first two losses (absolute; they are near log 2), and relative
-ones of the gradient norms. Rounding, not another computation."""
+AGREE = {"float32": ((1e-4, 1e-3), (1e-3, 1e-2)), "bfloat16": ((2e-2, 5e-2), (2e-1, 5e-1))}
+"""Largest differences between ours and TRL's in the first step and the second: of the losses (absolute; the first is log
+2), and of the gradient norms (relative). Rounding, not another computation: an answer of two tokens under β = 5 makes
+much of bf16's, and Adam's first update turns a gradient near 0 into a whole step either way."""
 KEPT = ("rate", "token_rate", "cpu_rate", "reference_rate")
 FORMULA = (
     "6 x weights of the decoder's matrices x tokens (a pair's prompt once), + 6 x vocabulary x width x trained tokens, "
@@ -82,7 +83,7 @@ class Bench:
         wanted = (options.steps + 1) * options.rows
         if wanted > len(pairs):
             raise SystemExit(f"{wanted} pairs are needed, {len(pairs)} are there: lower --steps or --rows")
-        self.pairs = pairs[:wanted]
+        self.pairs, self.all = pairs[:wanted], pairs
 
     def steps(self, count: int) -> list[list[int]]:
         """Rows of each step, as our plan has them; in each the longest first, so that TRL's batches pad little."""
@@ -90,6 +91,11 @@ class Bench:
             lengths=[1] * (count * self.options.rows), examples_per_step=self.options.rows, micro_tokens=1, seed=SEED
         )
         return [sorted(plan.examples(step), key=lambda row: -self.pairs[row].longest) for step in range(count)]
+
+    def sample(self) -> dict[str, Any]:
+        """What the timed pairs are like beside all of them: a few may share or score far more than most do."""
+        timed = [self.pairs[row] for rows in self.steps(self.options.steps + 1)[1:] for row in rows]
+        return {"timed": about(timed), "all": about(self.all)}
 
     def run(self, side: str, setting: Setting, steps: int) -> dict[str, Any]:
         """Train `steps` steps after the first; adds the rates to what the worker measured."""
@@ -154,11 +160,15 @@ def check_same(bench: Bench, ours: dict[str, Any], trl: dict[str, Any]) -> dict[
         for key in ("losses", "grad_norms")
     }
     found["loss_differences"] = [abs(a - b) for a, b in zip(ours["losses"], trl["losses"], strict=True)]
-    pairs = zip(ours["grad_norms"], trl["grad_norms"], strict=True)
-    found["relative_grad_norm_differences"] = [abs(a - b) / b for a, b in pairs]
+    norms = zip(ours["grad_norms"], trl["grad_norms"], strict=True)
+    found["relative_grad_norm_differences"] = [abs(a - b) / b for a, b in norms]
     found["first_loss_minus_log_2"] = {"ours": ours["losses"][0] - math.log(2), "trl": trl["losses"][0] - math.log(2)}
-    loss, norm = AGREE[bench.dtype]
-    wrong = max(found["loss_differences"][:2]) > loss or max(found["relative_grad_norm_differences"][:2]) > norm
+    differences = zip(found["loss_differences"], found["relative_grad_norm_differences"], strict=True)
+    wrong = [
+        step
+        for step, (found_pair, most) in enumerate(zip(differences, AGREE[bench.dtype], strict=False))
+        if found_pair[0] > most[0] or found_pair[1] > most[1]
+    ]
     if wrong or ours["scored"] != trl["trained"]:
         raise SystemExit(f"not the same: scored {ours['scored']} and {trl['trained']} tokens, {found}")
     return found
@@ -200,6 +210,7 @@ def compare(bench: Bench, ours: Setting, trl: Setting) -> dict[str, Any]:
         if "unshared" in results
         else "this version cannot compute prompts twice",
         "same": same,
+        "sample": bench.sample(),
         "tokens": first["tokens"],
         "trained": first["trained"],
         "matmul_peak": peak,
@@ -227,7 +238,7 @@ def main() -> int:
         options.rounds, options.steps = 2, 1
     options.steps = max(options.steps, options.sweep_steps)
     transformers_logging.set_verbosity_error()
-    about = machine()
+    place = machine()
     for kind, dtype in ((kind, dtype) for kind in options.pairs for dtype in options.dtype):
         with tempfile.TemporaryDirectory() as folder:
             bench = Bench(options, kind, dtype, Path(folder))
@@ -243,7 +254,7 @@ def main() -> int:
             if not options.sweep:
                 result |= compare(bench, ours, trl)
             result |= {"command": " ".join(["python", "benchmarks/dpo.py", *sys.argv[1:]])}
-            print(json.dumps(result | about | {"sweep": table}), flush=True)
+            print(json.dumps(result | place | {"sweep": table}), flush=True)
     return 0
 
 

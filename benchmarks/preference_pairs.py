@@ -81,6 +81,18 @@ def _pair(
     return None if sides[0] == sides[1] else IdPair(prompt, *sides)
 
 
+def about(pairs: Sequence[IdPair]) -> dict[str, float]:
+    """Tokens a pair, and which shares of them are left when prompts are computed once, and are scored."""
+    tokens = sum(pair.tokens for pair in pairs)
+    prompts = sum(len(pair.prompt_ids) for pair in pairs)
+    return {
+        "pairs": len(pairs),
+        "tokens_per_pair": round(tokens / len(pairs)),
+        "computed_share": round(1 - prompts / tokens, 3),
+        "scored_share": round(1 - 2 * prompts / tokens, 3),
+    }
+
+
 def write_rows(path: Any, pairs: Sequence[IdPair]) -> None:
     """Write pairs as the rows that both sides read."""
     path.write_text("".join(json.dumps(pair._asdict()) + "\n" for pair in pairs))
