@@ -18,13 +18,13 @@ import statistics
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
-from measure import FORMULA, Shape, machine, matmul_peak, run_worker
+from measure import FORMULA, Shape, machine, run_worker
 from transformers.utils import logging as transformers_logging
+from turns import Setting, in_turns, median, ratios, say, spread, sweep
 
 from tulu_lightning.assets.models import load_tokenizer, resolve_model
 from tulu_lightning.assets.rows import alpaca_rows
@@ -36,18 +36,6 @@ PEERS = Path(__file__).parent / "peers"
 MODEL, TEMPLATE, SEED = "smollm2-135m-instruct", "smollm2", 0
 AGREE = {"float32": 1e-4, "bfloat16": 1e-2}
 """Largest relative difference of the two first-step losses: rounding, not another computation."""
-
-
-@dataclass(frozen=True)
-class Setting:
-    """One way to run a side."""
-
-    name: str
-    settings: dict[str, Any]
-    same: bool = True
-    """It computes the same thing: no attention across rows, fp32 weights."""
-    same_steps: bool = True
-    """Its steps hold the same rows as ours."""
 
 
 def trl_settings(rows: int, length: int, mean: float, dtype: str, quick: bool) -> list[Setting]:
@@ -156,15 +144,8 @@ class Bench:
 
     def sweep(self, side: str, settings: Sequence[Setting]) -> tuple[Setting, list[dict[str, Any]]]:
         """Each setting for a step or two; the fastest that computes the same thing, and the table."""
-        rows, best = [], (0.0, settings[0])
-        for setting in settings:
-            result = self.run(side, setting, self.options.sweep_steps)
-            rate = result["cpu_rate" if self.options.by_cpu else "rate"]
-            if setting.same and rate > best[0]:
-                best = rate, setting
-            kept = {key: round(result[key], 1) for key in ("rate", "trained_rate", "cpu_rate")}
-            rows.append({"side": side, **asdict(setting), **kept, "peak_bytes": result["peak_bytes"]})
-        return best[1], rows
+        rate = "cpu_rate" if self.options.by_cpu else "rate"
+        return sweep(self.run, side, settings, self.options.sweep_steps, rate, ("rate", "trained_rate", "cpu_rate"))
 
 
 def check_first_loss(bench: Bench, ours: dict[str, Any], trl: dict[str, Any]) -> dict[str, float]:
@@ -181,28 +162,24 @@ def check_first_loss(bench: Bench, ours: dict[str, Any], trl: dict[str, Any]) ->
 
 def pairs(bench: Bench, ours: Setting, trl: Setting) -> dict[str, Any]:
     """Both sides in turn, the first one changing from round to round."""
-    shape, results, peaks = Shape.of(bench.model), {"ours": [], "trl": []}, []
-    for number in range(bench.options.rounds):
-        sides = [("ours", ours), ("trl", trl)]
-        for side, setting in sides if number % 2 == 0 else sides[::-1]:
-            peaks.append(matmul_peak(getattr(torch, bench.dtype), shape))
-            results[side].append(bench.run(side, setting, bench.options.steps))
-    peak = max(peaks, key=lambda peak: peak["flops"])
+    shape, options = Shape.of(bench.model), bench.options
+    sides = {"ours": ours, "trl": trl}
+    results, peak = in_turns(bench.run, sides, options.rounds, options.steps, bench.dtype, shape)
     first = results["ours"][0]
     if trl.same_steps:
         loss = check_first_loss(bench, first, results["trl"][0])
     else:
         other = Setting("padded, batch 1, for the check", {"batch": 1, "accumulate": bench.options.rows})
-        loss = check_first_loss(bench, first, bench.run("trl", other, bench.options.steps))
+        loss = check_first_loss(bench, first, bench.run("trl", other, options.steps))
     per_token = shape.flops(*(sum(first[key][1:]) for key in ("tokens", "trained", "visible")))
     per_token /= sum(first["tokens"][1:])
     summary: dict[str, Any] = {}
-    for side, setting in (("ours", ours), ("trl", trl)):
-        rate = statistics.median(result["rate"] for result in results[side])
+    for side, setting in sides.items():
+        rate = median(results[side], "rate")
         summary[side] = {
             "tokens_per_second": round(rate, 1),
-            "trained_tokens_per_second": round(statistics.median(r["trained_rate"] for r in results[side]), 1),
-            "tokens_per_cpu_second": round(statistics.median(r["cpu_rate"] for r in results[side]), 1),
+            "trained_tokens_per_second": round(median(results[side], "trained_rate"), 1),
+            "tokens_per_cpu_second": round(median(results[side], "cpu_rate"), 1),
             "peak_bytes": max(result["peak_bytes"] for result in results[side]),
             "share_of_matmul_peak": round(rate * per_token / peak["flops"], 3),
             "share_of_mm_peak": round(rate * per_token / peak["mm_flops"], 3),
@@ -210,10 +187,8 @@ def pairs(bench: Bench, ours: Setting, trl: Setting) -> dict[str, Any]:
         }
     return {
         **summary,
-        "ratio": spread([a["rate"] / b["rate"] for a, b in zip(results["ours"], results["trl"], strict=True)]),
-        "cpu_ratio": spread(
-            [a["cpu_rate"] / b["cpu_rate"] for a, b in zip(results["ours"], results["trl"], strict=True)]
-        ),
+        "ratio": ratios(results["ours"], results["trl"]),
+        "cpu_ratio": ratios(results["ours"], results["trl"], "cpu_rate"),
         "memory_ratio": round(summary["ours"]["peak_bytes"] / summary["trl"]["peak_bytes"], 3),
         "first_loss": loss,
         "tokens": first["tokens"],
@@ -239,16 +214,6 @@ def prepare(bench: Bench) -> dict[str, Any]:
         "rows_per_second": {side: round(statistics.median(found)) for side, found in rates.items()},
         "ratio": spread([a / b for a, b in zip(rates["ours"], rates["trl"], strict=True)]),
     }
-
-
-def spread(ratios: list[float]) -> dict[str, Any]:
-    """Ratios pair by pair, ours over TRL's."""
-    whole = {"median": statistics.median(ratios), "min": min(ratios), "max": max(ratios)}
-    return {key: round(value, 3) for key, value in whole.items()} | {"pairs": [round(ratio, 3) for ratio in ratios]}
-
-
-def say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
 
 
 def main() -> int:

@@ -7,9 +7,7 @@ clock, a count of the tokens that are no padding, and (`"loss": "plain"`) the lo
 from all logits, which on a CPU can be faster than TRL's chunked one.
 """
 
-import itertools
 import json
-import resource
 import sys
 import time
 from pathlib import Path
@@ -17,8 +15,9 @@ from typing import Any
 
 import datasets
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainerCallback
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer
 from trl import SFTConfig, SFTTrainer
+from trl_clock import Clock, common
 
 # SmolLM2's own template with the spans that TRL's `assistant_only_loss` needs: the answer and its end token.
 TEMPLATE = (
@@ -57,53 +56,18 @@ class Timed(SFTTrainer):
         return super().compute_loss(model, inputs, *args, **kwargs)
 
 
-class Clock(TrainerCallback):
-    """The time at the end of each optimiser step, and what was logged there."""
-
-    def __init__(self, trainer: Timed) -> None:
-        self.trainer, self.ends, self.cpu, self.micros = trainer, [], [], []
-        self.logs: list[dict[str, float]] = []
-
-    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-        self.ends.append(time.perf_counter())
-        self.cpu.append(time.process_time())
-        self.micros.append(len(self.trainer.micros))
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
-        if logs and "loss" in logs:
-            self.logs.append(logs)
-
-
 def config(job: dict[str, Any]) -> SFTConfig:
     """TRL's settings for a job."""
     settings = job["settings"]
     packing = settings.get("packing")
     return SFTConfig(
-        output_dir=job["folder"],
-        per_device_train_batch_size=settings["batch"],
-        gradient_accumulation_steps=settings["accumulate"],
-        max_steps=job["warmup"] + job["steps"],
+        **common(job),
         max_length=None if settings.get("padding_free") else settings.get("length", job["max_tokens"]),
         packing=packing is not None,
         packing_strategy=packing or "bfd",
         padding_free=settings.get("padding_free", False),
-        train_sampling_strategy=settings.get("sampling", "sequential"),
         assistant_only_loss=True,
-        bf16=job["dtype"] == "bfloat16",
-        gradient_checkpointing=False,
-        learning_rate=job["lr"],
-        lr_scheduler_type="constant",
-        weight_decay=0.0,
-        max_grad_norm=1.0,
-        optim="adamw_torch_fused",
-        logging_steps=1,
-        logging_nan_inf_filter=False,
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
         use_cpu=True,
-        dataset_num_proc=settings.get("processes"),
-        seed=0,
     )
 
 
@@ -121,23 +85,11 @@ def main(job: dict[str, Any]) -> dict[str, Any]:
     trainer = Timed(
         model=model, args=config(job), train_dataset=datasets.Dataset.from_list(rows), processing_class=tokenizer
     )
-    clock = Clock(trainer)
+    clock = Clock(trainer.micros)
     if job["steps"]:
         trainer.add_callback(clock)
         trainer.train()
-    ends, bounds = clock.ends, [0, *clock.micros]
-    steps = [trainer.micros[a:b] for a, b in itertools.pairwise(bounds)]
-    return {
-        "seconds": [b - a for a, b in itertools.pairwise(ends)],  # of every step but the first
-        "cpu_seconds": [b - a for a, b in zip(clock.cpu, clock.cpu[1:], strict=False)],  # of all threads
-        **{key: [sum(micro[key] for micro in step) for step in steps] for key in ("tokens", "trained", "computed")},
-        "losses": [float(log["loss"]) for log in clock.logs],
-        "grad_norms": [float(log["grad_norm"]) for log in clock.logs],
-        "prepare_seconds": trainer.prepare_seconds,
-        "rows": len(rows),
-        "start_seconds": time.perf_counter() - started - sum(ends[-1:]) + sum(ends[:1]),
-        "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-    }
+    return {**clock.times(started), "prepare_seconds": trainer.prepare_seconds, "rows": len(rows)}
 
 
 if __name__ == "__main__":
