@@ -55,6 +55,17 @@ class PreferenceLoss(ABC):
             InputError: there is no reference and the loss needs one.
         """
 
+    def required(self, reference: Pair | None) -> Pair:
+        """The reference, for a loss that cannot do without.
+
+        Raises:
+            InputError: there is none.
+        """
+        remedy = f"{type(self).__name__} compares with it: give the frozen start model's log-probs."
+        require(reference is not None, "reference", None, remedy)
+        assert reference is not None
+        return reference
+
 
 @dataclass(frozen=True)
 class DPO(PreferenceLoss):
@@ -76,7 +87,8 @@ class DPO(PreferenceLoss):
 
     def __call__(self, policy: Pair, reference: Pair | None, lengths: Pair) -> PairLoss:
         """Loss per pair; see `PreferenceLoss`."""
-        rewards = _scaled(self.beta, _log_ratio(policy, reference), lengths if self.length_normalised else None)
+        ratio = _log_ratio(policy, self.required(reference))
+        rewards = _scaled(self.beta, ratio, lengths if self.length_normalised else None)
         return PairLoss(-F.logsigmoid(_margin(rewards)), _detached(rewards))
 
 
@@ -104,7 +116,8 @@ class ConservativeDPO(PreferenceLoss):
 
     def __call__(self, policy: Pair, reference: Pair | None, lengths: Pair) -> PairLoss:
         """Loss per pair; see `PreferenceLoss`."""
-        rewards = _scaled(self.beta, _log_ratio(policy, reference), lengths if self.length_normalised else None)
+        ratio = _log_ratio(policy, self.required(reference))
+        rewards = _scaled(self.beta, ratio, lengths if self.length_normalised else None)
         right_B, flipped_B = -F.logsigmoid(_margin(rewards)), -F.logsigmoid(-_margin(rewards))
         return PairLoss(torch.lerp(right_B, flipped_B, self.label_smoothing), _detached(rewards))
 
@@ -129,7 +142,8 @@ class IPO(PreferenceLoss):
 
     def __call__(self, policy: Pair, reference: Pair | None, lengths: Pair) -> PairLoss:
         """Loss per pair; see `PreferenceLoss`."""
-        ratio = _scaled(1.0, _log_ratio(policy, reference), lengths if self.length_normalised else None)
+        ratio = _log_ratio(policy, self.required(reference))
+        ratio = _scaled(1.0, ratio, lengths if self.length_normalised else None)
         loss_B = (_margin(ratio) - 1 / (2 * self.beta)).square()
         return PairLoss(loss_B, _detached(_scaled(self.beta, ratio, None)))
 
@@ -165,18 +179,19 @@ class SimPO(PreferenceLoss):
 
 @dataclass(frozen=True)
 class WPO(PreferenceLoss):
-    """DPO with pairs weighted by how likely the policy is to write them (Zhou et al. 2024, arXiv 2406.11827, eq. 1).
+    """DPO with pairs weighted by how likely the policy is to write them (Zhou et al. 2024, arXiv 2406.11827).
 
     `loss = -w log σ(β d(c) - β d(r))`, in nats; implicit reward `β d(y)`. The weight
     `w = min(1, exp(log π(c) / |c| + log π(r) / |r|))` is the product of both answers' geometric-mean token probabilities;
     no gradient flows through it, and it is per token whatever `length_normalised` says of d.
 
-    This is the weight of the release's `wpo`. The paper goes on to divide each token's probability by that of a sampled
-    one (eq. 2), for which sums are not enough: it needs the whole distribution at every token.
+    This is the weight of the Tülu 3 release's `wpo`. The paper goes on to align it between prompts (eq. 2: each token's
+    probability against that of one sampled there), for which sums are not enough: it takes the whole distribution at
+    every token. TRL's `use_weighting` does that, so its values differ from these.
     """
 
     beta: float = 0.01
-    """Sharpness of the implicit reward. 0.01 belongs to summed log-probs."""
+    """Sharpness of the implicit reward. 0.01, which the authors' released models have, belongs to summed log-probs."""
     length_normalised: bool = False
     """Divide each answer's log-ratio by its number of scored tokens."""
 
@@ -185,7 +200,8 @@ class WPO(PreferenceLoss):
 
     def __call__(self, policy: Pair, reference: Pair | None, lengths: Pair) -> PairLoss:
         """Loss per pair; see `PreferenceLoss`."""
-        rewards = _scaled(self.beta, _log_ratio(policy, reference), lengths if self.length_normalised else None)
+        ratio = _log_ratio(policy, self.required(reference))
+        rewards = _scaled(self.beta, ratio, lengths if self.length_normalised else None)
         means = _scaled(1.0, _detached(policy), lengths)
         weight_B = torch.exp(means.chosen_B + means.rejected_B).clamp(max=1.0)
         return PairLoss(-weight_B * F.logsigmoid(_margin(rewards)), _detached(rewards))
@@ -233,12 +249,10 @@ def pair_metrics(policy: Pair, reference: Pair | None, lengths: Pair, terms: Pai
 
 
 def _require_beta(beta: float) -> None:
-    require(0 < beta < float("inf"), "loss.beta", beta, "It must be above 0, and finite.")
+    require(0 < beta < float("inf"), "loss.beta", beta, "It must be above 0.")
 
 
-def _log_ratio(policy: Pair, reference: Pair | None) -> Pair:
-    require(reference is not None, "reference", None, "Give the frozen model's log-probs, or a loss that needs none.")
-    assert reference is not None
+def _log_ratio(policy: Pair, reference: Pair) -> Pair:
     return Pair(policy.chosen_B - reference.chosen_B, policy.rejected_B - reference.rejected_B)
 
 
