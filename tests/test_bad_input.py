@@ -81,7 +81,7 @@ def test_a_value_that_cannot_be(refused, tmp_path):
 @pytest.mark.parametrize(
     ("stage", "settings", "said"),
     [
-        ("dpo", {"loss": {"beta": 0.0}}, "loss.beta: is 0.0. It must be above 0."),
+        ("dpo", {"loss": {"init_args": {"beta": 0.0}}}, "loss.beta: is 0.0. It must be above 0."),
         ("sft", {"optimizer": {"beta1": 1.5}}, "optimizer.beta1: is 1.5. It is a share: 0 to below 1."),
         ("ppo", {"rollout": {"temperature": 0.0}}, "rollout.temperature: is 0.0. It must be above 0: greedy"),
         ("ppo", {"epochs": 0}, "model.epochs: is 0. Use at least 1."),

@@ -47,7 +47,8 @@ def test_no_config_is_left_out_here():
     assert tried == set(CONFIGS.rglob("*.yaml"))
     assert {path.stem for path in FITS} >= {
         *(f"{stage}_{size}" for stage in ("sft", "dpo", "ppo") for size in ("tiny", "smol")),
-        *(f"sft_{size}" for size in ("8b", "70b", "405b")),
+        *(f"{stage}_{size}" for stage in ("sft", "dpo") for size in ("8b", "70b", "405b")),
+        *(f"reward_{size}" for size in ("tiny", "8b")),
     }
 
 
@@ -107,13 +108,23 @@ PAPER = {
         "data.max_tokens": 4096,
     },
     "dpo": {  # table 20, 8B, and equation 6
-        "model.loss.beta": 5.0,
-        "model.loss.length_normalised": True,
+        "model.loss.class_path": "tulu_lightning.core.preference.DPO",
+        "model.loss.init_args.beta": 5.0,
+        "model.loss.init_args.length_normalised": True,
         "model.optimizer.lr": 5e-7,
         "model.optimizer.schedule": "linear",
         "model.optimizer.warmup_ratio": 0.1,
         "model.optimizer.weight_decay": 0.0,
         "data.examples_per_step": 128,
+        "data.epochs": 1,
+        "data.max_tokens": 2048,
+    },
+    "reward": {  # table 36; eps is the release's
+        "model.optimizer.lr": 3e-6,
+        "model.optimizer.schedule": "linear",
+        "model.optimizer.eps": 1e-5,
+        "model.optimizer.max_grad_norm": 1.0,
+        "data.examples_per_step": 256,
         "data.epochs": 1,
         "data.max_tokens": 2048,
     },
@@ -212,6 +223,177 @@ def test_a_full_size_sft_config_holds_the_papers_numbers(size):
     assert config["seed_everything"] == SIZES[size].get("data.seed", 1)
     (source,) = init_arg(config, "data.sources")
     assert source == {"name": "tulu3", "hub": "allenai/tulu-3-sft-mixture"}
+
+
+DPO_SIZES = {  # tables 20 (8B, 70B) and 34 (405B); section 5.4.1 and, for the 405B, the release's command (GPUs)
+    "8b": {
+        "model.backbone.path": "allenai/Llama-3.1-Tulu-3-8B-SFT",
+        "model.optimizer.lr": 5e-7,
+        "data.examples_per_step": 128,
+        "gpus": 8,
+    },
+    "70b": {
+        "model.backbone.path": "allenai/Llama-3.1-Tulu-3-70B-SFT",
+        "model.optimizer.lr": 2e-7,
+        "data.examples_per_step": 128,
+        "gpus": 64,
+    },
+    "405b": {
+        "model.backbone.path": "allenai/Llama-3.1-Tulu-3-405B-SFT",
+        "model.optimizer.lr": 2e-7,
+        "data.examples_per_step": 256,
+        "gpus": 256,
+    },
+}
+ALL_DPO_SIZES = {  # of every size: eq. 6 with β = 5, linear to 0, 10% warm-up, no decay, 1 epoch, 2,048 tokens
+    **{key: PAPER["dpo"][key] for key in PAPER["dpo"] if key not in ("model.optimizer.lr", "data.examples_per_step")},
+    "model.backbone.compute_dtype": "bfloat16",
+    "model.backbone.weights_dtype": None,  # fp32: at these rates updates of bf16 weights round away
+    "model.backbone.activation_checkpointing": True,
+    "data.template": "tulu",
+    "data.on_overflow": "truncate",
+}
+TABLE_15 = {  # pairs by part
+    "sft-reused-on-policy": 19_444,
+    "sft-reused-off-policy": 96_911,
+    "if-augmented": 65_530,
+    "wildchat-if": 10_792,
+    "wildchat-reused": 17_207,
+    "wildchat-unused": 82_783,
+    "ultrafeedback": 41_635,
+    "persona-if": 19_890,
+}
+RELEASED_70B = {  # where the sets on the hub have other numbers than the table
+    "sft-reused-on-policy": 19_453,
+    "if-augmented": 65_551,
+    "wildchat-if": 10_793,
+    "wildchat-reused": 17_242,
+    "ultrafeedback": 41_634,
+}
+
+
+@pytest.mark.parametrize("size", DPO_SIZES)
+def test_a_full_size_dpo_config_holds_the_papers_numbers(size):
+    config = composed(f"dpo_{size}.yaml")
+    for key, expected in {**ALL_DPO_SIZES, **DPO_SIZES[size]}.items():
+        if key == "gpus":
+            assert config["trainer"]["devices"] * config["trainer"]["num_nodes"] == expected
+        else:
+            assert (init_arg(config, key), type(init_arg(config, key))) == (expected, type(expected)), key
+    assert config["trainer"]["strategy"] == "fsdp2"
+    (source,) = init_arg(config, "data.sources")
+    assert source == {
+        "name": f"tulu3-preferences-{size}",
+        "hub": f"allenai/llama-3.1-tulu-3-{size}-preference-mixture",
+    }
+
+
+def test_what_is_printed_of_dpo_8b_shows_every_setting_of_the_paper(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = yaml.safe_load(printed(capsys, "fit", CONFIGS / "dpo_8b.yaml"))
+    for key, expected in {**PAPER["dpo"], **DPO_SIZES["8b"]}.items():
+        if key != "gpus":
+            assert init_arg(config, key) == expected, key
+
+
+def test_the_8b_reward_model_holds_the_papers_numbers():
+    """Table 36: the SFT model, the 8B's pairs, 8 GPUs (section 6.3); the held-out pairs are the release's."""
+    config = composed("reward_8b.yaml")
+    for key, expected in {**PAPER["reward"], "data.template": "tulu", "data.on_overflow": "truncate"}.items():
+        assert (init_arg(config, key), type(init_arg(config, key))) == (expected, type(expected)), key
+    assert init_arg(config, "model.backbone.path") == "allenai/Llama-3.1-Tulu-3-8B-SFT"
+    assert config["trainer"]["devices"] * config["trainer"]["num_nodes"] == 8
+    assert init_arg(config, "data.sources") == init_arg(composed("dpo_8b.yaml"), "data.sources")
+    (held_out,) = init_arg(config, "data.validation")
+    assert (held_out["hub"], held_out["split"]) == ("allenai/ultrafeedback_binarized_cleaned", "test_prefs")
+
+
+def test_the_papers_preference_mixtures_add_up():
+    parts = {
+        size: {s["name"]: s["cap"] for s in init_arg(composed(f"dpo_{size}_by_source.yaml"), "data.sources")}
+        for size in ("8b", "70b")
+    }
+    assert parts["8b"] == {name: pairs for name, pairs in TABLE_15.items() if name != "wildchat-unused"}
+    assert sum(parts["8b"].values()) == 271_409
+    table_70b = {name: pairs for name, pairs in TABLE_15.items() if name != "persona-if"}
+    assert sum(table_70b.values()) == 334_302
+    assert parts["70b"] == {**table_70b, **RELEASED_70B}
+    assert sum(parts["70b"].values()) == 334_367
+    assert sum(TABLE_15.values()) == 354_192
+
+
+@pytest.mark.parametrize("size", ["8b", "70b"])
+def test_on_policy_parts_are_those_of_their_own_model(size):
+    sources = init_arg(composed(f"dpo_{size}_by_source.yaml"), "data.sources")
+    hubs = {source["name"]: source["hub"] for source in sources}
+    assert len(set(hubs.values())) == 7
+    for name in ("sft-reused-on-policy", "if-augmented", "wildchat-if", "wildchat-reused", "ultrafeedback"):
+        assert hubs[name].endswith(f"-on-policy-{size}")
+
+
+def test_the_8b_fits_one_device_with_adapters():
+    """The comment's arithmetic: 16 bytes for each of the adapters' weights, 2 for each of the base's, nothing twice."""
+    config = composed("dpo_8b_lora.yaml")
+    backbone = init_arg(config, "model.backbone")
+    assert (backbone["weights_dtype"], backbone["activation_checkpointing"]) == ("bfloat16", True)
+    assert (config["trainer"]["devices"], config["trainer"]["num_nodes"]) == (1, 1)
+    assert config["trainer"]["strategy"] == "auto"
+    width, inner, kv, vocabulary, layers, rank = 4096, 14336, 1024, 128_264, 32, backbone["lora"]["r"]
+    matrices = [(width, width)] * 2 + [(width, kv)] * 2 + [(width, inner)] * 3
+    base = layers * sum(a * b for a, b in matrices) + 2 * vocabulary * width + (2 * layers + 1) * width
+    adapters = layers * rank * sum(a + b for a, b in matrices)
+    assert base == pytest.approx(8.03e9, rel=1e-3)
+    assert adapters == pytest.approx(1.68e8, rel=2e-3)
+    assert 2 * base / 1e9 == pytest.approx(16.1, abs=0.05)
+    assert 16 * adapters / 1e9 == pytest.approx(2.7, abs=0.05)
+
+
+LOSS = "tulu_lightning.core.preference."
+
+
+@pytest.mark.parametrize(
+    ("name", "fault", "nearest"),
+    [
+        ("SimP0", "there is no class 'SimP0'", "SimPO"),
+        (f"{LOSS}SimPo", f"there is no class '{LOSS}SimPo' ({LOSS[:-1]} has no 'SimPo')", "SimPO"),
+        ("ConservativDPO", "there is no class 'ConservativDPO'", "ConservativeDPO"),
+        ("Dpo", "there is no class 'Dpo'", "DPO"),
+    ],
+)
+@pytest.mark.parametrize("way", ["file", "option"])
+def test_a_loss_name_with_a_typo_offers_the_nearest(name, fault, nearest, way, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    settings = {"model": {"init_args": {"loss": {"class_path": name}}}}
+    Path("mine.yaml").write_text(yaml.safe_dump({"include": str(CONFIGS / "dpo_tiny.yaml"), **settings}))
+    options = ["--config", "mine.yaml"]
+    where = "mine.yaml, line 5 (model.init_args.loss.class_path)"
+    if way == "option":
+        options = ["--config", str(CONFIGS / "dpo_tiny.yaml"), f"--model.init_args.loss={name}"]
+        where = "command line (model.init_args.loss)"
+    assert cli.main(["fit", *options, "--print_config"]) == 2
+    said = capsys.readouterr().err
+    assert f"{where}: {fault}. Did you mean '{LOSS}{nearest}'?" in said
+
+
+@pytest.mark.parametrize("way", ["file", "option"])
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("SimPO", {"beta": 2.0, "gamma": 1.0, "length_normalised": True}),
+        ("IPO", {"beta": 0.1, "length_normalised": False}),
+        ("DPO", {"beta": 5.0, "length_normalised": True}),
+    ],
+)
+def test_another_loss_starts_from_its_own_defaults(name, settings, way, capsys, tmp_path, monkeypatch):
+    """β = 5 belongs to length-normalised DPO: the stage's file must not lend it to the loss that a leaf names."""
+    monkeypatch.chdir(tmp_path)
+    chosen = {"model": {"init_args": {"loss": {"class_path": LOSS + name}}}}
+    Path("mine.yaml").write_text(yaml.safe_dump({"include": str(CONFIGS / "dpo_tiny.yaml"), **chosen}))
+    config, options = ("mine.yaml", []) if way == "file" else (CONFIGS / "dpo_tiny.yaml", [f"--model.loss={name}"])
+    found = yaml.safe_load(printed(capsys, "fit", config, *options))["model"]["init_args"]["loss"]
+    assert found == {"class_path": LOSS + name, "init_args": settings}
+    more = yaml.safe_load(printed(capsys, "fit", config, *options, "--model.loss.beta=0.7"))
+    assert more["model"]["init_args"]["loss"]["init_args"] == {**settings, "beta": 0.7}
 
 
 def test_the_papers_mixture_adds_up():

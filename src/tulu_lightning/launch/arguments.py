@@ -8,7 +8,7 @@ from tulu_lightning.launch.compose import Layer, compose, merge, option_layer, v
 from tulu_lightning.launch.schema import class_of
 from tulu_lightning.launch.signatures import parameters
 
-__all__ = ["linked_options", "read_layers", "with_lists_anew"]
+__all__ = ["linked_options", "read_layers", "with_classes_anew", "with_lists_anew"]
 
 FLAGS = ("--print_config", "--help", "-h")
 
@@ -57,6 +57,36 @@ def with_lists_anew(argv: Sequence[str]) -> list[str]:
             result.append(f"{name}=[]")
         result.append(token)
     return result
+
+
+def with_classes_anew(argv: Sequence[str], layers: Sequence[Layer]) -> list[str]:
+    """The same arguments with `--key=null` before a `--key=Class` where the files have another class.
+
+    The parser would otherwise keep what the new class takes too, and DPO's β is no SimPO's. Only classes inside another
+    class's arguments start anew; a stage or data module that changes keeps what fits it.
+
+    Args:
+        argv: arguments.
+        layers: what they stand for.
+    """
+    files = merge([layer for layer in layers if layer.path is not None])
+    result: list[str] = []
+    for index, token in enumerate(argv):
+        name, equals, text = token.partition("=")
+        key = name.removeprefix("--").removesuffix(".class_path")
+        value = text if equals else next(iter(argv[index + 1 : index + 2]), "")
+        if name.startswith("--") and _changes_class(files, key.split("."), value):
+            result.append(f"--{key}=null")
+        result.append(token)
+    return result
+
+
+def _changes_class(files: dict[str, Any], path: Sequence[str], value: str) -> bool:
+    section, *rest = path
+    inside = rest[1:] if rest[:1] == ["init_args"] else rest  # an option may leave init_args out
+    before = value_at(files, (section, "init_args", *inside, "class_path"))
+    name = value.rpartition(".")[2]
+    return bool(inside) and isinstance(before, str) and name.isidentifier() and name != before.rpartition(".")[2]
 
 
 def linked_options(layers: Sequence[Layer]) -> list[str]:

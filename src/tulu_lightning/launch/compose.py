@@ -20,6 +20,7 @@ __all__ = [
     "Layer",
     "compose",
     "dotted",
+    "inner_classes",
     "list_paths",
     "merge",
     "option_layer",
@@ -191,6 +192,15 @@ def list_paths(data: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
             yield from list_paths(value, f"{prefix}{key}.")
         elif isinstance(value, list) and not key.endswith("+"):
             yield prefix + key
+
+
+def inner_classes(data: Mapping[str, Any], prefix: str = "", inside: bool = False) -> Iterator[tuple[str, str]]:
+    """Dotted path and class of each `class_path` that a layer sets inside the arguments of another class."""
+    if inside and isinstance(data.get("class_path"), str):
+        yield prefix.removesuffix("."), data["class_path"]
+    for key, value in data.items():
+        if isinstance(value, Mapping):
+            yield from inner_classes(value, f"{prefix}{key}.", inside or key == "init_args")
 
 
 def value_at(data: Any, path: KeyPath) -> Any:

@@ -9,7 +9,16 @@ from jsonargparse import ActionConfigFile  # pyright: ignore[reportPrivateImport
 from lightning.pytorch.cli import LightningArgumentParser
 
 from tulu_lightning.errors import InputError
-from tulu_lightning.launch.compose import KeyPath, Layer, compose, dotted, list_paths, origin, value_at
+from tulu_lightning.launch.compose import (
+    KeyPath,
+    Layer,
+    compose,
+    dotted,
+    inner_classes,
+    list_paths,
+    origin,
+    value_at,
+)
 from tulu_lightning.launch.schema import suggest
 
 __all__ = ["IncludingConfigFile", "TuluParser", "causes", "explain"]
@@ -30,12 +39,17 @@ class IncludingConfigFile(ActionConfigFile):
         `include` itself is declared without default and help, which keeps it out of what is printed and saved.
 
         A list replaces the one below it: the parser would otherwise complete the entries of a list of the same length
-        with those that they replace, e.g. a source that names a `path` with the `rows` of another.
+        with those that they replace, e.g. a source that names a `path` with the `rows` of another. A class inside
+        another's arguments that changes starts from its own defaults for the same reason: β = 5 of DPO is no SimPO's.
         """
         for layer in compose(values):
             for path in list_paths(layer.data):
                 if isinstance(namespace.get(path), list):
                     namespace[path] = []
+            for path, name in inner_classes(layer.data):
+                before = namespace.get(f"{path}.class_path")
+                if before and before.rpartition(".")[2] != name.rpartition(".")[2]:
+                    namespace[path] = None
             super().__call__(parser, namespace, str(layer.path), option_string)
 
 

@@ -8,6 +8,7 @@ says nothing, the parser has the last word.
 
 import dataclasses
 import difflib
+import inspect
 import typing
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NoReturn
@@ -94,6 +95,8 @@ class _Walk:
         elif path in SECTIONS and not isinstance(value, str | None):
             where, what = origin([self.layer], path), f"{dotted(path)!r} is {value!r}, not a mapping"
             raise InputError(where, what, "Put its settings below it, one `key: value` a line.")
+        elif isinstance(value, str) and hints and all(isinstance(h, type) and inspect.isabstract(h) for h in hints):
+            self.class_parameters(path, tuple(hints))  # nothing but the name of a class can stand for an abstract one
 
     @staticmethod
     def _abstract(hints: list[Any]) -> bool:
@@ -140,7 +143,7 @@ class _Walk:
         name = _class_path(self.layers, self.index, path)
         if name is None:
             return Parameters({}, closed=True) if path in (("model",), ("data",)) else Parameters({}, closed=False)
-        place = (*path, "class_path")
+        place = path if isinstance(value_at(self.layer.data, path), str) else (*path, "class_path")
         if "." not in name:
             loaded = [c for b in bases for full, c in known_classes(b).items() if full.endswith(f".{name}")]
             if not loaded:
@@ -183,9 +186,9 @@ def _union(takers: Sequence[Parameters]) -> Parameters:
 
 
 def _nearest_class(name: str, known: Sequence[str]) -> str | None:
-    """By class name first (people know those), then by the whole path."""
-    by_name = {full.rpartition(".")[2]: full for full in sorted(known, reverse=True)}
-    short = difflib.get_close_matches(name.rpartition(".")[2], list(by_name), n=1, cutoff=0.6)
+    """By class name first (people know those, not always in which case), then by the whole path."""
+    by_name = {full.rpartition(".")[2].lower(): full for full in sorted(known, reverse=True)}
+    short = difflib.get_close_matches(name.rpartition(".")[2].lower(), list(by_name), n=1, cutoff=0.6)
     if short:
         return by_name[short[0]]
     return next(iter(difflib.get_close_matches(name, known, n=1, cutoff=0.6)), None)
