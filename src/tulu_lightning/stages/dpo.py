@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from tulu_lightning.core.preference import DPO as DPOLoss
-from tulu_lightning.core.preference import Pair
+from tulu_lightning.core.preference import Pair, PreferenceLoss
 from tulu_lightning.core.reduce import segment_sum
 from tulu_lightning.models.backbone import Backbone
 from tulu_lightning.progress import Progress
@@ -33,7 +33,7 @@ class DPO(Stage):
 
     keeps_rows = True
 
-    def __init__(self, backbone: Backbone, optimizer: AdamW, loss: DPOLoss | None = None) -> None:
+    def __init__(self, backbone: Backbone, optimizer: AdamW, loss: PreferenceLoss | None = None) -> None:
         super().__init__(backbone, optimizer)
         self.loss = loss or DPOLoss()
         self.reference_logps: Tensor | None = None
