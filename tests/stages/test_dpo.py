@@ -13,8 +13,8 @@ from tulu_lightning.assets.models import resolve_model
 def reference(folder, **changes):
     stage = dpo()
     fit(stage, preference_data(max_steps=1, **changes), folder)
-    assert stage.reference_logps is not None
-    return stage.reference_logps
+    assert stage.reference is not None
+    return stage.reference._tables["train"]
 
 
 def test_the_references_log_probs_do_not_depend_on_packing_or_order(tmp_path):
