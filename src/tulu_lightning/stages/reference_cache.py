@@ -148,7 +148,7 @@ class LogpCache:
     def _require_finite(self, part: SourceRows, rows: Any, values: Any) -> None:
         wrong = np.flatnonzero(~np.isfinite(values).all(axis=1))
         if wrong.size:
-            number = part.items.numbers[rows[wrong[0]]]  # type: ignore[attr-defined]
+            number = part.items.numbers[rows[wrong[0]]] + 1  # type: ignore[attr-defined]
             what = f"gives an answer of source {part.name!r}, row {number} the log-prob {values[wrong[0]].tolist()}"
             remedy = "Check its weights, and set backbone.compute_dtype to float32 if they are sound."
             raise InputError(self.stage.start, what, remedy)
