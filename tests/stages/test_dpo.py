@@ -272,3 +272,10 @@ def test_loss_and_reference_are_chosen_in_a_config(options, expected, tmp_path):
     (trained,) = made
     assert trained.loss == ConservativeDPO(beta=2.0)
     assert trained.reference.settings == expected
+
+
+@pytest.mark.parametrize(
+    ("settings", "keeps"), [({}, True), ({"reference": "live"}, False), ({"loss": SimPO()}, False)]
+)
+def test_only_a_cached_reference_ties_a_run_to_its_rows(settings, keeps):
+    assert stage(**settings).keeps_rows == keeps

@@ -44,8 +44,6 @@ class DPO(Stage):
         InputError: a reference for a loss that has none.
     """
 
-    keeps_rows = True
-
     def __init__(
         self,
         backbone: Backbone,
@@ -139,6 +137,11 @@ class DPO(Stage):
             documents = self._documents()
             fits = self.trainer.state.fn == "fit"
             self.reference.prepare(documents if fits else {"validation": documents["validation"]})
+
+    @property
+    def keeps_rows(self) -> bool:  # type: ignore[override]  known once the loss is
+        """Numbers about single rows: those of a cached reference."""
+        return self.reference is not None and self.reference.settings.mode == "cached"
 
     def _documents(self) -> dict[str, Documents]:
         return dict(zip(("train", "validation"), self._data.document_sets, strict=False))
