@@ -180,9 +180,11 @@ def test_padding_and_fillers_count_for_nothing_and_sources_make_up_the_mean(tmp_
     plain = fit(stage(), data, tmp_path / "plain")
     padded = WithFiller(Backbone(TINY), AdamW(lr=1e-3))
     watch = fit(padded, preference_data(sources=sources(), max_steps=2, micro_tokens=256, pad_to=256), tmp_path / "pad")
-    for one, two in zip(plain.history, watch.history, strict=True):
+    for step, (one, two) in enumerate(zip(plain.history, watch.history, strict=True)):
         assert one.keys() == two.keys()
-        for name in one.keys() - {"seconds"}:
+        # At the reference itself rewards are 0 but for rounding, and that decides which one is higher.
+        noise = {"seconds", *(name for name in one if step == 0 and name.startswith("accuracy"))}
+        for name in one.keys() - noise:
             assert two[name] == pytest.approx(one[name], rel=1e-5, abs=1e-5), name
     for step, rows in zip(plain.history, plain.rows, strict=True):
         pairs = {name: sum(data.source_of(row) == name for row in rows) for name in data.source_names}
