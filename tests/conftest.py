@@ -14,14 +14,11 @@ from tulu_lightning.types import Document, Segment
 
 @pytest.fixture(scope="session", autouse=True)
 def own_tokens(tmp_path_factory):
-    """Tokenised rows of the tests lie in a folder of their own: what is tested is made here, not found."""
-    before = os.environ.get("TULU_TOKENS")
-    os.environ["TULU_TOKENS"] = str(tmp_path_factory.mktemp("tokens"))
-    yield
-    if before is None:
-        del os.environ["TULU_TOKENS"]
-    else:
-        os.environ["TULU_TOKENS"] = before
+    """Tokenised rows and reference log-probs of the tests lie in folders of their own: what is tested is made here."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("TOKENS", "REFERENCE"):
+            patch.setenv(f"TULU_{name}", str(tmp_path_factory.mktemp(name.lower())))
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -1,43 +1,283 @@
-"""DPO: the reference is a property of the row, and training starts at it."""
+"""DPO: training starts at the reference, which is a property of the row, and goes on from it whatever the cut."""
 
 import math
+import shutil
 
+import lightning as L
 import pytest
 import torch
-from stage_runs import TINY, dpo, fit, preference_data
+from stage_faults import Interrupt
+from stage_runs import ROWS, TINY, dpo, fit, preference_data, sft_data, weights
 from transformers import AutoModelForCausalLM
 
-from tulu_lightning.assets.models import resolve_model
+from tulu_lightning import cli
+from tulu_lightning.assets.models import load_tokenizer, resolve_model
+from tulu_lightning.callbacks.checkpoints import checkpoint_path
+from tulu_lightning.core.packing import filler, pack
+from tulu_lightning.core.preference import ConservativeDPO, SimPO
+from tulu_lightning.core.step_plan import StepPlan
+from tulu_lightning.data.loader import StepLoader
+from tulu_lightning.data.preference import PreferenceData
+from tulu_lightning.data.sources import Source
+from tulu_lightning.errors import InputError
+from tulu_lightning.models.backbone import Backbone
+from tulu_lightning.models.lora import Lora
+from tulu_lightning.stages.dpo import DPO
+from tulu_lightning.stages.optimizer import AdamW
+from tulu_lightning.stages.reference import Reference, pair_logps
+
+LOG_2 = math.log(2)
 
 
-def reference(folder, **changes):
-    stage = dpo()
-    fit(stage, preference_data(max_steps=1, **changes), folder)
-    assert stage.reference_logps is not None
-    return stage.reference_logps
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    """A reference cache of its own for each test."""
+    monkeypatch.setenv("TULU_REFERENCE", str(tmp_path / "reference"))
+    return tmp_path / "reference"
 
 
-def test_the_references_log_probs_do_not_depend_on_packing_or_order(tmp_path):
-    alone = reference(tmp_path / "alone", micro_tokens=1)
-    together = reference(tmp_path / "together", micro_tokens=100_000, seed=5)
-    assert alone.shape == (40, 2)
-    torch.testing.assert_close(alone, together, rtol=1e-5, atol=1e-5)
+def stage(lora=None, loss=None, reference=None, lr=1e-3, **settings):
+    return DPO(Backbone(TINY, lora=lora), AdamW(lr=lr, **settings), loss, reference)
 
 
-def test_the_references_log_probs_are_those_of_the_start_weights_by_row(tmp_path):
-    logps = reference(tmp_path)
+def table(trained, rows="train"):
+    return trained.reference._tables[rows]
+
+
+# The reference ------------------------------------------------------------------------------------------------------
+
+
+def test_its_log_probs_are_those_of_the_start_weights_by_row_whatever_the_packs(tmp_path, monkeypatch):
+    tables = []
+    for place, cut in enumerate(({"micro_tokens": 1}, {"micro_tokens": 512, "pad_to": 512, "seed": 5})):
+        monkeypatch.setenv("TULU_REFERENCE", str(tmp_path / f"cache {place}"))
+        trained = dpo()
+        fit(trained, preference_data(max_steps=1, **cut), tmp_path / str(place))
+        tables.append(table(trained))
+    assert tables[0].shape == (40, 2)
+    torch.testing.assert_close(*tables, rtol=1e-5, atol=1e-5)
     model = AutoModelForCausalLM.from_pretrained(resolve_model(TINY), dtype=torch.float32)
     for row, document in list(enumerate(preference_data().documents))[::13]:
-        prompt, *answers = (segment.ids_L for segment in document.segments)
-        for column, answer in enumerate(answers):
-            ids = torch.cat([prompt, answer])
+        start, *sides = document.segments
+        for column, side in enumerate(sides):
+            ids, scored = (torch.cat([a, b]) for a, b in zip(start[:2], side[:2], strict=True))
             with torch.no_grad():
                 logp = model(ids[None]).logits[0, :-1].log_softmax(-1).gather(1, ids[1:, None])[:, 0]
-            assert float(logps[row, column]) == pytest.approx(float(logp[-len(answer) :].sum()), abs=1e-4)
+            expected = float(logp[scored[1:] > 0].sum())
+            assert float(tables[0][row, column]) == pytest.approx(expected, abs=1e-4)
 
 
-def test_the_first_steps_loss_is_log_2(tmp_path):
-    watch = fit(dpo(), preference_data(max_steps=2), tmp_path)
-    assert watch.history[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
-    assert watch.history[0]["margin"] == pytest.approx(0, abs=1e-5)
-    assert watch.history[1]["loss"] != pytest.approx(math.log(2), abs=1e-6)
+@pytest.mark.parametrize("lora", [None, Lora(r=4, alpha=8)], ids=["full", "lora"])
+def test_the_first_steps_loss_is_log_2_and_live_is_cached(lora, tmp_path, folder, capfd):
+    cached = fit(stage(lora), preference_data(max_steps=3, micro_tokens=1), tmp_path / "cached")
+    assert cached.history[0]["loss"] == pytest.approx(LOG_2, abs=1e-6)
+    assert cached.history[0]["margin"] == pytest.approx(0, abs=1e-5)
+    assert cached.history[0]["kl_chosen"] == pytest.approx(0, abs=1e-5)
+    assert cached.history[1]["loss"] != pytest.approx(LOG_2, abs=1e-6)
+    assert capfd.readouterr().err.count("reference: 40 pairs") == 1
+
+    other = fit(stage(lora), preference_data(max_steps=3, micro_tokens=600), tmp_path / "other packs")
+    assert "reference: " not in capfd.readouterr().err, "the numbers are found"
+    assert other.history[0]["loss"] == pytest.approx(LOG_2, abs=1e-5)
+    shutil.rmtree(folder)
+
+    live = stage(lora, reference="live")
+    asked = fit(live, preference_data(max_steps=3, micro_tokens=600), tmp_path / "live")
+    assert not folder.exists()
+    assert asked.history[0]["loss"] == pytest.approx(LOG_2, abs=1e-6)
+    for one, two, three in zip(cached.history, other.history, asked.history, strict=True):
+        assert one["loss"] == pytest.approx(two["loss"], abs=1e-5)
+        assert two["loss"] == pytest.approx(three["loss"], abs=1e-5)
+        assert two["kl_rejected"] == pytest.approx(three["kl_rejected"], abs=1e-5)
+    if lora is None:
+        start = {f"policy.{name}": value for name, value in live.reference._copy.state_dict().items()}
+        assert all(torch.equal(value, start[name]) for name, value in asked.start.items()), "it has not moved"
+        assert len(list(live.parameters())) == len(list(live.model.parameters())), "nor is it the stage's own"
+    else:
+        assert live.reference._copy is None
+    kept = torch.load(checkpoint_path(tmp_path / "live", 3), weights_only=False)
+    assert kept["reference"] == {}
+    assert kept["state_dict"].keys() == asked.start.keys()
+
+
+def test_a_resumed_run_needs_no_cache_and_never_asks_trained_weights(tmp_path, folder):
+    whole = stage()
+    fit(whole, preference_data(max_steps=3), tmp_path / "whole")
+    fit(stage(), preference_data(max_steps=3), tmp_path / "half", callbacks=[Interrupt(1)])
+    shutil.rmtree(folder)
+    resumed = stage()
+    fit(resumed, preference_data(max_steps=3), tmp_path / "half", ckpt_path=checkpoint_path(tmp_path / "half", 1))
+    assert not folder.exists()
+    assert torch.equal(table(resumed), table(whole))
+    after = weights(whole)
+    assert all(torch.equal(value, after[name]) for name, value in weights(resumed).items())
+
+
+def test_a_loss_without_a_reference_computes_none(tmp_path, folder, capfd):
+    watch = fit(stage(loss=SimPO()), preference_data(max_steps=2), tmp_path / "run")
+    assert not folder.exists()
+    assert "reference" not in capfd.readouterr().err
+    assert "accuracy" in watch.history[0]
+    assert "kl_chosen" not in watch.history[0]
+
+
+@pytest.mark.parametrize("reference", ["live", "cached", Reference()])
+def test_a_reference_that_nobody_reads_is_refused(reference):
+    with pytest.raises(InputError, match=r"^model\.reference: is set, and SimPO compares with no reference\. Leave it"):
+        stage(loss=SimPO(), reference=reference)
+
+
+def test_a_chosen_folder_with_a_reference_of_other_weights_is_refused(tmp_path):
+    at = str(tmp_path / "chosen")
+    fit(stage(reference=Reference(folder=at)), preference_data(max_steps=1), tmp_path / "one")
+    other = DPO(Backbone(TINY, layers=1), AdamW(lr=1e-3), reference=Reference(folder=at))
+    with pytest.raises(
+        InputError, match=r"holds the reference log-probs of source 'sums' .* layers was None and is 1\."
+    ):
+        fit(other, preference_data(max_steps=1), tmp_path / "two")
+    assert other.policy is None, "before any weights load"
+
+
+# Rows ---------------------------------------------------------------------------------------------------------------
+
+
+def test_rows_of_another_tokenizer_are_refused_and_a_saved_copy_is_the_same_one(tmp_path):
+    copy, changed = tmp_path / "copy", tmp_path / "changed"
+    for place in (copy, changed):
+        shutil.copytree(resolve_model(TINY), place)
+    load_tokenizer(TINY).save_pretrained(copy)
+    tokenizer = load_tokenizer(TINY)
+    tokenizer.add_tokens(["<extra>"])
+    tokenizer.save_pretrained(changed)
+    fit(stage(), preference_data(max_steps=1, tokenizer=str(copy)), tmp_path / "same")
+    said = rf"^data\.tokenizer: .*with that of {changed}, and the start checkpoint {resolve_model(TINY)} has another one\. Leave it out"
+    with pytest.raises(InputError, match=said):
+        fit(stage(), preference_data(max_steps=1, tokenizer=str(changed)), tmp_path / "other")
+
+
+def test_rows_that_are_no_pairs_are_refused(tmp_path):
+    with pytest.raises(InputError, match=r"the rows of source 'sums' are not pairs"):
+        fit(stage(), sft_data(max_steps=1), tmp_path)
+
+
+# The step -----------------------------------------------------------------------------------------------------------
+
+
+class WithFiller(DPO):
+    """A step that ends with a filler, as that of a rank which is one micro-batch short."""
+
+    def training_step(self, batch, batch_idx):
+        extra = filler(self.trainer.datamodule.documents[batch.rows[0]])
+        super().training_step(batch._replace(packs=(*batch.packs, extra)), batch_idx)
+
+
+def sources():
+    return [Source(f"sums {seed}", rows=ROWS + "pair_rows", args={"count": 20, "seed": seed}) for seed in (1, 2)]
+
+
+def test_padding_and_fillers_count_for_nothing_and_sources_make_up_the_mean(tmp_path):
+    data = preference_data(sources=sources(), max_steps=2, micro_tokens=256)
+    plain = fit(stage(), data, tmp_path / "plain")
+    padded = WithFiller(Backbone(TINY), AdamW(lr=1e-3))
+    watch = fit(padded, preference_data(sources=sources(), max_steps=2, micro_tokens=256, pad_to=256), tmp_path / "pad")
+    for step, (one, two) in enumerate(zip(plain.history, watch.history, strict=True)):
+        assert one.keys() == two.keys()
+        # At the reference itself rewards are 0 but for rounding, and that decides which one is higher.
+        noise = {"seconds", *(name for name in one if step == 0 and name.startswith("accuracy"))}
+        for name in one.keys() - noise:
+            assert two[name] == pytest.approx(one[name], rel=1e-5, abs=1e-5), name
+    for step, rows in zip(plain.history, plain.rows, strict=True):
+        pairs = {name: sum(data.source_of(row) == name for row in rows) for name in data.source_names}
+        assert all(pairs.values())
+        assert step["pairs"] == 8
+        for name in ("loss", "accuracy", "margin", "length_chosen", "length_rejected"):
+            mean = sum(step[f"{name}/{source}"] * count for source, count in pairs.items()) / 8
+            assert step[name] == pytest.approx(mean, rel=1e-6, abs=1e-6)
+
+
+class HeldOut(PreferenceData):
+    """Validates on 11 pairs that are not trained on, in batches of 4, 4 and 3."""
+
+    def setup(self, stage="fit"):
+        super().setup(stage)
+        rows = Source("held out", rows=ROWS + "pair_rows", args={"count": 11, "seed": 7})
+        self.held_out = preference_data(sources=[rows]).documents
+
+    @property
+    def document_sets(self):
+        return (self.documents, self.held_out)
+
+    def val_dataloader(self):
+        plan = StepPlan(self.held_out.lengths, 4, 128)
+        return StepLoader([self._batch(self.held_out, plan, step, 0) for step in range(3)], 3)
+
+
+@pytest.mark.parametrize("sanity", [0, 2])
+def test_validation_is_the_mean_over_its_pairs_against_their_own_reference(sanity, tmp_path):
+    settings = {"tokenizer": TINY, "template": "tulu", "max_tokens": 256, "examples_per_step": 8, "max_steps": 2}
+    data, trained = HeldOut(sources=sources(), **settings), stage()
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    trainer = L.Trainer(
+        accelerator="cpu", max_epochs=1, enable_model_summary=False, num_sanity_val_steps=sanity,
+        default_root_dir=tmp_path, **quiet,
+    )  # fmt: skip
+    trainer.fit(trained, data)
+    with torch.no_grad():
+        terms = [one_pair(trained, data.held_out, row) for row in range(11)]
+    for name, value in zip(("loss", "accuracy", "margin"), torch.tensor(terms).mean(0), strict=True):
+        assert float(trainer.callback_metrics[f"val_{name}"]) == pytest.approx(float(value), abs=1e-5)
+    assert abs(float(trainer.callback_metrics["val_loss"]) - LOG_2) > 1e-4, "it has learned something"
+
+    # The weights have moved: rows that have no numbers yet get none from them.
+    known = trained.reference._known
+    trained.reference.load({name: value for name, value in known.items() if len(value) != 11})
+    shutil.rmtree(tmp_path / "reference")
+    with pytest.raises(
+        InputError, match=r"of source 'held out' under the start weights, which have been trained since"
+    ):
+        trainer.validate(trained, data, verbose=False)
+
+
+def one_pair(trained, documents, row):
+    """Loss, accuracy and margin of one pair by itself."""
+    alone = pack([documents[row]], [row])
+    policy = torch.stack(list(pair_logps(trained.model, alone)))[:, 0]
+    lengths = torch.stack(list(trained.lengths(alone)))[:, 0]
+    chosen, rejected = 5.0 * (policy - table(trained, "validation")[row]) / lengths
+    margin = float(chosen - rejected)
+    return math.log1p(math.exp(-margin)), float(margin > 0), margin
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ([], Reference()),
+        (["--model.init_args.reference=live"], Reference("live")),
+        (["--model.init_args.reference.folder=there"], Reference(folder="there")),
+    ],
+)
+def test_loss_and_reference_are_chosen_in_a_config(options, expected, tmp_path):
+    config = tmp_path / "mine.yaml"
+    loss = "{class_path: tulu_lightning.core.preference.ConservativeDPO, init_args: {beta: 2.0}}"
+    config.write_text(
+        f"model:\n  class_path: tulu_lightning.stages.dpo.DPO\n  init_args:\n    backbone: {{path: {TINY}}}\n"
+        f"    optimizer: {{lr: 1.0e-4}}\n    loss: {loss}\n"
+        "data:\n  class_path: tulu_lightning.data.preference.PreferenceData\n  init_args:\n"
+        f"    {{sources: [{{name: sums, rows: {ROWS}pair_rows, args: {{count: 8}}}}], max_tokens: 256,"
+        " examples_per_step: 8, template: tulu, max_steps: 1}\n"
+        f"trainer: {{default_root_dir: {tmp_path / 'run'}, logger: false, enable_checkpointing: false, accelerator: cpu}}\n"
+    )
+    made = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(L.Trainer, "fit", lambda trainer, model, **_: made.append(model))
+        assert cli.main(["fit", "--config", str(config), *options]) == 0
+    (trained,) = made
+    assert trained.loss == ConservativeDPO(beta=2.0)
+    assert trained.reference.settings == expected
+
+
+@pytest.mark.parametrize(
+    ("settings", "keeps"), [({}, True), ({"reference": "live"}, False), ({"loss": SimPO()}, False)]
+)
+def test_only_a_cached_reference_ties_a_run_to_its_rows(settings, keeps):
+    assert stage(**settings).keeps_rows == keeps

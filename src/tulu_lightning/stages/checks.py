@@ -4,11 +4,13 @@ from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_warn
 
+from tulu_lightning.assets.models import load_tokenizer
+from tulu_lightning.data.keys import tokenizer_digest
 from tulu_lightning.errors import InputError
 from tulu_lightning.models.backbone import Backbone
 from tulu_lightning.models.sharding import Fsdp2
 
-__all__ = ["check_processes", "check_trainer", "warn_of_bf16_weights"]
+__all__ = ["check_pairs", "check_processes", "check_tokenizer", "check_trainer", "warn_of_bf16_weights"]
 
 SMALL_RATE = 1e-5
 """bf16 keeps 8 binary digits: a weight between 2^-8 and 2^-7 (0.004 to 0.008) has neighbours 2^-15 apart, and moves
@@ -71,6 +73,35 @@ def check_processes(trainer: Any) -> None:
             "is true",
             "Set it to false: Lightning would replace the step plan by a shuffling sampler.",
         )
+
+
+def check_tokenizer(data: Any, start: str) -> None:
+    """Refuse rows that were tokenised otherwise than the start checkpoint reads them.
+
+    Args:
+        data: the data module, set up.
+        start: the start checkpoint's folder or name.
+
+    Raises:
+        InputError: the two tokenizers differ in anything that decides a token id.
+    """
+    if tokenizer_digest(load_tokenizer(start)) != data.tokenizer_digest:
+        given = data.manifest()["settings"]["tokenizer"]
+        what = f"the rows were tokenised with that of {given}, and the start checkpoint {start} has another one"
+        raise InputError("data.tokenizer", what, "Leave it out, and the rows are read with the start checkpoint's.")
+
+
+def check_pairs(data: Any) -> None:
+    """Refuse documents that are not pairs: a common start and two continuations.
+
+    Raises:
+        InputError: some are not.
+    """
+    for documents in data.document_sets:
+        for part, store in zip(documents.sources, documents.stores, strict=True):
+            if store.summary.segments != 3 * store.summary.rows:
+                what = f"the rows of source {part.name!r} are not pairs of a chosen and a rejected answer"
+                raise InputError("data", what, "Use tulu_lightning.data.preference.PreferenceData.")
 
 
 def warn_of_bf16_weights(backbone: Backbone, lr: float) -> None:

@@ -1,107 +1,168 @@
-"""Direct preference optimisation, length-normalised by default (Tülu 3, section 5)."""
+"""Direct preference optimisation, length-normalised by default (Tülu 3, section 5), and the losses related to it."""
 
-import io
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from tulu_lightning.core.preference import DPO as DPOLoss
-from tulu_lightning.core.preference import Pair, PreferenceLoss
-from tulu_lightning.core.reduce import segment_sum
+from tulu_lightning.core.preference import Pair, PreferenceLoss, pair_metrics
+from tulu_lightning.core.reduce import pair_sum
+from tulu_lightning.core.settings import require
+from tulu_lightning.data.rows import Documents
 from tulu_lightning.models.backbone import Backbone
-from tulu_lightning.progress import Progress
+from tulu_lightning.stages.checks import check_pairs, check_tokenizer
 from tulu_lightning.stages.optimizer import AdamW
+from tulu_lightning.stages.pair_metrics import PairMetrics
+from tulu_lightning.stages.reference import PAIR, Mode, Reference, StartModel, pair_logps
 from tulu_lightning.stages.stage import Stage
 from tulu_lightning.types import Pack, StepBatch
 
 __all__ = ["DPO"]
 
-SUMS = ("loss", "rewards_chosen", "rewards_rejected", "accuracy", "length_chosen", "length_rejected")
-"""Metrics that are means over the step's pairs, in the order of `_pack_step`; after them come two counts."""
-COUNTS = ("tokens", "trained_tokens")
-PAIR = 3
-"""Segments of a pair's document: the prompt, then chosen and rejected as its children."""
+METRICS = (
+    "loss", "rewards_chosen", "rewards_rejected", "margin", "accuracy",
+    "logp_chosen", "logp_rejected", "length_chosen", "length_rejected",
+)  # fmt: skip
+"""What `pair_metrics` gives for any loss, and for one with a reference `KL` too."""
+KL = ("kl_chosen", "kl_rejected")
+BY_SOURCE = ("loss", "accuracy", "margin", "length_chosen", "length_rejected")
+VALIDATED = ("loss", "accuracy", "margin")
 
 
 class DPO(Stage):
-    """DPO on pairs whose prompt is computed once.
+    """A preference loss on pairs whose common start is computed once.
 
-    The reference's log-probs are those of the start weights: computed once for every row before the first step, kept
-    by row (order, packing and ranks do not matter) and carried in the checkpoint.
+    Args:
+        backbone: the policy's start, and the frozen reference.
+        optimizer: AdamW and schedule.
+        loss: DPO of length-normalised log-probs when left out; one of `core.preference`, or your own.
+        reference: where the reference's log-probs come from; `cached` and `live` are short for its mode. They are
+            computed for a loss that reads them only.
+
+    Raises:
+        InputError: a reference for a loss that has none.
     """
 
-    keeps_rows = True
-
-    def __init__(self, backbone: Backbone, optimizer: AdamW, loss: PreferenceLoss | None = None) -> None:
+    def __init__(
+        self,
+        backbone: Backbone,
+        optimizer: AdamW,
+        loss: PreferenceLoss | None = None,
+        reference: Reference | Mode | None = None,
+    ) -> None:
         super().__init__(backbone, optimizer)
         self.loss = loss or DPOLoss()
-        self.reference_logps: Tensor | None = None
+        idle = reference is not None and not self.loss.needs_reference
+        name = type(self.loss).__name__
+        require(not idle, "model.reference", f"set, and {name} compares with no reference", "Leave it out.")
+        settings = Reference(reference) if isinstance(reference, str) else reference or Reference()
+        self.reference = StartModel(self, settings) if self.loss.needs_reference else None
+        self.validation: PairMetrics | None = None
 
-    def sums(self, pack: Pack) -> Pair:
-        """Summed log-probs of chosen and rejected answers, in the order of the pack's pairs."""
-        sums_S = segment_sum(self.model(pack).logp_N, pack.segment_N, len(pack.spans))
-        return Pair(sums_S[1::PAIR], sums_S[2::PAIR])
-
-    def lengths(self, pack: Pack) -> Pair:
-        """Scored tokens of both answers."""
-        counts_S = segment_sum(torch.ones_like(pack.weight_N), pack.segment_N, len(pack.spans))
-        return Pair(counts_S[1::PAIR], counts_S[2::PAIR])
-
-    def on_train_start(self) -> None:
-        """Compute the reference log-probs, unless a checkpoint brought them."""
-        if self.reference_logps is None:
-            self.reference_logps = self._reference()
-
-    @torch.no_grad()
-    def _reference(self) -> Tensor:
-        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
-        total = len(data.documents)
-        logps = torch.full((total, 2), float("nan"))
-        done, stream = 0, None if self.trainer.is_global_zero else io.StringIO()  # one rank speaks for all
-        with Progress("DPO reference", total, stream=stream) as progress:
-            for pack in data.packs(range(total), data.micro_tokens):
-                pack = self.trainer.strategy.batch_to_device(pack)
-                logps[list(pack.rows)] = torch.stack(list(self.sums(pack)), 1).float().cpu()
-                done += len(pack.rows)
-                progress.update(done)
-        return logps
+    # The step ---------------------------------------------------------------------------------------------------
 
     def training_step(self, batch: StepBatch, batch_idx: int) -> None:
         """One global step over all its pairs."""
-        sums = torch.zeros(len(SUMS + COUNTS), dtype=torch.float64)
+        totals = self._totals()
         for pack in batch.packs:
-            sums += self._pack_step(pack, batch.denominator)
+            reference = self.reference(pack) if self.reference else None  # log π_ref(c|x), log π_ref(r|x)
+            policy = pair_logps(self.model, pack)  # log π(c|x), log π(r|x)
+            lengths = self.lengths(pack)  # |c|, |r|
+            terms = self.loss(policy, reference, lengths)
+            self.backward_sum(terms.loss_B.sum(), batch.denominator)
+            self._count(totals, pack, pair_metrics(policy, reference, lengths, terms))
         norm = self.update(self.optimizer, self.optimizers(), self.model.parameters())
-        values = dict(zip(SUMS + COUNTS, self.reduce_sum(sums).tolist(), strict=True))
-        metrics = {name: values[name] / batch.denominator for name in SUMS}
-        metrics["margin"] = metrics["rewards_chosen"] - metrics["rewards_rejected"]
-        self.finish_step({**metrics, **{name: values[name] for name in COUNTS}, "grad_norm": norm})
+        self.finish_step({**totals.compute(), "grad_norm": norm})
 
-    def _pack_step(self, pack: Pack, denominator: float) -> Tensor:
-        lengths, policy = self.lengths(pack), self.sums(pack)
-        if not pack.rows:  # filler: the passes are for the collectives, the loss is nothing
-            self.backward_sum(0.0 * policy.chosen_B.sum(), denominator)
-            return torch.zeros(len(SUMS + COUNTS), dtype=torch.float64)
-        assert self.reference_logps is not None
-        reference = Pair(*self.reference_logps[list(pack.rows)].to(policy.chosen_B).unbind(1))
-        terms = self.loss(policy, reference, lengths)
-        self.backward_sum(terms.loss_B.sum(), denominator)
-        right_B = (terms.rewards.chosen_B > terms.rewards.rejected_B).float()
-        per_pair = (terms.loss_B.detach(), *terms.rewards, right_B, *lengths)
-        counts = [pack.tokens_T.numel() - pack.padding, pack.target_N.numel()]
-        return torch.tensor([*(float(x.sum()) for x in per_pair), *counts], dtype=torch.float64)
+    def lengths(self, pack: Pack) -> Pair:
+        """Scored tokens of both answers of each pair; those of the common start count for both."""
+        sides = pair_sum(torch.ones_like(pack.weight_N), pack.segment_N, len(pack.spans) // PAIR)
+        return Pair(*(side_B[: len(pack.rows)] for side_B in sides))
+
+    def _totals(self) -> PairMetrics:
+        names = (*METRICS, *(KL if self.reference else ()))
+        return PairMetrics(names, self._data.source_names, BY_SOURCE).to(self.device)
+
+    def _count(self, totals: PairMetrics, pack: Pack, values: dict[str, Tensor]) -> None:
+        if pack.rows:  # a filler counts for nothing
+            sources_B = self._data.source_numbers[list(pack.rows)]
+            totals.update(values, sources_B, pack.tokens_T.numel() - pack.padding, pack.target_N.numel())
+
+    # Validation -------------------------------------------------------------------------------------------------
+
+    def on_validation_epoch_start(self) -> None:
+        """Count anew."""
+        self.validation = PairMetrics(VALIDATED).to(self.device)
+
+    def validation_step(self, batch: StepBatch, batch_idx: int) -> None:
+        """The same numbers without an update: `val_loss`, `val_accuracy`, `val_margin` over all validation pairs."""
+        assert self.validation is not None
+        for pack in batch.packs:
+            reference = self.reference(pack, "validation") if self.reference else None
+            policy, lengths = pair_logps(self.model, pack), self.lengths(pack)
+            values = pair_metrics(policy, reference, lengths, self.loss(policy, reference, lengths))
+            self.validation.update(values, [0] * len(pack.rows), 0, 0)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the means over all ranks."""
+        assert self.validation is not None
+        values = self.validation.compute()
+        self.log_dict({f"val_{name}": values[name] for name in VALIDATED})
+
+    # The reference ----------------------------------------------------------------------------------------------
+
+    def configure_model(self) -> None:
+        """The policy, and the start model where it is asked at every step."""
+        super().configure_model()
+        if self.reference:
+            self.reference.build()
+
+    def check_data(self, data: Any) -> None:
+        """Refuse rows that the model cannot read or that are not pairs, and a reference of other weights."""
+        super().check_data(data)
+        check_tokenizer(data, self.start)
+        check_pairs(data)
+        if self.reference:
+            self.reference.check(self._documents())
+
+    def on_train_start(self) -> None:
+        """Have the reference before the first step: after it, the start weights are gone."""
+        if self.reference:
+            self.reference.prepare(self._documents())
+
+    def on_validation_start(self) -> None:
+        """The same; Lightning may validate before it trains, or only validate."""
+        if self.reference:
+            documents = self._documents()
+            fits = self.trainer.state.fn == "fit"
+            self.reference.prepare(documents if fits else {"validation": documents["validation"]})
+
+    @property
+    def keeps_rows(self) -> bool:  # type: ignore[override]  known once the loss is
+        """Numbers about single rows: those of a cached reference."""
+        return self.reference is not None and self.reference.settings.mode == "cached"
+
+    def _documents(self) -> dict[str, Documents]:
+        return dict(zip(("train", "validation"), self._data.document_sets, strict=False))
+
+    @property
+    def _data(self) -> Any:
+        return self.trainer.datamodule  # type: ignore[attr-defined]
+
+    # Checkpoints ------------------------------------------------------------------------------------------------
 
     def settings(self) -> dict[str, Any]:
-        """The loss."""
+        """The loss; where the reference comes from changes nothing of what it is."""
         return {"loss": self.loss}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the reference: after the first step the start weights are gone."""
+        """Keep the reference's numbers of all rows (8 bytes each): a run that goes on could not compute them again."""
         super().on_save_checkpoint(checkpoint)
-        checkpoint["reference_logps"] = self.reference_logps
+        checkpoint["reference"] = self.reference.state() if self.reference else {}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take the reference of the run's start."""
         super().on_load_checkpoint(checkpoint)
-        self.reference_logps = checkpoint["reference_logps"]
+        if self.reference:
+            self.reference.load(checkpoint.get("reference", {}))
