@@ -108,7 +108,7 @@ class DPO(Stage):
         """Log the means over all ranks."""
         assert self.validation is not None
         values = self.validation.compute()
-        self.log_dict({f"val_{name}": values[name] for name in VALIDATED})
+        self.log_validation({f"val_{name}": values[name] for name in VALIDATED})
 
     # The reference ----------------------------------------------------------------------------------------------
 

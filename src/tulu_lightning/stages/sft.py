@@ -107,4 +107,4 @@ class SFT(Stage):
                 self.val_loss.update(loss / weight, weight)
             else:  # a filler: the pass is for the collectives
                 self.model(pack, weight_N=pack.weight_N)
-        self.log_validation({"val_loss": self.val_loss}, len(batch.rows))
+        self.log_validation({"val_loss": self.val_loss})

@@ -9,7 +9,7 @@ every `optimizer.step()` of every optimiser.
 import math
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
 import lightning as L
@@ -154,13 +154,13 @@ class Stage(L.LightningModule):
             if isinstance(part, Metric):
                 part.reset()
 
-    def log_validation(self, metrics: dict[str, Metric], rows: int) -> None:
-        """Give metrics to Lightning, which computes them at the end of the validation.
+    def log_validation(self, metrics: Mapping[str, Metric | float]) -> None:
+        """Give the metrics of a validation to Lightning, those of torchmetrics to be computed at its end.
 
         Within a fit not to its logger, whose steps are counted otherwise than ours: `callbacks.records.Records` logs them.
         """
-        in_fit = self.trainer.state.fn == "fit"
-        self.log_dict(metrics, on_step=False, on_epoch=True, logger=not in_fit, batch_size=rows)  # type: ignore[arg-type]
+        logger = self.trainer.state.fn != "fit"
+        self.log_dict(metrics, on_step=False, on_epoch=True, logger=logger, batch_size=1)  # type: ignore[arg-type]
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> int | None:
         """Start the step's clock; a trainer that wants more epochs than the plan has gets nothing more."""
