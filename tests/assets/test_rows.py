@@ -6,7 +6,7 @@ import pytest
 
 from tulu_lightning.assets import rows
 from tulu_lightning.assets.cache import cache_dir
-from tulu_lightning.assets.rows import alpaca_rows
+from tulu_lightning.assets.rows import alpaca_rows, preference_rows
 from tulu_lightning.errors import InputError
 
 needs_package = pytest.mark.skipif(
@@ -70,3 +70,18 @@ def test_the_real_package_gives_what_is_promised():
     assert max(lengths) <= 400
     assert alpaca_rows(20, seed=1) == alpaca_rows(410, seed=1)[:20]
     assert alpaca_rows(20, seed=1) != alpaca_rows(20, seed=2)
+
+
+@needs_package
+def test_the_real_pairs_are_300_and_a_seed_draws_some_of_them():
+    found = preference_rows()
+    assert len(found) == 300
+    assert all(row["prompt"][-1]["role"] == "user" for row in found)
+    assert all(
+        [message["role"] for message in row[side]] == ["assistant"] for row in found for side in ("chosen", "rejected")
+    )
+    assert preference_rows(20, seed=1) == preference_rows(300, seed=1)[:20]
+    assert preference_rows(20, seed=1) != preference_rows(20, seed=2)
+    for limit in (0, 301):
+        with pytest.raises(InputError, match=f"limit is {limit}, and there are 300 rows"):
+            preference_rows(limit)

@@ -59,7 +59,7 @@ def test_a_pair_has_its_three_parts_named():
             segment((ids("r"), 1.0), parent=0),
         )
     )
-    assert shown(TOKENIZER, pair, colour=False).plain == "[prompt]\np\n[chosen]\n⟦c⟧\n[rejected]\n⟦r⟧"
+    assert shown(TOKENIZER, pair, colour=False).plain == "[shared start]\np\n[chosen]\n⟦c⟧\n[rejected]\n⟦r⟧"
 
 
 LENGTHS = {"a": np.array([1, 2, 4, 8]), "b": np.array([8, 8]), "none": np.array([], dtype=np.int64)}

@@ -1,5 +1,6 @@
 """Sources of all kinds through the data modules: what ends up in the mixture, and how faults in it are named."""
 
+import re
 from collections import Counter
 from dataclasses import replace
 
@@ -14,6 +15,8 @@ from tulu_lightning.errors import InputError
 
 TOKENIZER = byte_tokenizer()
 SETTINGS = {"tokenizer": "tiny-random-llama", "template": "tulu", "max_tokens": 200, "examples_per_step": 4}
+
+PAIR = {"prompt": "q", "chosen": "a", "rejected": "b"}
 
 
 def chat(answer, **more):
@@ -94,15 +97,30 @@ def test_plain_text_has_no_template_and_is_trained_from_its_second_token_to_its_
     assert segment.weights_L[1:].tolist() == [1.0] * len(text)
 
 
-@pytest.mark.parametrize("module", [PreferenceData, PromptData])
 @pytest.mark.parametrize(
     "setting", [{"read": "alpaca"}, {"filters": [Keywords(["OpenAI"])]}, {"keep_empty": True}], ids=str
 )
-def test_what_is_for_sft_rows_only_is_refused_elsewhere(write, module, setting):
-    row = {"prompt": "q", "chosen": "a", "rejected": "b", "messages": chat("")["messages"][:1], "ground_truth": "1"}
-    source = replace(write([{**row, "verifier": "last_number"}]), **setting)
-    settings = {**SETTINGS, "sources": [source]}
+def test_what_does_nothing_for_prompts_is_refused_there(write, setting):
+    row = {"messages": chat("")["messages"][:1], "ground_truth": "1", "verifier": "last_number"}
     (name,) = setting
-    with pytest.raises(InputError, match=rf"source 'rows': {name} is .* does nothing for rows that are not for SFT"):
-        module(**settings).setup()
-    assert len(module(**{**settings, "sources": [write([{**row, "verifier": "last_number"}])]}).train_dataloader()) == 1
+    with pytest.raises(InputError, match=rf"source 'rows': {name} is .* does nothing for prompts"):
+        PromptData(sources=[replace(write([row]), **setting)], **SETTINGS).setup()
+    assert len(PromptData(sources=[write([row])], **SETTINGS).train_dataloader()) == 1
+
+
+@pytest.mark.parametrize(
+    ("module", "row", "said"),
+    [
+        (SFTData, chat("a"), "there is no format 'ultrafeedback' for SFTData. Known: alpaca, messages, "),
+        (
+            PreferenceData,
+            PAIR,
+            "there is no format 'alpaca' for PreferenceData. Known: messages, sharegpt, ultrafeedback.",
+        ),
+        (PreferenceData, PAIR, "there is no format 'sharegp'. Did you mean 'sharegpt'?"),
+    ],
+)
+def test_a_format_that_a_data_module_does_not_have_is_refused_with_the_nearest(write, module, row, said):
+    source = replace(write([row]), read=said.split("'")[1])
+    with pytest.raises(InputError, match=f"^source 'rows': {re.escape(said)}"):
+        module(sources=[source], **SETTINGS).setup()

@@ -1,6 +1,7 @@
 """Rows through the store give the packs that rows in memory gave."""
 
 import random
+from itertools import takewhile
 
 import pytest
 import torch
@@ -46,9 +47,13 @@ def in_memory(module, rows: list[dict]) -> list[Document]:
         else:
             question = [{"role": "user", "content": row["prompt"]}]
             prompt, _ = chat.encode(tokenizer, template, question, generation_prompt=True)
-            chosen, rejected = (chat.encode_answer(tokenizer, template, row[side]) for side in ("chosen", "rejected"))
-            parts = segment(prompt, [0.0] * len(prompt)), *(segment(a, [1.0] * len(a), 0) for a in (chosen, rejected))
-            document, tokens = Document(parts), len(prompt) + max(len(chosen), len(rejected))
+            answers = [chat.encode_answer(tokenizer, template, row[side]) for side in ("chosen", "rejected")]
+            same = len(
+                list(takewhile(lambda ids: ids[0] == ids[1], zip(*answers, strict=False)))
+            )  # none is the start of the other: both end in an end token
+            start = segment(prompt + answers[0][:same], [0.0] * len(prompt) + [1.0] * same)
+            rests = (segment(answer[same:], [1.0] * (len(answer) - same), 0) for answer in answers)
+            document, tokens = Document((start, *rests)), len(prompt) + max(map(len, answers))
         if tokens <= SETTINGS["max_tokens"]:
             documents.append(document)
     return documents

@@ -1,6 +1,6 @@
 import pytest
 
-from tulu_lightning.data.readers import read_chat, read_preference, read_prompt
+from tulu_lightning.data.readers import read_chat, read_prompt
 from tulu_lightning.data.sources import Source
 from tulu_lightning.errors import InputError
 from tulu_lightning.verifiers.registry import check_target
@@ -106,44 +106,6 @@ def test_text_parts_are_joined():
 def test_a_misspelt_role_is_offered_its_nearest():
     with pytest.raises(InputError, match="Did you mean 'assistant'"):
         read_chat(SOURCE, 1, {"messages": [{"role": "asistant", "content": ""}]})
-
-
-def test_a_preference_row_may_give_text_or_messages():
-    expected = ([USER], "good", "bad", None)
-    assert read_preference(SOURCE, 1, {"prompt": "q", "chosen": "good", "rejected": "bad"}) == expected
-    row = {"prompt": [USER], "chosen": [{**ANSWER, "content": "good"}], "rejected": "bad"}
-    assert read_preference(SOURCE, 1, row) == expected
-
-
-def test_token_ids_win_over_text():
-    row = {"prompt": "q", "chosen": "x", "rejected": "y", "prompt_ids": [1, 2], "chosen_ids": [3], "rejected_ids": []}
-    assert read_preference(SOURCE, 1, row) == ([], "", "", ((1, 2), (3,), ()))
-
-
-@pytest.mark.parametrize(
-    ("row", "what"),
-    [
-        ({"chosen": "a", "rejected": "b"}, "the row has no field 'prompt' (it has chosen, rejected)"),
-        ({"prompt": "q", "rejected": "b"}, "the row has no field 'chosen' (it has prompt, rejected)"),
-        ({"prompt": 3, "chosen": "a", "rejected": "b"}, "prompt is 3, not a list of messages"),
-        ({"prompt": [USER, ANSWER], "chosen": "a", "rejected": "b"}, "prompt ends with an assistant turn"),
-        ({"prompt": "q", "chosen": [USER, ANSWER], "rejected": "b"}, "chosen is not one assistant message"),
-        ({"prompt": "q", "chosen": "a", "rejected": 7}, "rejected is 7, not a list of messages"),
-        (
-            {"prompt_ids": [1], "chosen_ids": [2]},
-            "the row has no field 'rejected_ids' (it has prompt_ids, chosen_ids)",
-        ),
-        ({"prompt_ids": [], "chosen_ids": [2], "rejected_ids": [3]}, "prompt_ids is empty"),
-        (
-            {"prompt_ids": [1], "chosen_ids": [2.0], "rejected_ids": [3]},
-            "chosen_ids is [2.0], not a list of token ids",
-        ),
-        ({"prompt_ids": [1], "chosen_ids": [-2], "rejected_ids": [3]}, "chosen_ids is [-2], not a list of token ids"),
-        ({"prompt_ids": [1], "chosen_ids": "12", "rejected_ids": [3]}, "chosen_ids is '12', not a list of token ids"),
-    ],
-)
-def test_a_bad_preference_row(row, what):
-    assert fault(read_preference, row) == what
 
 
 def test_a_good_prompt_row():

@@ -1,3 +1,5 @@
+import json
+import re
 from pathlib import Path
 
 import pytest
@@ -37,6 +39,53 @@ def test_inspect_shows_the_row_asked_for_with_its_ids(run):
     assert status == 0
     assert "row 3, source" in said
     assert "<|im_end|>⟨258⟩⟧" in said
+
+
+DPO = ["--config", str(CONFIGS / "dpo_tiny.yaml")]
+
+
+def test_inspect_shows_a_pair_as_the_model_sees_it(run):
+    status, said = run("inspect", *DPO, "--row=0", "--colour=never")
+    assert status == 0
+    head, start, chosen, rejected = re.search(
+        r"row 0, (.*?)─*\n\[shared start\]\n(.*)\n\[chosen\]\n(.*)\n\[rejected\]\n(.*?)\n─", said, re.DOTALL
+    ).groups()
+    question, shared = re.fullmatch(
+        r"<\|user\|>\nWhat is (\d+ \+ \d+)\? Reply with only the number\.\n<\|assistant\|>\n(?:⟦(\d+)⟧)?", start
+    ).groups(default="")
+    right, wrong = (re.fullmatch(r"⟦(\d*)<\|im_end\|>⟧", side)[1] for side in (chosen, rejected))
+    a, b = map(int, question.split(" + "))
+    assert int(shared + right) == a + b != int(shared + wrong)
+    prompt = len(start) - len(f"⟦{shared}⟧") * bool(shared)  # one token a byte
+    sides = [prompt + len(shared + answer) + 1 for answer in (right, wrong)]
+    total, scored = prompt + len(shared + right + wrong) + 2, len(shared + right + wrong) + 2
+    expected = f"source 'additions': {total} tokens (chosen {sides[0]}, rejected {sides[1]}), {scored} trained"
+    assert head.strip() == expected
+
+
+def test_a_rejected_answer_has_a_colour_of_its_own(run):
+    status, said = run("inspect", *DPO, "--row=0", "--colour=always")
+    assert status == 0
+    chosen, rejected = said.split("[chosen]")[1].split("[rejected]")
+    assert "\x1b[1;32m" in chosen
+    assert "\x1b[1;31m" in rejected
+    assert "\x1b[1;32m" not in rejected.split("─")[0]
+
+
+def test_stats_of_pairs_give_the_lengths_of_both_sides(run, tmp_path):
+    def pair(chosen, rejected):
+        return {"prompt": "q", "chosen": chosen, "rejected": rejected}
+
+    rows = [pair("c" * 9, "r"), pair("c" * 5, "r" * 3), pair("c", "r" * 5)]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    status, said = run("stats", *DPO, '--data.sources=[{"name": "pairs", "path": "pairs.jsonl"}]')
+    assert status == 0
+    # The prompt has 25 tokens, and every answer an end token.
+    assert re.search(r"pairs +3 +35\.0 +35 +\d+ +37 +105\n", said)  # 25 + 10 + 2, 25 + 6 + 4, 25 + 2 + 6
+    assert re.search(r"pairs, chosen +3 +31\.0 +31 +\d+ +35 +93\n", said)
+    assert re.search(r"pairs, rejected +3 +29\.0 +29 +\d+ +31 +87\n", said)
+    assert re.search(r"scored tokens of a side\n.*\npairs, chosen +3 +6\.0 +6 ", said)
+    assert "pairs: the chosen side has more scored tokens in 67% of pairs" in said
 
 
 @pytest.mark.parametrize("stage", ["dpo", "ppo"])

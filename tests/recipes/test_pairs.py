@@ -103,10 +103,12 @@ def test_what_dpo_trains_on_are_the_ids_that_were_sampled(config, judged, monkey
         max_tokens=256,
         examples_per_step=8,
     )
-    assert len(data.documents) == len(lines(config, "pairs.jsonl"))
-    for document in data.documents:
-        prompt, *answers = (tuple(segment.ids_L.tolist()) for segment in document.segments)
-        assert {(prompt, answer) for answer in answers} <= sampled
+    rows = lines(config, "pairs.jsonl")
+    for document, row in zip(data.documents, rows, strict=True):
+        start, *rests = (tuple(segment.ids_L.tolist()) for segment in document.segments)
+        prompt = tuple(row["prompt_ids"])  # the answers may begin with the same tokens, which are shared as well
+        assert start[: len(prompt)] == prompt
+        assert {(prompt, (start + rest)[len(prompt) :]) for rest in rests} <= sampled
     tokenizer = load_tokenizer(config.model)
     row = lines(config, "pairs.jsonl")[0]
     assert row["chosen"] == tokenizer.decode(row["chosen_ids"], skip_special_tokens=True)

@@ -10,7 +10,7 @@ from tulu_lightning.data.readers import field, messages_of, read_chat, shown, te
 from tulu_lightning.data.sources import READER_EXAMPLE, Row, Source
 from tulu_lightning.errors import InputError, nearest
 
-__all__ = ["to_messages"]
+__all__ = ["own_row", "sharegpt_turn", "sharegpt_turns", "to_messages"]
 
 SPEAKERS = {
     **dict.fromkeys(("human", "user", "prompter"), "user"),
@@ -43,20 +43,29 @@ def to_messages(source: Source, number: int, row: Row) -> list[Message]:
     if source.read in READERS:
         made: Any = {"messages": READERS[source.read](where, row)}
     else:
-        made = _own(where, source.read, row)
+        made = own_row(where, source.read, row, "messages")
     return read_chat(source, number, made)
 
 
-def _sharegpt(where: str, row: Row) -> list[Message]:
-    """`conversations` of {from, value}; `system` may stand beside them."""
+def sharegpt_turns(where: str, row: Row) -> list[Message]:
+    """The messages of `conversations`, a list of {from, value}; `system` may stand beside it.
+
+    Raises:
+        InputError: it is missing or malformed, or somebody unknown speaks.
+    """
     turns = field(where, row, "conversations")
     if not isinstance(turns, list) or not turns:
         remedy = 'Give at least one {"from": ..., "value": ...}.'
         raise InputError(where, f"conversations is {shown(turns)}, not a list of turns", remedy)
-    return [*_system(where, row), *(_turn(where, f"conversations[{i}]", turn) for i, turn in enumerate(turns))]
+    return [*_system(where, row), *(sharegpt_turn(where, f"conversations[{i}]", turn) for i, turn in enumerate(turns))]
 
 
-def _turn(where: str, name: str, turn: Any) -> Message:
+def sharegpt_turn(where: str, name: str, turn: Any) -> Message:
+    """The message of one {from, value}, which errors call `name`.
+
+    Raises:
+        InputError: it is malformed, or somebody unknown speaks.
+    """
     if not isinstance(turn, dict) or not {"from", "value"} <= turn.keys():
         raise InputError(where, f"{name} is {shown(turn)}", 'Give it as {"from": ..., "value": ...}.')
     speaker = turn["from"]
@@ -104,7 +113,19 @@ def _system(where: str, row: Row) -> list[Message]:
     return [{"role": "system", "content": text}] if text.strip() else []
 
 
-def _own(where: str, import_path: str, row: Row) -> Mapping[str, Any]:
+def own_row(where: str, import_path: str, row: Row, fields: str) -> Mapping[str, Any]:
+    """What the user's own reader makes of a row.
+
+    Args:
+        where: names the row.
+        import_path: of the reader.
+        row: the row as it is.
+        fields: what the result must have, for the error.
+
+    Raises:
+        InputError: the reader cannot be found, fails, or returns something else than a row.
+        LeftOut: it returned None.
+    """
     reader = find_function(where, import_path, READER_EXAMPLE)
     try:
         made = reader(row)
@@ -116,13 +137,13 @@ def _own(where: str, import_path: str, row: Row) -> Mapping[str, Any]:
     if made is None:
         raise LeftOut("by its reader")
     if not isinstance(made, dict):
-        remedy = "It must return a row with messages, or None to leave the row out."
+        remedy = f"It must return a row with {fields}, or None to leave the row out."
         raise InputError(where, f"{import_path} returned a {type(made).__name__}", remedy)
     return made
 
 
 READERS: dict[str, Callable[[str, Row], list[Message]]] = {
-    "sharegpt": _sharegpt,
+    "sharegpt": sharegpt_turns,
     "alpaca": _alpaca,
     "prompt_completion": _prompt_completion,
 }

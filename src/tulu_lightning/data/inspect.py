@@ -14,8 +14,8 @@ from tulu_lightning.types import Document, Segment
 
 __all__ = ["Run", "runs", "shown"]
 
-TRAINED, CONTEXT, NOTE = "bold green", "dim", "cyan"
-LABELS = {1: ("",), 3: ("prompt", "chosen", "rejected")}
+TRAINED, REJECTED, CONTEXT, NOTE = "bold green", "bold red", "dim", "cyan"
+LABELS = {1: ("",), 3: ("shared start", "chosen", "rejected")}
 """Names of a document's segments, by how many there are."""
 OPEN, CLOSE = "⟦", "⟧"
 """Around trained text where there is no colour."""
@@ -42,7 +42,7 @@ def runs(tokenizer: PreTrainedTokenizerBase, segment: Segment) -> Iterator[Run]:
 
 
 def shown(tokenizer: PreTrainedTokenizerBase, document: Document, ids: bool = False, colour: bool = True) -> Text:
-    """A document as coloured text: trained tokens bold and green, context dim.
+    """A document as coloured text: trained tokens bold and green (of a rejected side red), context dim.
 
     Args:
         tokenizer: the run's.
@@ -51,7 +51,7 @@ def shown(tokenizer: PreTrainedTokenizerBase, document: Document, ids: bool = Fa
         colour: whether the terminal has colours; without, trained text stands between ⟦ and ⟧.
 
     Returns:
-        One text; a pair's prompt, chosen and rejected parts have headings.
+        One text; what both sides of a pair begin with and the rest of each have headings.
     """
     text = Text()
     labels = LABELS.get(len(document.segments), tuple(f"segment {i}" for i in range(len(document.segments))))
@@ -59,25 +59,27 @@ def shown(tokenizer: PreTrainedTokenizerBase, document: Document, ids: bool = Fa
         if label:
             text.append(f"{'' if not text else chr(10)}[{label}]\n", style=NOTE)
         for run in runs(tokenizer, segment):
-            _append(text, tokenizer, run, ids, colour)
+            style = CONTEXT if not run.weight else REJECTED if label == "rejected" else TRAINED
+            _append(text, tokenizer, run, ids, style if colour else "")
     return text
 
 
-def _append(text: Text, tokenizer: PreTrainedTokenizerBase, run: Run, ids: bool, colour: bool) -> None:
-    trained = run.weight > 0
-    style = (TRAINED if trained else CONTEXT) if colour else ""
-    if trained and not colour:
+def _append(text: Text, tokenizer: PreTrainedTokenizerBase, run: Run, ids: bool, style: str) -> None:
+    """Without a style there are no colours, and brackets take their place."""
+    note = NOTE if style else ""
+    bracketed = run.weight > 0 and not style
+    if bracketed:
         text.append(OPEN)
     if not ids:
         text.append(run.text, style=style)
     else:
         for token in run.ids:
             text.append(_decode(tokenizer, (token,)), style=style)
-            text.append(f"⟨{token}⟩", style=NOTE if colour else "")
-    if trained and not colour:
+            text.append(f"⟨{token}⟩", style=note)
+    if bracketed:
         text.append(CLOSE)
-    if trained and run.weight != 1:
-        text.append(f"×{run.weight:g}", style=NOTE if colour else "")
+    if run.weight not in (0, 1):
+        text.append(f"×{run.weight:g}", style=note)
 
 
 def _decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:

@@ -13,6 +13,14 @@ __all__ = ["Counts", "LeftOut", "TooLong", "check_names", "check_source", "intak
 Item = TypeVar("Item")
 
 
+REMEDIES = {
+    "with equal answers": "Give pairs whose two answers differ; look whether columns takes both from one field.",
+    "with a tie": "Give pairs of which one answer was judged better, or leave the scores out.",
+}
+REMEDY = "Raise the limit or correct the rows, or leave the source out."
+"""What to do about a source of which every row was left out, by the most frequent reason."""
+
+
 class LeftOut(Exception):
     """Raised while a row is read, to leave it out; its text is the reason that the table shows."""
 
@@ -87,7 +95,8 @@ def check_source(source: Source, counts: Counts, max_dropped_share: float) -> No
     """
     where = f"source {source.name!r}"
     if not counts.kept:
-        remedy = "Raise the limit or correct the rows, or leave the source out."
+        (reason, _), *_ = counts.left_out.most_common(1)
+        remedy = REMEDIES.get(reason, REMEDY)
         raise InputError(where, f"every row was left out ({counts.reasons})", remedy)
     if source.count is not None and counts.kept < source.count:
         said = f" ({counts.reasons} were left out)" if counts.left_out else ""

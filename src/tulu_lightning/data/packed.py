@@ -2,19 +2,24 @@
 
 import dataclasses
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any, ClassVar
 
 import numpy as np
+import torch
 
 from tulu_lightning.core.packing import filler, pack
 from tulu_lightning.core.step_plan import StepPlan
-from tulu_lightning.data.base import Overflow, StepData
+from tulu_lightning.data import doctor
+from tulu_lightning.data.base import Overflow, StepData, Steps
 from tulu_lightning.data.cache import Entry, Job, Kept, load_or_build
+from tulu_lightning.data.chat import Message, Train
 from tulu_lightning.data.intake import LeftOut
-from tulu_lightning.data.keys import code_digest, key
+from tulu_lightning.data.keys import code_digest, key, texts_in
+from tulu_lightning.data.loader import StepLoader
 from tulu_lightning.data.mixture import order, wanted
 from tulu_lightning.data.rows import Documents, Mixed, SourceRows
-from tulu_lightning.data.sources import Row, Source, Table
+from tulu_lightning.data.sources import FORMATS, Row, Source, Table, check_format
 from tulu_lightning.errors import InputError
 from tulu_lightning.types import Document, Pack, StepBatch
 
@@ -24,6 +29,8 @@ PLACE = {"name", "path", "hub", "subset", "split", "revision", "rows", "args", "
 """Fields of a source that do not decide tokens: where its rows are from (their content does), how often they are used."""
 DRAWN = ("fraction", "count", "cap")
 """Fields that make a source a sample, which depends on the seed and the source's name."""
+EXAMINED = 50
+"""Rows of each source that the template doctor looks at."""
 
 
 class PackedData(StepData[Document]):
@@ -33,6 +40,9 @@ class PackedData(StepData[Document]):
     needs it.
     """
 
+    truncates: ClassVar[bool] = True
+    formats: ClassVar[tuple[str, ...]] = FORMATS
+    """What `Source.read` may say here, beside an import path."""
     _mixed_type: ClassVar[type[Mixed]] = Documents
 
     def __init__(
@@ -51,6 +61,8 @@ class PackedData(StepData[Document]):
         max_dropped_share: float = 0.5,
         accept_changed_data: bool = False,
         pad_to: int = 0,
+        train: Train = "all",
+        validation: list[Source] | None = None,
     ) -> None:
         """Keep the settings; those not named here are as in `StepData`.
 
@@ -70,10 +82,13 @@ class PackedData(StepData[Document]):
             accept_changed_data: as in `StepData`.
             pad_to: fill packs and pad them to a multiple of so many tokens, for a compiled model that wants few
                 shapes (`micro_tokens` itself makes it one); 0 = no padding. Never seen in the gradient.
+            train: which assistant turns are trained: `all`, or only the `last` of each conversation.
+            validation: rows that are not trained on: their loss is logged as `val_loss` (`tulu validate`, and in a fit
+                whenever the trainer validates).
 
         Raises:
-            InputError: a number below 1, a `pad_to` that does not divide `micro_tokens`, or anything that `StepData`
-                refuses.
+            InputError: a number below 1, a `pad_to` that does not divide `micro_tokens`, an unknown `train`, an empty
+                `validation`, or anything that `StepData` refuses.
         """
         super().__init__(
             sources=sources,
@@ -94,8 +109,41 @@ class PackedData(StepData[Document]):
             raise InputError("data.pad_to", f"is {pad_to}", remedy)
         self.micro_tokens = self._micro_tokens = micro_tokens
         self.pad_to = self._pad_to = pad_to
+        if train not in ("all", "last"):
+            raise InputError("data.train", f"is {train!r}", "Use 'all' or 'last'.")
+        if validation == []:
+            raise InputError("data.validation", "there is no source", "Give at least one, or leave it out.")
+        self.train: Train = train
+        self.validation = validation
+        self._validation: Documents | None = None
+        if validation is not None:  # Lightning, and `tulu validate`, go by whether the hook is there
+            self.val_dataloader = self._val_dataloader
 
     # Reading ----------------------------------------------------------------------------------------------------
+
+    def setup(self, stage: str = "fit") -> None:
+        """As in `StepData`; the validation rows, too."""
+        super().setup(stage)
+        if self.validation is not None and self._validation is None:
+            mixed = self._mix(self.validation, "data.validation")
+            assert isinstance(mixed, Documents)
+            self._validation = mixed
+
+    def _mix(self, sources: list[Source], where: str) -> Mixed:
+        for source in sources:
+            check_format(source, self.formats, type(self).__name__)
+        return super()._mix(sources, where)
+
+    def _conversations(self, source: Source, table: Table) -> list[doctor.Named]:
+        indices = range(min(EXAMINED, len(table)))
+        numbers = [table.number(index) for index in indices]
+        read = zip(numbers, self._read(source, numbers, table.take(indices)), strict=True)
+        examined = ((number, self._examined(row)) for number, row in read if not isinstance(row, LeftOut))
+        return [(source.row_name(number), messages) for number, messages in examined if messages is not None]
+
+    def _examined(self, row: Any) -> Sequence[Message] | None:
+        """What the template doctor looks at of a row (as `_row` gave it), if anything."""
+        raise NotImplementedError
 
     def _prepare(self, source: Source, table: Table) -> SourceRows:
         total = len(table)
@@ -117,7 +165,25 @@ class PackedData(StepData[Document]):
 
     def _read(self, source: Source, numbers: Sequence[int], rows: Sequence[Row]) -> list[Any]:
         """A chunk of rows (numbered from 1) as `_encode` takes them; runs beside that of the chunk before."""
-        return list(rows)
+        read: list[Any] = []
+        for number, row in zip(numbers, rows, strict=True):
+            try:
+                read.append(self._row(source, number, row))
+            except LeftOut as reason:
+                read.append(reason.with_traceback(None))
+        return read
+
+    def _row(self, source: Source, number: int, row: Row) -> Any:
+        """One row in the form in which it is tokenised.
+
+        Raises:
+            InputError: it is malformed.
+            LeftOut: it is well formed and not to be used.
+        """
+        raise NotImplementedError
+
+    def _token_settings(self) -> dict[str, Any]:
+        return {**super()._token_settings(), "train": self.train}
 
     def _key(self, source: Source, table: Table) -> str:
         """Name of a source's tokens in the cache: whatever could change one of them is in it, and nothing else."""
@@ -127,7 +193,7 @@ class PackedData(StepData[Document]):
         return key(
             {
                 "kind": f"{type(self).__module__}.{type(self).__qualname__}",
-                "code": code_digest(type(self), source.read, *_texts(source.filters)),
+                "code": code_digest(type(self), source.read, *texts_in(source.filters)),
                 "rows": table.fingerprint,
                 "source": own,
                 "drawn": drawn,
@@ -145,18 +211,30 @@ class PackedData(StepData[Document]):
         return mixed
 
     @property
+    def validation_documents(self) -> Documents | None:
+        """The rows of `validation`, tokenised."""
+        self.setup()
+        return self._validation
+
+    @property
     def document_sets(self) -> tuple[Documents, ...]:
-        """All rows that the model will read, training rows first."""
-        return (self.documents,)
+        """All rows that the model will read: the training rows, then those of `validation`."""
+        held_out = self.validation_documents
+        return (self.documents,) if held_out is None else (self.documents, held_out)
 
     # Steps ------------------------------------------------------------------------------------------------------
 
-    def packs(self, rows: Sequence[int], micro_tokens: int) -> Iterator[Pack]:
+    def packs(self, rows: Sequence[int], micro_tokens: int, documents: Documents | None = None) -> Iterator[Pack]:
         """The given rows as packs of at most `micro_tokens` tokens, the longest rows first (out of order, then).
 
         For passes over the data that are not training, such as the reference's log-probs.
+
+        Args:
+            rows: numbers of rows.
+            micro_tokens: limit of a pack; a longer row gets one of its own.
+            documents: what the numbers count; the training rows if left out.
         """
-        documents = self.documents
+        documents = self.documents if documents is None else documents
         lengths = documents.lengths
         group: list[int] = []
         size = 0
@@ -184,6 +262,20 @@ class PackedData(StepData[Document]):
         """What the summed loss of a whole step is divided by."""
         raise NotImplementedError
 
+    def _val_dataloader(self) -> StepLoader:
+        """Every validation row once, as batches like those of training."""
+        documents = self.validation_documents
+        assert documents is not None
+        rank, world_size = self._place()
+        plan = StepPlan(
+            lengths=torch.from_numpy(documents.lengths),
+            examples_per_step=min(self.examples_per_step, len(documents)),
+            micro_tokens=self.micro_tokens,
+            world_size=world_size,
+            pad_to=self.pad_to,
+        )
+        return StepLoader(Steps(partial(self._batch, documents), plan, rank), plan.total_steps)
+
     def _step_batch(self, plan: StepPlan, step: int, rank: int) -> StepBatch:
         return self._batch(self.documents, plan, step, rank)
 
@@ -196,17 +288,3 @@ class PackedData(StepData[Document]):
             for micro in plan.micro_batches(step, rank)
         )
         return StepBatch(step, packs, self._denominator(documents, rows), rows)
-
-
-def _texts(value: Any) -> Iterator[str]:
-    """Every text in a setting, however nested: one may be an import path."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, dict):
-        for part in value.values():
-            yield from _texts(part)
-    elif isinstance(value, list | tuple):
-        for part in value:
-            yield from _texts(part)
-    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
-        yield from _texts(dataclasses.asdict(value))

@@ -1,61 +1,151 @@
 """Pairs of a better and a worse answer, for DPO and reward modelling."""
 
 from collections.abc import Sequence
+from typing import Any, ClassVar
 
-from tulu_lightning.data import chat
+from tulu_lightning.data import chat, filters, pairs
+from tulu_lightning.data.base import Overflow
 from tulu_lightning.data.cache import Kept
-from tulu_lightning.data.intake import LeftOut
+from tulu_lightning.data.chat import Encoded, Message, Train
+from tulu_lightning.data.intake import LeftOut, TooLong
 from tulu_lightning.data.packed import PackedData
-from tulu_lightning.data.readers import read_preference
+from tulu_lightning.data.pair_formats import EQUAL, IdPair, Pair, to_pair
 from tulu_lightning.data.rows import Documents
-from tulu_lightning.data.sources import Row, Source
-from tulu_lightning.data.store import Part
+from tulu_lightning.data.sources import PAIR_FORMATS, Row, Source
 
 __all__ = ["PreferenceData"]
 
 
 class PreferenceData(PackedData):
-    """Rows with `prompt`, `chosen` and `rejected`, or with their token ids.
+    """Rows with a chosen and a rejected conversation, or answer to a prompt, or with token ids (`data.pair_formats`).
 
-    A document is the prompt (context only) and its two continuations, chosen before rejected, so the prompt is
-    computed once. `max_tokens` limits the prompt with the longer answer; the pack holds prompt, chosen and rejected.
-    A step's denominator is its number of pairs over all ranks. Pairs with an empty or two equal answers are left out.
+    Both conversations are rendered and tokenised whole, as for SFT. A document is the longest start that both have in
+    common, in tokens, and its two continuations, chosen before rejected; so what is common is computed once. It ends
+    each side with its last scored token. Scored tokens of the common start belong to both sides. `max_tokens` limits
+    each side, the common start included; the pack holds that start once. A step's denominator is its number of pairs
+    over all ranks. Pairs that teach nothing (equal, empty, tied) are left out.
     """
 
-    def _encode(self, source: Source, numbers: Sequence[int], rows: Sequence[Row]) -> list[Kept | LeftOut]:
-        return [self._pair(source, number, row) for number, row in zip(numbers, rows, strict=True)]
+    formats: ClassVar[tuple[str, ...]] = PAIR_FORMATS
 
-    def _pair(self, source: Source, number: int, row: Row) -> Kept | LeftOut:
-        try:
-            prompt, chosen, rejected = self._ids(source, number, row)
-        except LeftOut as reason:
-            return reason.with_traceback(None)
-        if not chosen or not rejected:
-            return LeftOut("with an empty answer")
-        if chosen == rejected:
-            return LeftOut("with equal answers")
-        if reason := self._too_long(source, number, len(prompt) + max(len(chosen), len(rejected))):
+    def __init__(
+        self,
+        *,
+        sources: list[Source],
+        tokenizer: str,
+        max_tokens: int,
+        examples_per_step: int,
+        micro_tokens: int = 4096,
+        template: str = "chatml",
+        seed: int = 0,
+        epochs: int = 1,
+        max_steps: int | None = None,
+        on_overflow: Overflow = "drop",
+        max_dropped_share: float = 0.5,
+        accept_changed_data: bool = False,
+        pad_to: int = 0,
+        train: Train = "all",
+        validation: list[Source] | None = None,
+        share_prefix: bool = True,
+    ) -> None:
+        """Keep the settings; those not named here are as in `PackedData`.
+
+        Args:
+            sources: as in `StepData`.
+            tokenizer: as in `StepData`.
+            max_tokens: longest side of a pair that is kept, in tokens, template and prompt included.
+            examples_per_step: pairs of one optimiser step, over all ranks.
+            micro_tokens: as in `PackedData`.
+            template: as in `StepData`.
+            seed: as in `StepData`.
+            epochs: as in `StepData`.
+            max_steps: as in `StepData`.
+            on_overflow: as in `StepData`; of a pair each side is cut on its own, and keeps something of what differs.
+            max_dropped_share: as in `StepData`.
+            accept_changed_data: as in `StepData`.
+            pad_to: as in `PackedData`.
+            train: which assistant turns of each side are scored: `all`, or only the `last`.
+            validation: as in `PackedData`.
+            share_prefix: compute once what both sides begin with. Without, only the first token is shared: the same
+                numbers, for comparison.
+
+        Raises:
+            InputError: as in `PackedData`.
+        """
+        super().__init__(
+            sources=sources,
+            tokenizer=tokenizer,
+            max_tokens=max_tokens,
+            examples_per_step=examples_per_step,
+            micro_tokens=micro_tokens,
+            template=template,
+            seed=seed,
+            epochs=epochs,
+            max_steps=max_steps,
+            on_overflow=on_overflow,
+            max_dropped_share=max_dropped_share,
+            accept_changed_data=accept_changed_data,
+            pad_to=pad_to,
+            train=train,
+            validation=validation,
+        )
+        self.share_prefix = share_prefix
+
+    def _token_settings(self) -> dict[str, Any]:
+        return {**super()._token_settings(), "share_prefix": self.share_prefix}
+
+    def _row(self, source: Source, number: int, row: Row) -> Pair | IdPair:
+        pair = to_pair(source, number, row)
+        for messages in (pair if isinstance(pair, Pair) else pair.texts) or ():
+            filters.check(source, messages, row)
+        return pair
+
+    def _examined(self, row: Pair | IdPair) -> Sequence[Message] | None:
+        return row.chosen if isinstance(row, Pair) else None
+
+    def _encode(
+        self, source: Source, numbers: Sequence[int], rows: Sequence[Pair | IdPair | LeftOut]
+    ) -> list[Kept | LeftOut]:
+        conversations = [messages for row in rows if isinstance(row, Pair) for messages in row]
+        encoded = iter(chat.encode_many(self.tokenizer, self.template, conversations, self.train))
+        stops = self.stop_ids
+        outcomes: list[Kept | LeftOut] = []
+        for number, row in zip(numbers, rows, strict=True):
+            if isinstance(row, LeftOut):
+                outcomes.append(row)
+            elif isinstance(row, IdPair):
+                sides = (_encoded(row.prompt, answer, stops) for answer in (row.chosen, row.rejected))
+                outcomes.append(self._fitted(source, number, *sides))
+            else:
+                outcomes.append(self._fitted(source, number, *map(pairs.without_tail, (next(encoded), next(encoded)))))
+        return outcomes
+
+    def _fitted(self, source: Source, number: int, chosen: Encoded, rejected: Encoded) -> Kept | LeftOut:
+        if not chosen.ids or not rejected.ids:
+            return LeftOut("without a scored token")
+        if chosen.ids == rejected.ids:
+            return LeftOut(EQUAL)
+        shared = pairs.common_start(chosen, rejected)
+        assert shared, "the doctor's rule `prefix` says that a template writes the same start for both sides"
+        longest = max(len(chosen.ids), len(rejected.ids))
+        if longest > self.max_tokens and self.on_overflow == "truncate":
+            cut = [pairs.cut(side, shared, self.max_tokens) for side in (chosen, rejected)]
+            if cut[0] is None or cut[1] is None:
+                return TooLong(f"cut to nothing at {self.max_tokens} tokens")
+            chosen, rejected = cut[0], cut[1]
+            if chosen.ids == rejected.ids:
+                return TooLong(f"equal when cut at {self.max_tokens} tokens")
+            shared = pairs.common_start(chosen, rejected)
+        elif reason := self._too_long(source, number, longest):
             return reason
-        return Kept(
-            (
-                Part(prompt, [0.0] * len(prompt)),
-                Part(chosen, [1.0] * len(chosen), parent=0),
-                Part(rejected, [1.0] * len(rejected), parent=0),
-            )
-        )
-
-    def _ids(self, source: Source, number: int, raw: Row) -> tuple[list[int], list[int], list[int]]:
-        row = read_preference(source, number, raw)
-        if row.ids is not None:
-            prompt, chosen, rejected = map(list, row.ids)
-            return prompt, chosen, rejected
-        if not row.chosen.strip() or not row.rejected.strip():
-            raise LeftOut("with an empty answer")
-        prompt, _ = chat.encode(self.tokenizer, self.template, row.prompt, generation_prompt=True)
-        chosen, rejected = (
-            chat.encode_answer(self.tokenizer, self.template, text) for text in (row.chosen, row.rejected)
-        )
-        return prompt, chosen, rejected
+        kept = pairs.parts(chosen, rejected, shared if self.share_prefix else 1)
+        return Kept(kept, truncated=longest > self.max_tokens)
 
     def _denominator(self, documents: Documents, rows: Sequence[int]) -> float:
         return float(len(rows))
+
+
+def _encoded(prompt: list[int], answer: list[int], stops: Sequence[int]) -> Encoded:
+    """One side of a pair of token ids; an answer that a sampler cut has no end."""
+    ends = (len(prompt) + len(answer),) if answer[-1] in stops else ()
+    return Encoded(prompt + answer, [0.0] * len(prompt) + [1.0] * len(answer), ends)

@@ -10,30 +10,16 @@ from tulu_lightning.errors import InputError, nearest
 
 __all__ = [
     "ROLES",
-    "PreferenceRow",
     "PromptRow",
     "field",
     "messages_of",
     "read_chat",
-    "read_preference",
     "read_prompt",
     "shown",
     "text_of",
 ]
 
 ROLES = ("system", "user", "assistant")
-
-TokenIds = tuple[int, ...]
-
-
-class PreferenceRow(NamedTuple):
-    """A prompt with a better and a worse answer; token ids, where the row has them, are the record."""
-
-    prompt: list[Message]
-    chosen: str
-    rejected: str
-    ids: tuple[TokenIds, TokenIds, TokenIds] | None = None
-    """Prompt, chosen and rejected as the sampler saw and made them. The texts are then empty."""
 
 
 class PromptRow(NamedTuple):
@@ -88,35 +74,10 @@ def read_prompt(source: Source, number: int, row: Row, complaint: Callable[[str,
     return PromptRow(messages, target, verifier)
 
 
-def read_preference(source: Source, number: int, row: Row) -> PreferenceRow:
-    """A preference row: `prompt` (text or messages), `chosen` and `rejected` (text or one assistant message).
-
-    Rows with `prompt_ids`, `chosen_ids` and `rejected_ids` are read by these alone.
-
-    Raises:
-        InputError: a field is missing or malformed, or only some of the ids are there.
-    """
-    where = source.row_name(number)
-    _refuse_sft_settings(source)
-    if any(name in row for name in ("prompt_ids", "chosen_ids", "rejected_ids")):
-        prompt, chosen, rejected = (
-            _ids(where, name, field(where, row, name)) for name in ("prompt_ids", "chosen_ids", "rejected_ids")
-        )
-        if not prompt:
-            raise InputError(where, "prompt_ids is empty", "Give the prompt's token ids, template included.")
-        return PreferenceRow([], "", "", (prompt, chosen, rejected))
-    given = field(where, row, "prompt")
-    messages = messages_of(where, "prompt", [{"role": "user", "content": given}] if isinstance(given, str) else given)
-    if messages[-1]["role"] == "assistant":
-        raise InputError(where, "prompt ends with an assistant turn", "Put the answers in chosen and rejected.")
-    chosen, rejected = (_answer(where, name, field(where, row, name)) for name in ("chosen", "rejected"))
-    return PreferenceRow(messages, chosen, rejected)
-
-
 def _refuse_sft_settings(source: Source) -> None:
     for name, default in (("read", "messages"), ("filters", []), ("keep_empty", False)):
         if (value := getattr(source, name)) != default:
-            what = f"{name} is {value}, which does nothing for rows that are not for SFT"
+            what = f"{name} is {value}, which does nothing for prompts"
             raise InputError(f"source {source.name!r}", what, f"Leave {name} out.")
 
 
@@ -189,21 +150,6 @@ def _weight(where: str, name: str, message: dict[str, Any]) -> float | None:
         found = {**given, "train": train} if not train else given
         raise InputError(where, f"{name} has weights that clash: {found}", "Give one of them.")
     return weights.pop() if weights else (None if train else 0.0)
-
-
-def _answer(where: str, name: str, value: Any) -> str:
-    if isinstance(value, str):
-        return value
-    messages = messages_of(where, name, value)
-    if [message["role"] for message in messages] != ["assistant"]:
-        raise InputError(where, f"{name} is not one assistant message", "Move the turns before it to prompt.")
-    return messages[0]["content"]
-
-
-def _ids(where: str, name: str, value: Any) -> TokenIds:
-    if not isinstance(value, list) or not all(type(item) is int and item >= 0 for item in value):
-        raise InputError(where, f"{name} is {shown(value)}, not a list of token ids", "Give whole numbers from 0.")
-    return tuple(value)
 
 
 def shown(value: Any) -> str:

@@ -12,7 +12,7 @@ from tulu_lightning.data.intake import Counts
 from tulu_lightning.data.store import Store
 from tulu_lightning.types import Document
 
-__all__ = ["Documents", "Mixed", "SourceRows"]
+__all__ = ["Array", "Documents", "Mixed", "SourceRows"]
 
 Array = np.ndarray[Any, np.dtype[Any]]
 

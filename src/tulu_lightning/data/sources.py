@@ -11,10 +11,23 @@ from tulu_lightning.data.importing import check_call, find_function
 from tulu_lightning.data.table import ListRows, Row, Rows, Table, plain
 from tulu_lightning.errors import InputError, nearest
 
-__all__ = ["FORMATS", "Row", "Source", "Table", "check_settings", "load", "open_source"]
+__all__ = [
+    "FORMATS",
+    "PAIR_FORMATS",
+    "SFT_FORMATS",
+    "Row",
+    "Source",
+    "Table",
+    "check_format",
+    "check_settings",
+    "load",
+    "open_source",
+]
 
-FORMATS = ("messages", "sharegpt", "alpaca", "prompt_completion", "text")
-"""What `Source.read` may say, beside an import path."""
+SFT_FORMATS = ("messages", "sharegpt", "alpaca", "prompt_completion", "text")
+PAIR_FORMATS = ("messages", "sharegpt", "ultrafeedback")
+FORMATS = tuple(dict.fromkeys((*SFT_FORMATS, *PAIR_FORMATS)))
+"""What `Source.read` may say, beside an import path: for SFT, for preferences, and all of it."""
 READER_EXAMPLE = "my_package.readers.read_row"
 
 
@@ -46,8 +59,9 @@ class Source:
     revision: str | None = None
     """Commit, tag or branch of the hub set."""
     read: str = "messages"
-    """How an SFT row is written: messages, sharegpt, alpaca, prompt_completion, text (plain text, all of it trained);
-    or the import path of a function from a row to a row with `messages`, or to None to leave it out."""
+    """How a row is written. For SFT: messages, sharegpt, alpaca, prompt_completion, text (plain text, all of it trained).
+    For preferences: messages, sharegpt, ultrafeedback. Or the import path of a function from a row to a row with
+    `messages` (for preferences `chosen` and `rejected`), or to None to leave it out."""
     columns: dict[str, str] = field(default_factory=dict)
     """Where the fields are that the reader wants, if under other names: {messages: conversation}."""
     match: dict[str, str | list[str]] = field(default_factory=dict)
@@ -61,9 +75,11 @@ class Source:
     upsample: float = 1.0
     """How often a taken row is used: 10 takes each ten times, 2.5 each twice and half of them once more."""
     filters: list[Keywords | Predicate] = field(default_factory=list)
-    """Which SFT rows to leave out: {words: [...]} by keywords, {function: ...} by a function of yours."""
+    """Which rows to leave out: {words: [...]} by keywords, {function: ...} by a function of yours. Of a pair, both
+    conversations must pass."""
     keep_empty: bool = False
-    """Keep SFT rows with an empty message; the paper filters them out of every set."""
+    """Keep rows with an empty message; the paper filters them out of every set. A pair with an empty answer is never
+    kept."""
 
     def row_name(self, number: int) -> str:
         """How an error names a row (from 1)."""
@@ -128,14 +144,25 @@ def check_settings(source: Source) -> None:
         if getattr(source, name) is not None and not source.hub:
             raise InputError(where, f"{name} does nothing for a source without hub", f"Leave {name} out, or give hub.")
     _check_numbers(where, source)
+    check_format(source, FORMATS, "any rows")
     if "." in source.read:
         find_function(f"{where}, read", source.read, READER_EXAMPLE)
-    elif source.read not in FORMATS:
-        remedy = f"{nearest(source.read, FORMATS)} Or give the import path of a function, such as {READER_EXAMPLE}."
-        raise InputError(where, f"there is no format {source.read!r}", remedy)
     for criterion in source.filters:
         if isinstance(criterion, Predicate):
             criterion.find()
+
+
+def check_format(source: Source, formats: Sequence[str], module: str) -> None:
+    """Refuse a `read` that a data module (of that class) does not have; import paths pass.
+
+    Raises:
+        InputError: with the nearest of its formats.
+    """
+    if "." in source.read or source.read in formats:
+        return
+    of = f" for {module}" if source.read in FORMATS else ""
+    remedy = f"{nearest(source.read, formats)} Or give the import path of a function, such as {READER_EXAMPLE}."
+    raise InputError(f"source {source.name!r}", f"there is no format {source.read!r}{of}", remedy)
 
 
 def _check_numbers(where: str, source: Source) -> None:

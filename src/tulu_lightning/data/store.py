@@ -226,7 +226,7 @@ class Store(Sequence[Document]):
         if isinstance(index, slice):
             return [self[row] for row in range(len(self))[index]]
         row = range(len(self))[index]
-        arrays = self._arrays
+        arrays = self.arrays
         ends = arrays["row_ends"]
         (token, run, segment), (token_end, run_end, segment_end) = (ends[row - 1] if row else (0, 0, 0)), ends[row]
         ids_L = torch.from_numpy(arrays["ids"][token:token_end].astype(np.int64))
@@ -244,7 +244,8 @@ class Store(Sequence[Document]):
         )
 
     @cached_property
-    def _arrays(self) -> dict[str, Array]:
+    def arrays(self) -> dict[str, Array]:
+        """The files, mapped, by the names in `COLUMNS`."""
         return {name: _mapped(self.folder / f"{name}.bin", column) for name, column in COLUMNS.items()}
 
     def __getstate__(self) -> dict[str, Any]:
@@ -253,22 +254,22 @@ class Store(Sequence[Document]):
     @property
     def lengths(self) -> Array:
         """Tokens of each document, every segment once; int64."""
-        return np.diff(self._arrays["row_ends"][:, 0], prepend=0)
+        return np.diff(self.arrays["row_ends"][:, 0], prepend=0)
 
     @property
     def weight_sums(self) -> Array:
         """Sum of the weights of each document's scored tokens; float64."""
-        return self._arrays["weight_sums"]
+        return self.arrays["weight_sums"]
 
     @property
     def scored(self) -> Array:
         """Number of scored tokens of each document; int32."""
-        return self._arrays["scored"]
+        return self.arrays["scored"]
 
     @property
     def numbers(self) -> Array:
         """The row of its source that each document came from; int64."""
-        return self._arrays["numbers"]
+        return self.arrays["numbers"]
 
     def content_digest(self) -> str:
         """Hash of the documents: ids, weights, segments, in order. Reads all of the files. Hexadecimal."""

@@ -16,6 +16,8 @@ from tulu_lightning.data.base import StepData
 from tulu_lightning.data.inspect import shown
 from tulu_lightning.data.manifest import manifest_table
 from tulu_lightning.data.packed import PackedData
+from tulu_lightning.data.pairs import side_lengths
+from tulu_lightning.data.preference import PreferenceData
 from tulu_lightning.errors import InputError, nearest
 from tulu_lightning.launch.fit import TuluCLI
 from tulu_lightning.launch.quiet import without_noise
@@ -28,7 +30,8 @@ usage: tulu data inspect --config FILE [--rows N | --row K] [--source NAME] [--i
        tulu data stats   --config FILE [--bins N] [--png FILE]
 
 inspect  rows as the model sees them, trained tokens marked; the template's checks; the mixture as a table
-stats    lengths of the rows by source, in figures and as a histogram; with --png also as a picture
+stats    lengths of the rows by source, in figures and as a histogram, of pairs also those of both sides; with --png
+         also as a picture
 
 FILE is the config of a stage, and options such as --data.max_tokens=512 change it as in `tulu fit`.
 """
@@ -146,6 +149,9 @@ def _print_row(console: Console, data: StepData, row: int, ids: bool) -> None:
     tokens = sum(segment.ids_L.numel() for segment in document.segments)
     trained = sum(int((segment.weights_L > 0).sum()) for segment in document.segments)
     head = f"row {row}, source {data.source_of(row)!r}: {tokens} tokens"
+    if isinstance(data, PreferenceData):
+        start, *rests = (segment.ids_L.numel() for segment in document.segments)
+        head += f" (chosen {start + rests[0]}, rejected {start + rests[1]})"
     head += f", {trained} trained" if isinstance(data, PackedData) else ""
     console.rule(Text(head), align="left")
     console.print(shown(data.tokenizer, document, ids, colour=console.is_terminal and not console.no_color))
@@ -170,13 +176,34 @@ def _stats(argv: Sequence[str]) -> None:
     if len(by_source) > 1:
         by_source["all sources"] = tokens
     found = lengths.histogram(by_source, chosen.bins)
-    print(_figures(lengths.summaries(by_source)), end="\n\n")
+    print(_figures("tokens of a row, template included", lengths.summaries(by_source)), end="\n\n")
+    if isinstance(data, PreferenceData):
+        print(_sides(data), end="\n\n")
     print(lengths.histogram_text(found))
     if chosen.png is not None:
         print(f"\npicture: {lengths.write_png(found, chosen.png)}")
 
 
-def _figures(summaries: dict[str, lengths.Summary]) -> str:
+def _sides(data: PreferenceData) -> str:
+    """Both sides of the pairs by source: all their tokens, their scored ones, and how often the chosen one is longer."""
+    tokens_R2, scored_R2 = side_lengths(data.documents)
+    of_source = {name: data.source_numbers == index for index, name in enumerate(data.source_names)}
+    tables = []
+    for title, values_R2 in (("tokens of a side, prompt included", tokens_R2), ("scored tokens of a side", scored_R2)):
+        by_side = {
+            f"{name}, {side}": values_R2[rows, column]
+            for name, rows in of_source.items()
+            for column, side in enumerate(("chosen", "rejected"))
+        }
+        tables.append(_figures(title, lengths.summaries(by_side)))
+    longer = {name: (scored_R2[rows, 0] > scored_R2[rows, 1]).mean() for name, rows in of_source.items()}
+    lines = [
+        f"{name}: the chosen side has more scored tokens in {share:.0%} of pairs" for name, share in longer.items()
+    ]
+    return "\n\n".join([*tables, "\n".join(lines)])
+
+
+def _figures(title: str, summaries: dict[str, lengths.Summary]) -> str:
     head = ("source", "rows", "mean", "median", "95%", "longest", "tokens")
     rows = [
         (name, f"{s.rows:,}", f"{s.mean:.1f}", f"{s.median:.0f}", f"{s.p95:.0f}", f"{s.longest:,}", f"{s.total:,}")
@@ -190,4 +217,4 @@ def _figures(summaries: dict[str, lengths.Summary]) -> str:
             for index, (cell, width) in enumerate(zip(cells, widths, strict=True))
         )
         lines.append("  ".join([name, *figures]))
-    return "\n".join(["tokens of a row, template included", *lines])
+    return "\n".join([title, *lines])
