@@ -5,7 +5,10 @@ import json
 import multiprocessing
 import os
 import resource
+import shutil
 import signal
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -15,6 +18,7 @@ import pytest
 from tulu_lightning.data import cache
 from tulu_lightning.data.cache import ENTRY, Job, Kept, load_or_build, tokens_dir
 from tulu_lightning.data.criteria import Keywords
+from tulu_lightning.data.importing import find_function
 from tulu_lightning.data.intake import LeftOut, TooLong
 from tulu_lightning.data.keys import code_digest
 from tulu_lightning.data.sft import SFTData
@@ -410,3 +414,68 @@ def test_the_folder_can_be_chosen(monkeypatch, tmp_path):
     assert tokens_dir() == tmp_path / "tokens"
     monkeypatch.setenv("TULU_TOKENS", str(tmp_path / "large disk"))
     assert tokens_dir() == tmp_path / "large disk"
+
+
+def run_script(script: Path) -> str:
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, env=os.environ)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip().splitlines()[-1]
+
+
+SCRIPT = """
+from tulu_lightning.data.sft import SFTData
+from tulu_lightning.data.sources import Source
+{reader}
+data = SFTData(sources=[Source("s", path="rows.jsonl", read="{path}")], tokenizer="tiny-random-llama", max_tokens=99,
+               examples_per_step=1)
+data.setup()
+print(repr(data.tokenizer.decode(data.documents[0].segments[0].ids_L)))
+"""
+READER = 'def read(row):\n    return {"messages": [*row["messages"][:1], {"role": "assistant", "content": WORD}]}'
+
+
+def test_an_edited_reader_in_a_script_or_in_what_its_package_calls_is_never_served_stale(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), *sys.path]))
+    messages = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"messages": messages}) + "\n")
+    package = tmp_path / "my_readers"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    (package / "reading.py").write_text("from my_readers.words import WORD\n" + READER)
+    for word in ("first", "second"):
+        script = tmp_path / "script.py"
+        script.write_text(SCRIPT.format(reader=f"WORD = {word!r}\n{READER}", path="__main__.read"))
+        assert word in run_script(script)
+        (package / "words.py").write_text(f"WORD = {word!r}\n")
+        shutil.rmtree(package / "__pycache__", ignore_errors=True)  # written within a second, it would be taken for new
+        script.write_text(SCRIPT.format(reader="", path="my_readers.reading.read"))
+        assert word in run_script(script)
+
+
+def test_a_function_defined_anew_in_a_notebook_is_found_and_told_apart(monkeypatch):
+    main = sys.modules["__main__"]
+    monkeypatch.delattr(main, "__file__", raising=False)
+    digests = []
+    for word in ("first", "second"):
+        space = {}
+        exec(f"def read(row):\n    return {word!r}", space)  # as an interpreter has it: without a source file
+        monkeypatch.setattr(main, "read", space["read"], raising=False)
+        assert find_function("here", "__main__.read", "a.b")({}) == word
+        digests.append(code_digest("__main__.read"))
+    assert digests[0] != digests[1]
+
+
+def explode(**settings):
+    raise RuntimeError("no rows today")
+
+
+def test_a_users_functions_and_modules_that_fail_are_told_without_a_traceback(tmp_path, monkeypatch):
+    with pytest.raises(InputError, match=r"source 's': .*explode fails \(RuntimeError: no rows today\)"):
+        SFTData(sources=[Source("s", rows=f"{__name__}.explode")], **SETTINGS).setup()
+    (tmp_path / "torn.py").write_text("def read(row:\n")
+    (tmp_path / "nameless.py").write_text("READERS = undefined\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    for module, fault in (("torn", "SyntaxError"), ("nameless", "NameError")):
+        with pytest.raises(InputError, match=f"{module}.read cannot be imported: its module fails \\({fault}"):
+            find_function("here", f"{module}.read", "a.b")

@@ -19,7 +19,7 @@ def chat(question, answer, *more):
 
 def reason(messages, row=None, **settings) -> str | None:
     try:
-        check(Source("s", rows="a.b", **settings), messages, row or {})
+        check(Source("s", rows="a.b", **settings), 7, messages, row or {})
     except LeftOut as left_out:
         return str(left_out)
     return None
@@ -45,6 +45,8 @@ def test_a_row_with_an_empty_message_is_left_out_unless_kept(messages):
         ("As a Language Model, I", "language model"),
         ("ÄÖÜ", "äöü"),
         ("C++ is fine", "C++"),
+        ("openaı", "openaı"),  # the Turkish i without its dot, which ignoring case takes for one with it
+        ("OPENAİ", "OPENAİ"),
     ],
 )
 def test_keywords_are_whole_words_in_any_case(text, found):
@@ -95,3 +97,12 @@ def test_rows_left_out_are_counted_by_source_and_reason(write, caplog):
         data.setup()
     assert len(data.documents) == 2
     assert caplog.messages[0].endswith("3 left out  1 with an empty message, 2 with the word 'OpenAI'")
+
+
+def broken(messages, row):
+    return row["score"] > 1
+
+
+def test_a_filter_of_the_users_that_fails_names_the_row_and_itself():
+    with pytest.raises(InputError, match=r"source 's', row 7: the filter .*broken fails on it \(KeyError: 'score'\)"):
+        reason(chat("q", "a"), filters=[Predicate(f"{__name__}.broken")])

@@ -39,6 +39,13 @@ def test_without_colour_trained_text_stands_between_brackets_with_its_weight_if_
     assert shown(TOKENIZER, Document((ROW,)), colour=False).plain == "Hi? ⟦yes<|im_end|>⟧\n⟦no⟧×0.5"
 
 
+def test_the_first_token_is_context_whatever_its_weight_for_nothing_predicts_it():
+    plain = segment((ids("abc"), 1.0))
+    assert shown(TOKENIZER, Document((plain,)), colour=False).plain == "a⟦bc⟧"
+    child = segment((ids("x"), 1.0), parent=0)
+    assert shown(TOKENIZER, Document((plain, child)), colour=False).plain.endswith("⟦x⟧")
+
+
 def test_with_colour_only_trained_text_is_green():
     text = shown(TOKENIZER, Document((ROW,)))
     green = "".join(text.plain[span.start : span.end] for span in text.spans if "green" in str(span.style))

@@ -41,6 +41,29 @@ def test_inspect_shows_the_row_asked_for_with_its_ids(run):
     assert "<|im_end|>⟨258⟩⟧" in said
 
 
+def test_inspect_shows_rows_beyond_those_that_a_short_run_meets(run):
+    """One step of 16 rows is trained on, and 20 are asked for: those 16 first."""
+    status, said = run("inspect", *SFT, "--rows=20", "--data.max_steps=1", "--colour=never")
+    assert status == 0
+    shown = re.findall(r"^row (\d+), source", said, re.MULTILINE)
+    assert len(set(shown)) == 20
+
+
+def test_a_row_by_its_number_and_a_choice_of_rows_clash(run):
+    status, said = run("inspect", *SFT, "--row=3", "--source=additions")
+    assert status != 0
+    assert "--row: shows one row" in said
+
+
+def test_inspect_says_what_was_found_of_training_and_of_validation_rows(run):
+    held_out = '[{"name": "held out", "rows": "tulu_lightning.assets.arithmetic.sft_rows", "args": {"count": 5}}]'
+    status, said = run("inspect", *SFT, "--rows=1", f"--data.validation={held_out}", "--colour=never")
+    assert status == 0
+    assert said.count("template doctor: all") == 2
+    assert "validation: template doctor" in said
+    assert re.search(r"^held out \(validation\) +5 +5 +5 ", said, re.MULTILINE)
+
+
 DPO = ["--config", str(CONFIGS / "dpo_tiny.yaml")]
 
 

@@ -45,7 +45,9 @@ class Keywords:
         pattern = _pattern(tuple(self.words))
         for message in messages:
             if message["role"] in self.roles and (found := pattern.search(message["content"])):
-                word = next(word for word in self.words if word.casefold() == found[0].casefold())
+                # Ignoring case takes more for equal than casefold does: the Turkish i with and without its dot.
+                same = (word for word in self.words if word.casefold() == found[0].casefold())
+                word = next(same, found[0])
                 return f"with the word {word!r}"
         return None
 

@@ -3,7 +3,6 @@
 import importlib
 import inspect
 from collections.abc import Callable
-from functools import cache
 from typing import Any
 
 from tulu_lightning.errors import InputError
@@ -27,13 +26,16 @@ def find_function(where: str, import_path: str, example: str) -> Callable[..., A
         function = _look_up(import_path)
     except (ImportError, ValueError) as error:
         raise InputError(where, f"{import_path} cannot be imported ({error})", remedy) from error
+    except Exception as error:  # a user's module, which may do anything when it is imported
+        what = f"{import_path} cannot be imported: its module fails ({type(error).__name__}: {error})"
+        raise InputError(where, what, "Correct the module.") from error
     if not callable(function):
         raise InputError(where, f"{import_path} is not a function", remedy)
     return function
 
 
-@cache
 def _look_up(import_path: str) -> Any:
+    """Not cached: a notebook defines a function anew, and an imported module costs next to nothing to find again."""
     module, _, name = import_path.rpartition(".")
     return getattr(importlib.import_module(module), name, None)
 

@@ -33,9 +33,13 @@ class Run(NamedTuple):
 def runs(tokenizer: PreTrainedTokenizerBase, segment: Segment) -> Iterator[Run]:
     """A segment's tokens by loss weight, in order; the texts, joined, are what the ids decode to.
 
+    The first token of a document is context, whatever its weight: nothing stands before it that could predict it.
     A character whose bytes lie on both sides of a border shows as a replacement character on each.
     """
-    pairs = zip(segment.ids_L.tolist(), segment.weights_L.tolist(), strict=True)
+    weights = segment.weights_L.tolist()
+    if segment.parent < 0:
+        weights[:1] = [0.0]
+    pairs = zip(segment.ids_L.tolist(), weights, strict=True)
     for weight, group in groupby(pairs, key=lambda pair: pair[1]):
         ids = tuple(token for token, _ in group)
         yield Run(_decode(tokenizer, ids), ids, weight)

@@ -5,6 +5,7 @@ import hashlib
 import importlib.util
 import inspect
 import json
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from functools import cache
@@ -37,7 +38,9 @@ def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
 def code_digest(*parts: Any) -> str:
     """Hash of the source that turns rows into tokens: this folder's, and that of what a user adds to it.
 
-    A change of the code makes new entries, so a stale one is never used and nobody has to raise a number.
+    A change of the code makes new entries, so a stale one is never used and nobody has to raise a number. Of a user's
+    function its whole package counts, since it may call anything there; of one in a script the script; of one in a
+    notebook its own source. What these import from elsewhere does not.
 
     Args:
         parts: classes (a user's data module), or texts that may be import paths (a reader, a filter); others are
@@ -51,7 +54,7 @@ def code_digest(*parts: Any) -> str:
                 if module.partition(".")[0] not in ("lightning", "torch", "tulu_lightning"):
                     digest.update(_module_code(module, part))
         elif isinstance(part, str) and all(name.isidentifier() for name in part.split(".")) and "." in part:
-            digest.update(_module_code(part.rpartition(".")[0]))
+            digest.update(_function_code(part))
     return digest.hexdigest()
 
 
@@ -73,6 +76,28 @@ def texts_in(value: Any) -> Iterator[str]:
 def _own_code() -> str:
     files = sorted(Path(__file__).parent.glob("*.py"))
     return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
+
+
+def _function_code(import_path: str) -> bytes:
+    """What a function's result may depend on: its package's files, or where there are none the function itself."""
+    module, _, name = import_path.rpartition(".")
+    top = module.partition(".")[0]
+    if top == __name__.partition(".")[0]:
+        return _module_code(module)
+    with suppress(ImportError, ValueError, AttributeError):
+        spec = importlib.util.find_spec(top)
+        if spec is not None and spec.submodule_search_locations:
+            files = sorted(path for root in spec.submodule_search_locations for path in Path(root).rglob("*.py"))
+            return b"".join(path.read_bytes() for path in files)
+    found = sys.modules.get(module)
+    script = getattr(found, "__file__", None)
+    if script and Path(script).is_file():
+        return Path(script).read_bytes()
+    function = getattr(found, name, None)
+    with suppress(OSError, TypeError):
+        return inspect.getsource(function).encode() if function is not None else _module_code(module)
+    code = getattr(function, "__code__", None)  # typed into an interpreter: its source is nowhere
+    return b"" if code is None else code.co_code + repr((code.co_consts, code.co_names)).encode()
 
 
 def _module_code(module: str, part: type | None = None) -> bytes:

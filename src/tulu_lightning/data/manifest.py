@@ -45,11 +45,15 @@ def manifest_of(mixed: Mixed, settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def manifest_table(manifest: Mapping[str, Any]) -> str:
-    """A manifest as a table for people: one line a source, the totals, then why rows were left out."""
+    """A manifest as a table for people: one line a source, the training rows' totals, then why rows were left out."""
     columns = ("rows", "tried", "kept", "left_out", "truncated", "repeated", "used", "tokens", "trained_tokens")
     body = [
         [name, *_numbers({**source, "left_out": sum(source["left_out"].values())}, columns)]
         for name, source in manifest["sources"].items()
+    ]
+    body += [
+        [f"{name} (validation)", *_numbers({**source, "left_out": sum(source["left_out"].values())}, columns)]
+        for name, source in manifest.get("validation", {"sources": {}})["sources"].items()
     ]
     lines = [
         ["source", *(name.replace("_", " ") for name in columns)],

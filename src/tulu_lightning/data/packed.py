@@ -17,6 +17,7 @@ from tulu_lightning.data.chat import Message, Train
 from tulu_lightning.data.intake import LeftOut
 from tulu_lightning.data.keys import code_digest, key, texts_in
 from tulu_lightning.data.loader import StepLoader
+from tulu_lightning.data.manifest import manifest_of
 from tulu_lightning.data.mixture import order, wanted
 from tulu_lightning.data.rows import Documents, Mixed, SourceRows
 from tulu_lightning.data.sources import FORMATS, Row, Source, Table, check_format
@@ -125,9 +126,18 @@ class PackedData(StepData[Document]):
         """As in `StepData`; the validation rows, too."""
         super().setup(stage)
         if self.validation is not None and self._validation is None:
+            trained = self.checkup
             mixed = self._mix(self.validation, "data.validation")
             assert isinstance(mixed, Documents)
+            self.checkup = f"{trained}\nvalidation: {self.checkup}"
             self._validation = mixed
+
+    def manifest(self) -> dict[str, Any]:
+        """As in `StepData`; with `validation`, the sources of those rows."""
+        manifest = super().manifest()
+        if (held_out := self.validation_documents) is not None:
+            manifest["validation"] = manifest_of(held_out, {})
+        return manifest
 
     def _mix(self, sources: list[Source], where: str) -> Mixed:
         for source in sources:

@@ -97,7 +97,7 @@ class PreferenceData(PackedData):
     def _row(self, source: Source, number: int, row: Row) -> Pair | IdPair:
         pair = to_pair(source, number, row)
         for messages in (pair if isinstance(pair, Pair) else pair.texts) or ():
-            filters.check(source, messages, row)
+            filters.check(source, number, messages, row)
         return pair
 
     def _examined(self, row: Pair | IdPair) -> Sequence[Message] | None:

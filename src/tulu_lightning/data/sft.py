@@ -33,7 +33,7 @@ class SFTData(PackedData):
 
     def _row(self, source: Source, number: int, row: Row) -> list[Message]:
         messages = to_messages(source, number, row)
-        filters.check(source, messages, row)
+        filters.check(source, number, messages, row)
         return messages
 
     def _examined(self, row: Sequence[Message]) -> Sequence[Message] | None:

@@ -196,7 +196,13 @@ def _open(source: Source) -> tuple[Rows, str]:
 def _call(source: Source, where: str, import_path: str) -> list[Row]:
     function = find_function(where, import_path, "tulu_lightning.assets.arithmetic.sft_rows")
     check_call(where, import_path, function, source.args)
-    rows = function(**source.args)
+    try:
+        rows = function(**source.args)
+    except InputError:
+        raise
+    except Exception as error:
+        what = f"{import_path} fails ({type(error).__name__}: {error})"
+        raise InputError(where, what, "Correct the function, or its args.") from error
     if not isinstance(rows, list):
         raise InputError(where, f"{import_path} returned a {type(rows).__name__}", "It must return a list of rows.")
     for number, row in enumerate(rows, start=1):

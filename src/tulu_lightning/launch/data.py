@@ -6,11 +6,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import lightning.pytorch as pl
+import numpy as np
 import torch
 from jsonargparse import ArgumentParser
 from rich.console import Console
 from rich.text import Text
 
+from tulu_lightning.core.packing import scored_tokens
 from tulu_lightning.data import lengths
 from tulu_lightning.data.base import StepData
 from tulu_lightning.data.inspect import shown
@@ -101,12 +103,15 @@ class _Options(argparse.ArgumentParser):
 
 def _inspect(argv: Sequence[str]) -> None:
     options = _Options(add_help=False, allow_abbrev=False)
-    options.add_argument("--rows", type=int, default=3)
+    options.add_argument("--rows", type=int)
     options.add_argument("--row", type=int)
     options.add_argument("--source")
     options.add_argument("--ids", action="store_true")
     options.add_argument("--colour", "--color", choices=("auto", "always", "never"), default="auto")
     chosen, rest = options.parse_known_args(argv)
+    if chosen.row is not None and (chosen.rows is not None or chosen.source is not None):
+        raise InputError("--row", "shows one row, and --rows and --source choose others", "Give one or the others.")
+    chosen.rows = 3 if chosen.rows is None else chosen.rows
     if chosen.rows < 1:
         raise InputError("--rows", f"is {chosen.rows}", "Use at least 1.")
     data = load_data(rest)
@@ -135,19 +140,25 @@ def _rows(data: StepData, chosen: argparse.Namespace) -> list[int]:
         raise InputError("--source", f"there is no source {chosen.source!r}", nearest(chosen.source, data.source_names))
     found: list[int] = []
     plan = data._plan(1)
-    for step in range(plan.steps_per_epoch):
-        rows = plan.examples(step)
-        found += [row for row in rows if chosen.source in (None, data.source_of(row))]
+    for step in range(min(plan.steps_per_epoch, plan.total_steps)):
+        found += [row for row in plan.examples(step) if chosen.source in (None, data.source_of(row))]
         if len(found) >= chosen.rows:
-            break
-    return found[: chosen.rows]
+            return found[: chosen.rows]
+    # Fewer than asked for are trained on: the rest are rows that the run does not reach.
+    wanted = range(total) if chosen.source is None else np.flatnonzero(_of_source(data, chosen.source)).tolist()
+    met = set(found)
+    return [*found, *(row for row in wanted if row not in met)][: chosen.rows]
+
+
+def _of_source(data: StepData, name: str) -> np.ndarray[Any, np.dtype[np.bool_]]:
+    return data.source_numbers == data.source_names.index(name)
 
 
 def _print_row(console: Console, data: StepData, row: int, ids: bool) -> None:
     item = data.mixed[row]
     document = _as_document(item) if isinstance(item, Prompt) else item
     tokens = sum(segment.ids_L.numel() for segment in document.segments)
-    trained = sum(int((segment.weights_L > 0).sum()) for segment in document.segments)
+    trained = scored_tokens(document)
     head = f"row {row}, source {data.source_of(row)!r}: {tokens} tokens"
     if isinstance(data, PreferenceData):
         start, *rests = (segment.ids_L.numel() for segment in document.segments)
