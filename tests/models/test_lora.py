@@ -8,7 +8,8 @@ from transformers import AutoModelForCausalLM
 
 from tulu_lightning.core.packing import pack
 from tulu_lightning.errors import InputError
-from tulu_lightning.models.backbone import Backbone, PackedLM, PackedValue
+from tulu_lightning.models.backbone import Backbone, PackedLM
+from tulu_lightning.models.heads import PackedValue
 from tulu_lightning.models.lora import Lora, without_adapters
 from tulu_lightning.models.sharding import shard
 from tulu_lightning.models.weights import plain_weights

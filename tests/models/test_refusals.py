@@ -25,7 +25,8 @@ from transformers import (
 from tulu_lightning.core.packing import pack
 from tulu_lightning.errors import InputError
 from tulu_lightning.models import attention
-from tulu_lightning.models.backbone import Backbone, PackedLM, PackedValue
+from tulu_lightning.models.backbone import Backbone, PackedLM
+from tulu_lightning.models.heads import PackedValue
 from tulu_lightning.models.limits import check_documents, check_prompts, read_limits
 from tulu_lightning.models.sharding import shard
 from tulu_lightning.types import Document, Prompt, Segment

@@ -17,6 +17,7 @@ from tulu_lightning.models.backbone import Backbone
 from tulu_lightning.stages.dpo import DPO
 from tulu_lightning.stages.optimizer import AdamW
 from tulu_lightning.stages.ppo import PPO, Critic, Rollout
+from tulu_lightning.stages.reward import RewardModel
 from tulu_lightning.stages.sft import SFT
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -52,6 +53,10 @@ def dpo(**optimizer):
     return DPO(Backbone(TINY), AdamW(**{"lr": 1e-4, **optimizer}), DPOLoss())
 
 
+def reward(**optimizer):
+    return RewardModel(Backbone(TINY), AdamW(**{"lr": 1e-3, **optimizer}))
+
+
 def ppo(kind=PPO, **changes):
     common = {
         "optimizer": AdamW(lr=1e-4),
@@ -66,6 +71,7 @@ def ppo(kind=PPO, **changes):
 STAGES = {
     "sft": (sft, sft_data),
     "dpo": (dpo, preference_data),
+    "reward": (reward, preference_data),
     "ppo": (ppo, prompt_data),
 }
 

@@ -36,7 +36,14 @@ class Evaluate(L.Callback):
         self._stop_ids: tuple[int, ...] = ()
 
     def setup(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
-        """Read and check the prompts before any weights load."""
+        """Read and check the prompts before any weights load.
+
+        Raises:
+            InputError: what is trained cannot answer.
+        """
+        if not pl_module.speaks:
+            what = f"Evaluate asks for answers, and {type(pl_module).__name__} trains a model that gives none"
+            raise InputError("callbacks", what, "Leave Evaluate out; validation rows score a reward model.")
         if stage != "fit" or self._prompts:
             return
         data: Any = trainer.datamodule  # type: ignore[attr-defined]

@@ -62,9 +62,9 @@ def model_shape(model: Any) -> Shape | None:
     """What of a policy costs arithmetic; None where not every weight meets every token (mixtures of experts).
 
     Args:
-        model: a `PackedLM`, whole or sharded.
+        model: a `PackedLM` or `PackedReward`, whole or sharded; the latter's head, one vector, costs next to nothing.
     """
-    decoder, head = model.lm.get_decoder(), model.lm.get_output_embeddings().weight
+    decoder, head = model.lm.get_decoder(), model.lm.get_output_embeddings()
     config = model.lm.config.get_text_config(decoder=True)
     if any("expert" in name for name, _ in decoder.named_modules()):
         return None
@@ -73,7 +73,8 @@ def model_shape(model: Any) -> Shape | None:
     width = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
     trained = sum(weight.numel() for weight in weights if weight.requires_grad)
     total = sum(weight.numel() for weight in weights)
-    return Shape(total, trained, head.numel(), head.requires_grad, width * config.num_hidden_layers)
+    outputs, head_trained = (0, False) if head is None else (head.weight.numel(), head.weight.requires_grad)
+    return Shape(total, trained, outputs, head_trained, width * config.num_hidden_layers)
 
 
 class Throughput(L.Callback):

@@ -1,9 +1,11 @@
-"""A Hugging Face folder of the policy: what the next stage, vLLM and everybody else can load."""
+"""A Hugging Face folder of the policy or the reward model: what the next stage, vLLM and everybody else can load."""
 
+import copy
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -24,8 +26,10 @@ def export(
     chat_template: str,
     stop_ids: tuple[int, ...],
 ) -> Path:
-    """Write safetensors, config, tokenizer with its chat template, and a generation config with all stop ids.
+    """Write safetensors, config, tokenizer with its chat template, and what its readers must know of tokens.
 
+    Of a language model that is a generation config with all stop ids. Of a reward model it is a padding token that no
+    conversation ends with: transformers reads the reward at the last token that is not padding.
     Written beside and renamed: the folder is whole or not there.
 
     Args:
@@ -42,23 +46,54 @@ def export(
     beside = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir(parents=True)
-    kept: dict[str, Any] = {"implementation": lm.config._attn_implementation, "cache": lm.config.use_cache}
+    tokenizer.chat_template = chat_template
+    if not lm.can_generate():
+        tokenizer = padded_apart(tokenizer, stop_ids)
     try:
-        lm.config._attn_implementation, lm.config.use_cache = "sdpa", True  # ours exist only inside this package
-        lm.generation_config = GenerationConfig(
-            bos_token_id=tokenizer.bos_token_id, eos_token_id=list(stop_ids), pad_token_id=tokenizer.pad_token_id
-        )
-        lm.save_pretrained(beside, state_dict=state)
-        tokenizer.chat_template = chat_template
+        with _as_others_know_it(lm, tokenizer, stop_ids):
+            lm.save_pretrained(beside, state_dict=state)
         tokenizer.save_pretrained(beside)
     except BaseException:
         shutil.rmtree(beside, ignore_errors=True)  # half a folder would keep a full disk full
         raise
-    finally:
-        lm.config._attn_implementation, lm.config.use_cache = kept["implementation"], kept["cache"]
     shutil.rmtree(folder, ignore_errors=True)
     os.rename(beside, folder)
     return folder
+
+
+@contextmanager
+def _as_others_know_it(lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, stop_ids: tuple[int, ...]) -> Iterator:
+    """The config without what exists only inside this package, for as long as the context lasts."""
+    config = lm.config
+    names = {"_attn_implementation": "sdpa", "use_cache": True}
+    if lm.can_generate():
+        lm.generation_config = GenerationConfig(
+            bos_token_id=tokenizer.bos_token_id, eos_token_id=list(stop_ids), pad_token_id=tokenizer.pad_token_id
+        )
+    else:
+        names["pad_token_id"] = tokenizer.pad_token_id
+    kept = {name: getattr(config, name, None) for name in names}
+    try:
+        for name, value in names.items():
+            setattr(config, name, value)
+        yield
+    finally:
+        for name, value in kept.items():
+            setattr(config, name, value)
+
+
+def padded_apart(tokenizer: PreTrainedTokenizerBase, stop_ids: tuple[int, ...]) -> PreTrainedTokenizerBase:
+    """A copy of a tokenizer whose padding token ends nothing: its own, or another special token.
+
+    One whose name says that it is for padding goes first, then the lowest id. Without any the copy has no padding
+    token, and a reward model reads one conversation at a time.
+    """
+    result = copy.deepcopy(tokenizer)
+    if result.pad_token_id is None or result.pad_token_id in stop_ids:
+        special = {i: str(t) for i, t in result.added_tokens_decoder.items() if t.special and i not in stop_ids}
+        first = min(special, key=lambda i: ("pad" not in special[i].lower(), i), default=None)
+        result.pad_token = None if first is None else special[first]
+    return result
 
 
 def full_state(lm: PreTrainedModel) -> dict[str, Tensor]:

@@ -8,9 +8,11 @@ from torch import Tensor
 
 from tulu_lightning.types import Span
 
-__all__ = ["Reduction", "document_of", "pair_sum", "reduced_weights", "segment_sum"]
+__all__ = ["PAIR", "Reduction", "document_of", "pair_sum", "reduced_weights", "segment_sum"]
 
 Reduction = Literal["token_mean", "sum", "sequence_mean"]
+PAIR = 3
+"""Segments of a pair's document: what both sides begin with, then the rest of chosen and of rejected."""
 
 
 def segment_sum(values_N: Tensor, segment_N: Tensor, segments: int) -> Tensor:
@@ -32,8 +34,8 @@ def segment_sum(values_N: Tensor, segment_N: Tensor, segments: int) -> Tensor:
 def pair_sum(values_N: Tensor, segment_N: Tensor, pairs: int) -> tuple[Tensor, Tensor]:
     """Sum per-token values over both sides of pairs whose common start is computed once.
 
-    A pair is three segments: what both sides begin with, the rest of the chosen, the rest of the rejected. Scored tokens
-    of the first one (answers of earlier turns, or the words with which both answers begin) belong to both sides.
+    A pair is `PAIR` segments. Scored tokens of the first one (answers of earlier turns, or the words with which both
+    answers begin) belong to both sides.
 
     Args:
         values_N: one number per scored token.
@@ -45,7 +47,7 @@ def pair_sum(values_N: Tensor, segment_N: Tensor, pairs: int) -> tuple[Tensor, T
 
     Example: values [1, 2, 4], segments [0, 1, 2], one pair: chosen 3, rejected 5.
     """
-    sums_B3 = segment_sum(values_N, segment_N, 3 * pairs).view(-1, 3)
+    sums_B3 = segment_sum(values_N, segment_N, PAIR * pairs).view(-1, PAIR)
     return sums_B3[:, 0] + sums_B3[:, 1], sums_B3[:, 0] + sums_B3[:, 2]
 
 

@@ -1,9 +1,10 @@
 """The backbone: any transformers causal LM, with packed segment attention and without surprises.
 
-`Backbone` is its config; `PackedLM` and `PackedValue` are what the stages call: a pack in, one number per scored token
-out. The log-prob function runs inside `PackedLM.forward` because FSDP gathers the head's weight only there.
+`Backbone` is its config; `PackedLM` is what the stages call: a pack in, one number per scored token out. The log-prob
+function runs inside its forward because FSDP gathers the head's weight only there. `models.heads` has its scalar kin.
 """
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -21,12 +22,12 @@ from tulu_lightning.models import attention
 from tulu_lightning.models.backends import Chooser, Requested, check_request
 from tulu_lightning.models.liger import Loss, head_loss
 from tulu_lightning.models.linear import recompute_mlps, use_fast_layers
-from tulu_lightning.models.loading import decoder_layers, load_causal_lm
+from tulu_lightning.models.loading import decoder_layers, load_causal_lm, load_scorer
 from tulu_lightning.models.lora import Lora, adapt
 from tulu_lightning.models.probe import check_packed
 from tulu_lightning.types import Pack
 
-__all__ = ["Backbone", "PackedLM", "PackedValue"]
+__all__ = ["Backbone", "Packed", "PackedLM"]
 
 
 @dataclass(frozen=True)
@@ -65,18 +66,29 @@ class Backbone:
             raise InputError("backbone.recompute_mlps", what, "Leave one of them out.")
 
     def load(self, folder: str) -> PreTrainedModel:
-        """Load weights from a local folder, with packed attention, no KV cache and no dropout.
+        """Load a causal LM from a local folder, with packed attention, no KV cache and no dropout.
 
         Raises:
             InputError: the machine cannot run `attention`, the weights do not load, `layers` is more than the model
                 has, or the architecture does not compute the same packed as alone.
         """
+        return self._load(load_causal_lm, folder)
+
+    def load_scorer(self, folder: str) -> PreTrainedModel:
+        """Load a one-label classifier likewise, from a reward model or a causal LM (then its head is any numbers).
+
+        Raises:
+            InputError: as above, or the architecture has no such classifier.
+        """
+        return self._load(load_scorer, folder)
+
+    def _load(self, load: Callable[[str, torch.dtype, str], PreTrainedModel], folder: str) -> PreTrainedModel:
         check_request(self.attention, getattr(torch, self.compute_dtype))
         level = transformers_logging.get_verbosity()
         transformers_logging.set_verbosity_error()
         transformers_logging.disable_progress_bar()
         try:
-            return self._prepare(load_causal_lm(folder, torch.float32, attention.NAME), folder)
+            return self._prepare(load(folder, torch.float32, attention.NAME), folder)
         finally:
             transformers_logging.set_verbosity(level)
 
@@ -89,9 +101,8 @@ class Backbone:
             self._cut(lm, folder, self.layers)
         use_fast_layers(lm)
         check_packed(lm, folder)
-        if self.weights_dtype == "bfloat16":  # after the check, which wants digits; parameters only: buffers stay fp32
-            for parameter in lm.parameters():
-                parameter.data = parameter.data.bfloat16()
+        if self.weights_dtype == "bfloat16":  # after the check, which wants digits
+            _store_low(lm)
         if self.lora is not None:
             adapt(lm, self.lora, folder)
         self._switch(lm, folder)
@@ -124,8 +135,15 @@ class Backbone:
         return torch.autocast(device.type, dtype=torch.bfloat16)
 
 
-class _Packed(nn.Module):
-    """Runs the decoder over a pack and hands out the hidden states that predict its scored tokens."""
+def _store_low(lm: PreTrainedModel) -> None:
+    """Parameters in bf16; buffers stay fp32, and so does a scalar head, which is small."""
+    for part in (lm.get_decoder(), lm.get_output_embeddings()):
+        for parameter in part.parameters() if part is not None else ():
+            parameter.data = parameter.data.bfloat16()
+
+
+class Packed(nn.Module):
+    """Runs the decoder over a pack and hands out the hidden states that are asked for."""
 
     def __init__(self, config: Backbone) -> None:
         super().__init__()
@@ -133,7 +151,18 @@ class _Packed(nn.Module):
         self.attention = Chooser(config.attention, getattr(torch, config.compute_dtype))
 
     def source_hidden(self, decoder: nn.Module, pack: Pack, noise_TD: Tensor | None = None) -> Tensor:
-        """Hidden states at `pack.source_N`, in the compute dtype; `noise_TD` is added to the embeddings."""
+        """Hidden states at `pack.source_N`: as `hidden_at`."""
+        return self.hidden_at(decoder, pack, pack.source_N, noise_TD)
+
+    def hidden_at(self, decoder: nn.Module, pack: Pack, at_N: Tensor, noise_TD: Tensor | None = None) -> Tensor:
+        """Hidden states at some places, in the compute dtype.
+
+        Args:
+            decoder: of this module.
+            pack: documents on one token axis.
+            at_N: int64, index into T of each.
+            noise_TD: added to the embeddings.
+        """
         trees, device = any(span.parent >= 0 for span in pack.spans), pack.tokens_T.device
         config: Any = decoder.config
         backend = self.attention.backend(trees, device, config)
@@ -146,7 +175,7 @@ class _Packed(nn.Module):
                 use_cache=False,
                 segments=attention.layout(pack.spans, pack.padding, device, backend),
             ).last_hidden_state[0]
-        hidden_ND = hidden_TD[pack.source_N]
+        hidden_ND = hidden_TD[at_N]
         return hidden_ND.to(torch.bfloat16) if self.config.compute_dtype == "bfloat16" else hidden_ND
 
 
@@ -157,7 +186,7 @@ def _input(decoder: Any, pack: Pack, noise_TD: Tensor | None) -> dict[str, Tenso
     return {"inputs_embeds": (embedded_TD + noise_TD.to(embedded_TD))[None]}
 
 
-class PackedLM(_Packed):
+class PackedLM(Packed):
     """A causal LM that answers with log-probs of a pack's scored tokens."""
 
     def __init__(self, config: Backbone, folder: str) -> None:
@@ -199,25 +228,3 @@ class PackedLM(_Packed):
             self._head_loss = head_loss(hidden_ND, head.weight, pack.target_N)
         nll = (self._head_loss or weighted_nll)(hidden_ND, head.weight, pack.target_N, weight_N)
         return TokenStats(nll.logp_N, None, nll.loss)
-
-
-class PackedValue(_Packed):
-    """A critic: a decoder with a scalar head, giving the value of the state before each scored token."""
-
-    def __init__(self, config: Backbone, folder: str) -> None:
-        """Load the decoder; the head starts near 0 (std 1 / (width + 1)) so that first values are small.
-
-        Args:
-            config: how to compute.
-            folder: resolved model folder.
-        """
-        super().__init__(config)
-        self.decoder = config.load(folder).get_decoder()
-        width = self.decoder.config.hidden_size
-        self.head = nn.Linear(width, 1, bias=False)
-        nn.init.normal_(self.head.weight, std=1 / (width + 1))
-
-    def forward(self, pack: Pack) -> Tensor:
-        """values_N, float32; the head's arithmetic is fp32 in any compute dtype."""
-        hidden_ND = self.source_hidden(self.decoder, pack)
-        return nn.functional.linear(hidden_ND.float(), self.head.weight.float())[:, 0]

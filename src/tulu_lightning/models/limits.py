@@ -1,14 +1,14 @@
 """What a model folder's config allows of the rows, asked before any weights load."""
 
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from transformers import AutoConfig
+from transformers import AutoConfig, PreTrainedConfig
 
 from tulu_lightning.errors import InputError
 from tulu_lightning.types import Document, Prompt
 
-__all__ = ["Limits", "check_documents", "check_prompts", "read_limits"]
+__all__ = ["Limits", "check_documents", "check_prompts", "read_config", "read_limits"]
 
 
 class Limits(NamedTuple):
@@ -22,18 +22,22 @@ class Limits(NamedTuple):
     """Sliding window of some layers, in tokens; packed attention has none, so no chain may be longer."""
 
 
-def read_limits(folder: str) -> Limits:
+def read_config(folder: str) -> PreTrainedConfig:
     """Read a model folder's `config.json`.
 
     Raises:
         InputError: it does not load.
     """
     try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
         raise InputError(folder, f"its config.json does not load ({reason})", "Save the model again.") from error
-    config = config.get_text_config(decoder=True)
+
+
+def read_limits(folder: str) -> Limits:
+    """What a model folder's `config.json` allows; errors as above."""
+    config: Any = read_config(folder).get_text_config(decoder=True)
     layers = getattr(config, "layer_types", None)
     slides = layers is None or any("sliding" in kind for kind in layers)
     window = getattr(config, "sliding_window", None) if slides else None

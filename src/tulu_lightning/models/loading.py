@@ -6,11 +6,26 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
 from tulu_lightning.errors import InputError
+from tulu_lightning.models.limits import read_config
 
-__all__ = ["decoder_layers", "load_causal_lm"]
+__all__ = ["SCORE", "decoder_layers", "is_classifier", "load_causal_lm", "load_scorer"]
+
+SCORE = "score.weight"
+"""What transformers' sequence classifiers call the weight of their head."""
+REMEDY = "Save or copy the model again (save_pretrained), or give another one."
+
+
+def is_classifier(folder: str | Path) -> bool:
+    """Whether a model folder holds a sequence classifier, as reward models are saved, by its config.json.
+
+    Raises:
+        InputError: the config does not load.
+    """
+    names = read_config(str(folder)).architectures or [""]
+    return names[0].endswith("ForSequenceClassification")
 
 
 def load_causal_lm(folder: str | Path, dtype: torch.dtype, attention: str | None = None) -> PreTrainedModel:
@@ -23,12 +38,41 @@ def load_causal_lm(folder: str | Path, dtype: torch.dtype, attention: str | None
 
     Raises:
         InputError: a file is damaged or of another architecture, tensors are missing (transformers would fill them
-            with random numbers), or the architecture does not take the attention.
+            with random numbers), the architecture does not take the attention, or it is a reward model.
     """
-    chosen: dict[str, Any] = {} if attention is None else {"attn_implementation": attention}
-    remedy = "Save or copy the model again (save_pretrained), or give another one."
+    if is_classifier(folder):
+        what = "it is a reward model or another classifier, which has no words to say"
+        raise InputError(str(folder), what, "Give a causal language model; a reward model can start a critic.")
+    lm, missing = _load(AutoModelForCausalLM, folder, dtype, attention)
+    _refuse_missing(folder, missing)
+    return lm
+
+
+def load_scorer(folder: str | Path, dtype: torch.dtype, attention: str | None = None) -> PreTrainedModel:
+    """A sequence classifier with one label: a reward model with its head, or a causal LM with any numbers for one.
+
+    The output head of the LM is left out. The random state stays as it was. Arguments as in `load_causal_lm`.
+
+    Raises:
+        InputError: as there, or transformers has no classifier of the architecture with one matrix as its head.
+    """
+    with torch.random.fork_rng(devices=[]):  # transformers draws the head that a causal LM lacks
+        model, missing = _load(AutoModelForSequenceClassification, folder, dtype, attention, num_labels=1)
+    _refuse_missing(folder, missing if is_classifier(folder) else [name for name in missing if name != SCORE])
+    score = getattr(model, "score", None)
+    if not isinstance(score, nn.Linear) or score.bias is not None:
+        what = f"the head of {type(model).__name__} is not one matrix without a bias"
+        raise InputError(str(folder), what, "Give a Llama, Qwen 2 or 3, Mistral or the like.")
+    return model
+
+
+def _load(
+    kind: Any, folder: str | Path, dtype: torch.dtype, attention: str | None, **settings: Any
+) -> tuple[PreTrainedModel, list[str]]:
+    """The model, and the names of the tensors that its files lack."""
+    chosen: dict[str, Any] = settings if attention is None else {"attn_implementation": attention, **settings}
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        model, report = kind.from_pretrained(
             folder,
             dtype=dtype,
             local_files_only=True,
@@ -38,12 +82,14 @@ def load_causal_lm(folder: str | Path, dtype: torch.dtype, attention: str | None
             **chosen,
         )
     except (SafetensorError, OSError, ValueError, KeyError, RuntimeError) as error:
-        raise InputError(str(folder), f"its weights do not load ({_first_line(error)})", remedy) from error
-    lm, report = loaded
-    if missing := sorted(report["missing_keys"]):
+        raise InputError(str(folder), f"its weights do not load ({_first_line(error)})", REMEDY) from error
+    return model, sorted(report["missing_keys"])
+
+
+def _refuse_missing(folder: str | Path, missing: list[str]) -> None:
+    if missing:
         what = f"its weights lack {len(missing)} tensors, the first is {missing[0]}"
-        raise InputError(str(folder), what, remedy)
-    return lm
+        raise InputError(str(folder), what, REMEDY)
 
 
 def decoder_layers(decoder: nn.Module, name: str) -> nn.ModuleList:

@@ -29,6 +29,8 @@ REMEDY = "Give a model with plain causal attention and a bare output head (Llama
 def check_packed(lm: PreTrainedModel, folder: str) -> None:
     """Refuse a model whose logits differ between a pack and each of its chains run alone by its own forward.
 
+    Of a model without an output head (a reward model) the hidden states are compared.
+
     The pack holds a plain document and a prompt with two children, 20 tokens in all.
 
     Args:
@@ -38,17 +40,19 @@ def check_packed(lm: PreTrainedModel, folder: str) -> None:
     Raises:
         InputError: they differ, or the architecture cannot run packed at all.
     """
+    speaks = lm.can_generate()  # else it is a reward model, whose head is `load_scorer`'s to check
     head: Any = lm.get_output_embeddings()
     cap = getattr(lm.config, "final_logit_softcapping", None)
-    if head is None or getattr(head, "bias", None) is not None or cap:
+    if speaks and (head is None or getattr(head, "bias", None) is not None or cap):
         raise InputError(folder, "its output head is more than one matrix (a bias or a soft cap)", REMEDY)
     packed, chains = _example(lm.config.get_text_config(decoder=True).vocab_size)
     training = lm.training
     lm.eval()
     try:
-        found_TV = _packed_logits(lm, head, packed)
+        found_TV = _packed(lm, packed)
+        found_TV = found_TV @ head.weight.T if speaks else found_TV
         with _own_attention(lm):
-            expected_TV = torch.cat([lm(ids_L[None], use_cache=False).logits[0, at:] for ids_L, at in chains])
+            expected_TV = torch.cat([_alone(lm, ids_L, speaks)[at:] for ids_L, at in chains])
     except InputError as error:
         raise InputError(folder, error.what, error.remedy) from error
     except (TypeError, ValueError, AttributeError, RuntimeError, KeyError) as error:
@@ -58,7 +62,8 @@ def check_packed(lm: PreTrainedModel, folder: str) -> None:
         lm.train(training)
     difference = float((found_TV - expected_TV).abs().max() / expected_TV.abs().max())
     if not difference <= TOLERANCE:
-        what = f"packed, its logits are off by {difference:.1g} of the largest one from what they are alone"
+        numbers = "logits" if speaks else "hidden states"
+        what = f"packed, its {numbers} are off by {difference:.1g} of the largest one from what they are alone"
         raise InputError(folder, what, REMEDY)
 
 
@@ -77,15 +82,20 @@ def _example(vocabulary: int) -> tuple[Pack, list[tuple[Tensor, int]]]:
     return packed, [(plain, 0), (torch.cat([prompt, first]), 0), (torch.cat([prompt, second]), 6)]
 
 
-def _packed_logits(lm: PreTrainedModel, head: Any, packed: Pack) -> Tensor:
+def _alone(lm: Any, ids_L: Tensor, speaks: bool) -> Tensor:
+    if speaks:
+        return lm(ids_L[None], use_cache=False).logits[0]
+    return lm.get_decoder()(ids_L[None], use_cache=False).last_hidden_state[0]
+
+
+def _packed(lm: PreTrainedModel, packed: Pack) -> Tensor:
     decoder: Any = lm.get_decoder()
-    hidden_TD = decoder(
+    return decoder(
         input_ids=packed.tokens_T[None],
         position_ids=packed.positions_T[None],
         use_cache=False,
         segments=attention.layout(packed.spans),
     ).last_hidden_state[0]
-    return hidden_TD @ head.weight.T
 
 
 @contextmanager

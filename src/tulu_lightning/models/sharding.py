@@ -60,10 +60,10 @@ def _sync(folder: Path) -> None:
 
 
 def shard(module: nn.Module, mesh: DeviceMesh, compute_dtype: torch.dtype = torch.float32) -> nn.Module:
-    """Shard a `PackedLM` or `PackedValue` in place: each decoder layer by itself, then the whole as root.
+    """Shard a `PackedLM`, `PackedReward` or `PackedValue` in place: each decoder layer by itself, then the whole as root.
 
-    The whole, not the transformers model, is the root: the head's weight is gathered in the root's forward, and that
-    is where log-probs are computed. Training is tested in fp32, on two processes against one; of bf16 only the forward
+    The whole, not the transformers model, is the root: the output head's weight is gathered in the root's forward, and
+    that is where log-probs are computed. A scalar head is a group of its own, gathered in fp32. Training is tested in fp32, on two processes against one; of bf16 only the forward
     is, on a mesh of one.
 
     Args:
@@ -79,6 +79,8 @@ def shard(module: nn.Module, mesh: DeviceMesh, compute_dtype: torch.dtype = torc
     )
     for layer in _layers(module):
         fully_shard(layer, mesh=mesh, mp_policy=policy)
+    if isinstance(head := getattr(module, "head", None), nn.Module):
+        fully_shard(head, mesh=mesh, mp_policy=MixedPrecisionPolicy(reduce_dtype=torch.float32))
     fully_shard(module, mesh=mesh, mp_policy=policy)
     return module
 

@@ -7,14 +7,14 @@ from torch import Tensor
 
 from tulu_lightning.core.preference import DPO as DPOLoss
 from tulu_lightning.core.preference import Pair, PreferenceLoss, pair_metrics
-from tulu_lightning.core.reduce import pair_sum
+from tulu_lightning.core.reduce import PAIR, pair_sum
 from tulu_lightning.core.settings import require
 from tulu_lightning.data.rows import Documents
 from tulu_lightning.models.backbone import Backbone
 from tulu_lightning.stages.checks import check_pairs, check_tokenizer
 from tulu_lightning.stages.optimizer import AdamW
 from tulu_lightning.stages.pair_metrics import PairMetrics
-from tulu_lightning.stages.reference import PAIR, Mode, Reference, StartModel, pair_logps
+from tulu_lightning.stages.reference import Mode, Reference, StartModel, pair_logps
 from tulu_lightning.stages.stage import Stage
 from tulu_lightning.types import Pack, StepBatch
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from tulu_lightning.assets.models import load_tokenizer, resolve_model
@@ -17,7 +18,8 @@ from tulu_lightning.core.settings import require
 from tulu_lightning.core.step_plan import mix_seed
 from tulu_lightning.data.prompts import PromptData
 from tulu_lightning.errors import InputError
-from tulu_lightning.models.backbone import Backbone, PackedLM, PackedValue
+from tulu_lightning.models.backbone import Backbone, PackedLM
+from tulu_lightning.models.heads import PackedValue, has_reward_head
 from tulu_lightning.models.limits import check_prompts
 from tulu_lightning.models.lora import without_adapters
 from tulu_lightning.models.weights import plain_weights
@@ -58,7 +60,8 @@ class PPO(Stage):
         micro_tokens: limit of one pack, in tokens.
 
     Raises:
-        InputError: a number out of its range, or a critic with another tokenizer.
+        InputError: a number out of its range, a critic with another tokenizer, or one that starts from a classifier
+            that is no reward model (`models.heads.has_reward_head`).
     """
 
     def __init__(
@@ -91,6 +94,7 @@ class PPO(Stage):
         self.critic_folder = os.path.realpath(resolve_model(critic.path)) if critic.path else self.folder
         self.tokenizer = load_tokenizer(self.folder)
         self._check_critic_tokenizer()
+        self._critic_goes_on = has_reward_head(self.critic_folder, critic.layers)
         self.critic: PackedValue | None = None
         self.engine: Engine | None = None
         self._reference: list[PackedLM] = []  # in a list: not a submodule, so neither trained nor checkpointed
@@ -112,6 +116,8 @@ class PPO(Stage):
         super().configure_model()
         if self.critic is None:
             config = replace(self.backbone, path=self.critic_folder, layers=self.critic_config.layers)
+            head = "the reward model's head goes on" if self._critic_goes_on else "a language model, with a fresh head"
+            rank_zero_info(f"PPO's critic starts from {self.critic_folder}: {head}")
             self.critic = self.sharded(PackedValue(config, self.critic_folder), config)
             if self.backbone.lora is None:  # else the policy without its adapters is the reference
                 self._reference = [PackedLM(self.backbone, self.folder).requires_grad_(False)]

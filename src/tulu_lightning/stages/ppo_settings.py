@@ -17,9 +17,10 @@ class Critic:
     optimizer: AdamW
     path: str | None = None
     """Folder to start from; the policy's own start when null. Any size with the policy's tokenizer will do (Tülu 3's
-    70B policy had an 8B critic)."""
+    70B policy had an 8B critic). A reward model's export brings its head, as Tülu 3's critics did; a language model
+    gets a fresh one."""
     layers: int | None = None
-    """Keep only the first so many decoder layers."""
+    """Keep only the first so many decoder layers; not of a reward model, whose head reads the last one."""
     warmup_steps: int = 0
     """Steps at the start in which only the critic learns; a fresh head needs some. They count as steps of the policy's
     schedule too: its rate has decayed by that much when it starts."""

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from tulu_lightning.core.preference import Pair
-from tulu_lightning.core.reduce import pair_sum
+from tulu_lightning.core.reduce import PAIR, pair_sum
 from tulu_lightning.core.settings import require
 from tulu_lightning.data.rows import Documents
 from tulu_lightning.models.backbone import PackedLM
@@ -28,8 +28,6 @@ from tulu_lightning.types import Pack
 __all__ = ["Mode", "Reference", "StartModel", "pair_logps"]
 
 Mode = Literal["cached", "live"]
-PAIR = 3
-"""Segments of a pair's document: the common start, then the rests of chosen and rejected as its children."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What SFT, DPO and PPO have in common.
+"""What SFT, DPO, reward modelling and PPO have in common.
 
 One batch of the data module is one global step, already cut into this rank's micro-batches. The stage accumulates
 itself: every micro-batch's loss is a *sum*, scaled once by (ranks / the step's global denominator), so neither the
@@ -20,7 +20,6 @@ from torchmetrics import Metric
 
 from tulu_lightning.assets.models import generation_eos, resolve_model
 from tulu_lightning.checkpoints.identity import Value, check_run, flat, weights_digest
-from tulu_lightning.core.logprobs import TokenStats
 from tulu_lightning.data import chat
 from tulu_lightning.data.base import StepData
 from tulu_lightning.data.packed import PackedData
@@ -36,7 +35,7 @@ __all__ = ["NonFiniteError", "Stage"]
 
 
 class Stage(L.LightningModule):
-    """Base of the stages: the policy, the step counter, and an optimiser step that divides once.
+    """Base of the stages: the network, the step counter, and an optimiser step that divides once.
 
     Attributes:
         step: finished global steps.
@@ -46,6 +45,8 @@ class Stage(L.LightningModule):
 
     keeps_rows: ClassVar[bool] = False
     """Whether its checkpoints hold numbers about single rows, which are wrong for any others."""
+    speaks: ClassVar[bool] = True
+    """Whether what it trains is a language model, which can be sampled from; a reward model cannot."""
 
     def __init__(self, backbone: Backbone, optimizer: AdamW) -> None:
         super().__init__()
@@ -57,7 +58,7 @@ class Stage(L.LightningModule):
         self._changed = torch.zeros(2, dtype=torch.float64)
         self.metrics: dict[str, float] = {}
         self.samples: list[dict[str, Any]] = []
-        self.policy: PackedLM | None = None
+        self.policy: Any = None
         self.start = str(resolve_model(backbone.path))
         self.folder = os.path.realpath(self.start)  # `promoted` may point elsewhere before the run ends
         self._digests: dict[str, str] = {}
@@ -67,7 +68,11 @@ class Stage(L.LightningModule):
     def configure_model(self) -> None:
         """Build (and under FSDP2 shard) the networks; Lightning calls this once per entry point, so it is guarded."""
         if self.policy is None:
-            self.policy = self.sharded(PackedLM(self.backbone, self.folder), self.backbone)
+            self.policy = self.sharded(self.build(), self.backbone)
+
+    def build(self) -> Any:
+        """What is trained, whole: the policy, a `PackedLM`, unless the stage has another network."""
+        return PackedLM(self.backbone, self.folder)
 
     def sharded(self, module: Any, config: Backbone) -> Any:
         """The module, sharded over the mesh if the strategy has one."""
@@ -81,12 +86,12 @@ class Stage(L.LightningModule):
         return self._trainer.strategy if self._trainer is not None else None
 
     def configure_optimizers(self) -> Any:
-        """One fused AdamW over the policy. No Lightning scheduler: the rate is a function of our step."""
+        """One fused AdamW over the network. No Lightning scheduler: the rate is a function of our step."""
         return self.optimizer.build(self.model.parameters())
 
     @property
-    def model(self) -> PackedLM:
-        """The policy, once `configure_model` has built it."""
+    def model(self) -> Any:
+        """What `build` gives, once `configure_model` has built it."""
         if self.policy is None:
             raise RuntimeError("the model is built when a Trainer starts; call configure_model() to use it before")
         return self.policy
@@ -168,9 +173,9 @@ class Stage(L.LightningModule):
         self._changed = torch.zeros(2, dtype=torch.float64)
         return -1 if self.finished else None
 
-    def forward(self, pack: Any, temperature: float = 1.0) -> TokenStats:
-        """Log-probs of a pack's scored tokens under the policy."""
-        return self.model(pack, temperature)
+    def forward(self, pack: Any, *settings: Any) -> Any:
+        """What the network says of a pack: log-probs of its scored tokens (`PackedLM`), or rewards (`PackedReward`)."""
+        return self.model(pack, *settings)
 
     def backward_sum(self, loss_sum: Tensor, denominator: float) -> None:
         """Backward of a summed loss, divided once by the global denominator; × ranks undoes gradient averaging."""
