@@ -107,7 +107,9 @@ def test_validation_rows_come_once_each_and_are_not_trained(sums):
     assert sorted(row for batch in batches for pack in batch.packs for row in pack.rows) == list(range(11))
     assert [len(batch.rows) for batch in batches] == [4, 4, 3]
     assert data.digest() == plain.digest()
-    assert data.manifest() == plain.manifest()
+    manifest = data.manifest()
+    assert manifest.pop("validation")["sources"]["held out"]["used"] == 11
+    assert manifest == plain.manifest()
     assert not any(
         torch.equal(a.segments[0].ids_L, b.segments[0].ids_L) for a in data.documents for b in data.validation_documents
     )

@@ -84,6 +84,8 @@ def test_steps_and_export_are_those_of_one_process(runs, name):
     assert [row["step"] for row in two] == list(range(1, STEPS + 1))
     for single, sharded in zip(one, two, strict=True):
         for key in SAME:
+            if key == "accuracy" and single["step"] == 1:
+                continue  # policy and reference are one: which reward is above 0 is rounding
             assert sharded[key] == pytest.approx(single[key], rel=1e-4, abs=1e-5), (single["step"], key)
     single, sharded = (load_file(root / run / "run" / "promoted" / "model.safetensors") for run in ("one", name))
     assert single.keys() == sharded.keys()

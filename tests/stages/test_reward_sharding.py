@@ -40,7 +40,7 @@ def test_two_processes_are_one(tmp_path):
         for key in ("loss", "grad_norm", "lr", "pairs", "tokens", "trained_tokens", "accuracy", "length_chosen"):
             assert sharded[key] == pytest.approx(single[key], rel=1e-4), (single["step"], key)
         for key in ("margin", "rewards_chosen", "margin/additions"):
-            assert sharded[key] == pytest.approx(single[key], abs=1e-4), (single["step"], key)
+            assert sharded[key] == pytest.approx(single[key], rel=2e-4, abs=1e-4), (single["step"], key)
     single, sharded = (load_file(run / "promoted" / "model.safetensors") for run in (one, two))
     assert single.keys() == sharded.keys()
     assert single["score.weight"].shape == (1, 256)
