@@ -440,3 +440,19 @@ def test_a_printed_config_runs_the_same_from_elsewhere(capsys, tmp_path, monkeyp
         losses.append([json.loads(line)["loss"] for line in Path(run, "metrics.jsonl").read_text().splitlines()])
     assert len(losses[0]) == 6  # 96 rows, 16 a step
     assert losses[0] == losses[1]
+
+
+@pytest.mark.parametrize(
+    ("config", "option", "key"),
+    [
+        ("ppo_tiny.yaml", "--model.critic.layers=null", ("critic", "layers")),
+        ("ppo_tiny.yaml", "--model.init_args.critic.path=null", ("critic", "path")),
+        ("dpo_8b_lora.yaml", "--model.backbone.lora=null", ("backbone", "lora")),
+        ("dpo_tiny.yaml", "--model.reference.folder=null", ("reference", "folder")),
+    ],
+)
+def test_null_on_the_command_line_is_null_however_deep(config, option, key, capsys):
+    given = ["--model.reference.folder=somewhere"] if key[0] == "reference" else []
+    assert cli.main(["fit", "--config", str(CONFIGS / config), *given, option, "--print_config"]) == 0
+    printed = yaml.safe_load(capsys.readouterr().out)["model"]["init_args"]
+    assert printed[key[0]][key[1]] is None

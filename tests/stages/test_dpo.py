@@ -281,3 +281,37 @@ def test_loss_and_reference_are_chosen_in_a_config(options, expected, tmp_path):
 )
 def test_only_a_cached_reference_ties_a_run_to_its_rows(settings, keeps):
     assert stage(**settings).keeps_rows == keeps
+
+
+def test_a_trial_of_two_steps_computes_the_reference_of_their_pairs_alone(tmp_path, capfd):
+    fit(dpo(), preference_data(max_steps=2, examples_per_step=4), tmp_path)
+    assert "reference: 8 pairs" in capfd.readouterr().err
+    fit(dpo(), preference_data(max_steps=2, examples_per_step=4), tmp_path / "again")
+    assert "reference: log-probs of 40 pairs found" in capfd.readouterr().err
+
+
+def test_changed_pairs_are_refused_with_advice_that_works(tmp_path):
+    """The cached reference is of rows; live keeps none, and so does LoRA, whose base is the start for ever."""
+    assert dpo().keeps_rows
+    assert not DPO(Backbone(TINY), AdamW(lr=1e-4), reference="live").keeps_rows
+    assert not DPO(Backbone(TINY, lora=Lora(r=2)), AdamW(lr=1e-4)).keeps_rows
+    fit(dpo(), preference_data(max_steps=1), tmp_path, every_n_steps=1)
+    with pytest.raises(InputError) as refused:
+        fit(dpo(), preference_data(max_steps=1, seed=3), tmp_path)
+    assert "accept_changed_data" not in str(refused.value)
+
+
+def test_a_loss_by_name_in_python_is_refused_with_what_would_do():
+    with pytest.raises(InputError, match=r"model.loss.*'IPO'.*such as DPO\(\) or IPO\(\)"):
+        DPO(Backbone(TINY), AdamW(lr=1e-4), loss="IPO")
+
+
+def test_an_interval_of_validation_that_the_run_does_not_reach_is_refused(tmp_path):
+    held_out = Source("held out", rows=ROWS + "pair_rows", args={"count": 8, "seed": 7})
+    data = preference_data(max_steps=2, validation=[held_out])
+    trainer = L.Trainer(
+        accelerator="cpu", default_root_dir=tmp_path, max_epochs=1, logger=False, enable_checkpointing=False,
+        val_check_interval=3,
+    )  # fmt: skip
+    with pytest.raises(InputError, match=r"val_check_interval: is 3, and the run has 2 steps"):
+        trainer.fit(dpo(), data)

@@ -83,6 +83,7 @@ def stage(data, ranks=None, rank=0, step=0, digest="a" * 64, micro_tokens=200, p
     strategy = SimpleNamespace(
         broadcast=lambda value: ranks.exchange(rank, value)[0],
         batch_to_device=lambda pack: pack,
+        reduce_boolean_decision=lambda told, all: any(ranks.exchange(rank, told)),
         root_device=torch.device("cpu"),
     )
     trainer = SimpleNamespace(
@@ -91,6 +92,7 @@ def stage(data, ranks=None, rank=0, step=0, digest="a" * 64, micro_tokens=200, p
         world_size=ranks.size,
         global_rank=rank,
         is_global_zero=rank == 0,
+        callbacks=[SimpleNamespace(stop_requested=False)],
     )
     where = str(resolve_model(TINY))
     return SimpleNamespace(
@@ -315,3 +317,36 @@ def test_the_folder_is_the_given_one_else_the_environments_else_the_caches(monke
     monkeypatch.delenv("TULU_REFERENCE")
     monkeypatch.setenv("TULU_CACHE", str(tmp_path))
     assert reference_dir() == tmp_path / "reference"
+
+
+def test_only_rows_that_the_run_reaches_are_computed_and_a_longer_run_adds_the_rest(data, folder):
+    """20 rows of 40 and none of 11; then all: the other 20 and the 11."""
+    needed = np.zeros(68, dtype=bool)
+    needed[10:30] = True
+    first = cache(data).load_or_compute(data.documents, needed)
+    assert torch.isfinite(first).all(1).tolist() == needed.tolist()
+    torch.testing.assert_close(first[10:30], expected(data.documents)[10:30])
+    again = cache(data, never).load_or_compute(data.documents, needed)
+    assert torch.equal(again[10:30], first[10:30])
+    computed = []
+    found = cache(data, lambda pack: computed.extend(pack.rows) or made_up(pack)).load_or_compute(data.documents)
+    torch.testing.assert_close(found, expected(data.documents))
+    assert len(computed) == 31
+
+
+def test_a_signal_ends_the_pass_between_two_chunks_and_nothing_computed_is_lost(data):
+    interrupted = cache(data)
+    calls = []
+
+    def told(pack):
+        calls.extend(pack.rows)
+        interrupted.stage.trainer.callbacks[0].stop_requested = len(calls) >= 2 * CHUNK
+        return made_up(pack)
+
+    interrupted.compute = told
+    with pytest.raises(KeyboardInterrupt):
+        interrupted.load_or_compute(data.documents)
+    assert len(calls) == 2 * CHUNK
+    computed = []
+    cache(data, lambda pack: computed.extend(pack.rows) or made_up(pack)).load_or_compute(data.documents)
+    assert len(computed) == 51 - 2 * CHUNK

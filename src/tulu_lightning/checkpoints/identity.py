@@ -73,7 +73,11 @@ DATA = "data rows"
 
 
 def check_identity(
-    where: str, before: Mapping[str, Value], now: Mapping[str, Value], accept_changed_data: bool = False
+    where: str,
+    before: Mapping[str, Value],
+    now: Mapping[str, Value],
+    accept_changed_data: bool = False,
+    may_accept: bool = True,
 ) -> str:
     """Refuse to go on with other settings than those that a run was started with.
 
@@ -85,6 +89,7 @@ def check_identity(
         before: the record of the start.
         now: the present one.
         accept_changed_data: go on although the rows are others, and with them the number of steps that an epoch takes.
+        may_accept: whether the message may offer that.
 
     Returns:
         What was accepted, in words; empty if nothing changed.
@@ -98,7 +103,7 @@ def check_identity(
     refused = [said[name] for name in changed if name not in accepted]
     if refused:
         remedy = "Set it back to go on, give another run folder (trainer.default_root_dir), or remove this one."
-        if DATA in changed and not accept_changed_data:
+        if DATA in changed and not accept_changed_data and may_accept:
             remedy += " To go on with the changed rows, set data.init_args.accept_changed_data to true."
         raise InputError(where, f"the run was started with other settings: {'; '.join(refused)}", remedy)
     return "; ".join(said.values())
@@ -111,10 +116,10 @@ def check_run(where: str, before: Mapping[str, Value], stage: Any) -> None:
         InputError: what `check_identity` finds, or changed rows in a stage that keeps numbers about each of them.
     """
     accept = bool(getattr(stage.trainer.datamodule, "accept_changed_data", False))
-    accepted = check_identity(where, before, stage.identity(), accept)
+    accepted = check_identity(where, before, stage.identity(), accept, may_accept=not stage.keeps_rows)
     if accepted and stage.keeps_rows:
         what = f"is true, and {type(stage).__name__} keeps numbers about each row that it started with ({accepted})"
-        raise InputError("data.accept_changed_data", what, "Start a new run on the changed rows.")
+        raise InputError("data.accept_changed_data", what, f"Start a new run on the changed rows.{stage.without_rows}")
     if accepted:
         rank_zero_info(f"{where}: going on with changed data, as accept_changed_data says: {accepted}")
 

@@ -1,6 +1,10 @@
 """The command line of a Lightning command as layers, and the settings that follow from others."""
 
-from collections.abc import Sequence
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from tulu_lightning.errors import InputError
@@ -8,7 +12,7 @@ from tulu_lightning.launch.compose import Layer, compose, merge, option_layer, v
 from tulu_lightning.launch.schema import class_of
 from tulu_lightning.launch.signatures import parameters
 
-__all__ = ["linked_options", "read_layers", "with_classes_anew", "with_lists_anew"]
+__all__ = ["linked_options", "read_layers", "with_classes_anew", "with_lists_anew", "with_nulls_as_files"]
 
 FLAGS = ("--print_config", "--help", "-h")
 
@@ -79,6 +83,30 @@ def with_classes_anew(argv: Sequence[str], layers: Sequence[Layer]) -> list[str]
             result.append(f"--{key}=null")
         result.append(token)
     return result
+
+
+@contextmanager
+def with_nulls_as_files(argv: Sequence[str]) -> Iterator[list[str]]:
+    """The same arguments with each `--model.a.b=null` as a config file of its own, for as long as the context lasts.
+
+    The parser hands an option inside a class's argument on as text, and there null becomes the word None.
+    """
+    result: list[str] = []
+    with TemporaryDirectory() as folder:
+        for index, token in enumerate(argv):
+            name, equals, text = token.partition("=")
+            section, *rest = name.removeprefix("--").split(".")
+            inside = rest[1:] if rest[:1] == ["init_args"] else rest  # an option may leave init_args out
+            if not (equals and text == "null" and section in ("model", "data") and len(inside) > 1):
+                result.append(token)
+                continue
+            value: Any = None
+            for key in reversed([section, "init_args", *inside]):
+                value = {key: value}
+            path = Path(folder, f"{index}.yaml")
+            path.write_text(json.dumps(value), encoding="utf-8")  # JSON is YAML
+            result += ["--config", str(path)]
+        yield result
 
 
 def _changes_class(files: dict[str, Any], path: Sequence[str], value: str) -> bool:

@@ -21,7 +21,13 @@ import tulu_lightning.models.sharding  # noqa: F401  registers `strategy: fsdp2`
 from tulu_lightning.callbacks.checkpoints import Checkpoints
 from tulu_lightning.errors import InputError
 from tulu_lightning.files import write_whole
-from tulu_lightning.launch.arguments import linked_options, read_layers, with_classes_anew, with_lists_anew
+from tulu_lightning.launch.arguments import (
+    linked_options,
+    read_layers,
+    with_classes_anew,
+    with_lists_anew,
+    with_nulls_as_files,
+)
 from tulu_lightning.launch.compose import Layer, merge, origin
 from tulu_lightning.launch.parser import IncludingConfigFile, TuluParser, causes
 from tulu_lightning.launch.quiet import without_noise
@@ -92,7 +98,8 @@ class TuluCLI(LightningCLI):
             raise InputError(origin(self.layers, ("model",)), "'model' is missing", remedy)
         parser.layers = known.layers = self.layers
         options = with_classes_anew(with_lists_anew(args), self.layers)
-        self.config = parser.parse_args([*options, *linked_options(self.layers)])
+        with with_nulls_as_files([*options, *linked_options(self.layers)]) as arguments:
+            self.config = parser.parse_args(arguments)
 
     @staticmethod
     def _top_level(parser: TuluParser) -> dict[str, Any]:

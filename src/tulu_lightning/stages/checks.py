@@ -10,7 +10,15 @@ from tulu_lightning.errors import InputError
 from tulu_lightning.models.backbone import Backbone
 from tulu_lightning.models.sharding import Fsdp2
 
-__all__ = ["check_pairs", "check_processes", "check_tokenizer", "check_trainer", "warn_of_bf16_weights"]
+__all__ = [
+    "check_pairs",
+    "check_processes",
+    "check_tokenizer",
+    "check_trainer",
+    "check_validation",
+    "reopen_epoch",
+    "warn_of_bf16_weights",
+]
 
 SMALL_RATE = 1e-5
 """bf16 keeps 8 binary digits: a weight between 2^-8 and 2^-7 (0.004 to 0.008) has neighbours 2^-15 apart, and moves
@@ -42,6 +50,18 @@ def check_trainer(trainer: Any) -> None:
             f"is {trainer.accumulate_grad_batches}",
             "Leave it at 1: a batch is a whole step here, cut by data.micro_tokens.",
         )
+
+
+def check_validation(trainer: Any, total_steps: int) -> None:
+    """Refuse an interval between validations that the run does not reach; Lightning ends in a traceback there.
+
+    Raises:
+        InputError: it is longer than the run.
+    """
+    interval = trainer.val_check_interval
+    if isinstance(interval, int) and interval > total_steps and trainer.check_val_every_n_epoch is not None:
+        remedy = "Use at most that, or leave it out to validate once, at the end."
+        raise InputError("trainer.val_check_interval", f"is {interval}, and the run has {total_steps} steps", remedy)
 
 
 def check_processes(trainer: Any) -> None:
@@ -112,3 +132,13 @@ def warn_of_bf16_weights(backbone: Backbone, lr: float) -> None:
             "the distance to a weight's neighbour, so most of them round away, and Adam's second moment stands still "
             "for the same reason. Watch `weights_changed`, or set backbone.weights_dtype to float32."
         )
+
+
+def reopen_epoch(checkpoint: dict[str, Any]) -> None:
+    """Let Lightning go on within its only epoch: after `limit_train_batches` it holds it for finished, and would do nothing.
+
+    Whether anything is left to do is ours to say (`finished`).
+    """
+    progress = checkpoint.get("loops", {}).get("fit_loop", {}).get("epoch_loop.batch_progress")
+    if progress:
+        progress["is_last_batch"] = False

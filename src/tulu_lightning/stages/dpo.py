@@ -44,6 +44,8 @@ class DPO(Stage):
         InputError: a reference for a loss that has none.
     """
 
+    without_rows = " Or set model.init_args.reference to live, which keeps none."
+
     def __init__(
         self,
         backbone: Backbone,
@@ -53,6 +55,8 @@ class DPO(Stage):
     ) -> None:
         super().__init__(backbone, optimizer)
         self.loss = loss or DPOLoss()
+        known = isinstance(self.loss, PreferenceLoss)
+        require(known, "model.loss", repr(loss), "Give a loss of core.preference, such as DPO() or IPO().")
         idle = reference is not None and not self.loss.needs_reference
         name = type(self.loss).__name__
         require(not idle, "model.reference", f"set, and {name} compares with no reference", "Leave it out.")
@@ -140,8 +144,9 @@ class DPO(Stage):
 
     @property
     def keeps_rows(self) -> bool:  # type: ignore[override]  known once the loss is
-        """Numbers about single rows: those of a cached reference."""
-        return self.reference is not None and self.reference.settings.mode == "cached"
+        """Numbers about single rows that cannot be had again: those of a cached reference, but for LoRA's frozen base."""
+        cached = self.reference is not None and self.reference.settings.mode == "cached"
+        return cached and self.backbone.lora is None
 
     def _documents(self) -> dict[str, Documents]:
         return dict(zip(("train", "validation"), self._data.document_sets, strict=False))

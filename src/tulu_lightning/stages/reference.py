@@ -9,8 +9,9 @@ Neither the order of the rows nor their packing or the number of ranks changes a
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -51,6 +52,17 @@ def pair_logps(model: PackedLM, pack: Pack) -> Pair:
     """Summed log-probs of both answers of each pair, in nats; of a filler none, but its pass is made."""
     sides = pair_sum(model(pack).logp_N, pack.segment_N, len(pack.spans) // PAIR)
     return Pair(*(side_B[: len(pack.rows)] for side_B in sides))
+
+
+def _reached(data: Any) -> Any:
+    """bool [rows], the training rows that the run's plan reaches; None for all. A trial of few steps needs few of them."""
+    plan = data._plan(1)
+    if plan.total_steps >= plan.steps_per_epoch:
+        return None
+    reached = np.zeros(len(data.documents), dtype=bool)
+    for step in range(plan.total_steps):
+        reached[list(plan.examples(step))] = True
+    return reached
 
 
 class StartModel:
@@ -116,7 +128,8 @@ class StartModel:
             digests = {name: documents.digest() for name, documents in sets.items()}
             for name, documents in sets.items():
                 if digests[name] not in self._known:
-                    self._known[digests[name]] = self.cache.load_or_compute(documents)
+                    needed = _reached(self.stage.trainer.datamodule) if name == "train" else None  # type: ignore[attr-defined]
+                    self._known[digests[name]] = self.cache.load_or_compute(documents, needed)
             self._tables = {name: self._known[digest] for name, digest in digests.items()}
         elif self._copy is not None and not isinstance(self.stage.trainer.strategy, Fsdp2):
             self._copy.to(self.stage.device)

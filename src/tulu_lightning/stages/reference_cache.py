@@ -73,26 +73,40 @@ class LogpCache:
         if self.folder is not None:
             self._shared(refuse)
 
-    def load_or_compute(self, documents: Documents) -> Tensor:
+    def load_or_compute(self, documents: Documents, needed: Any = None) -> Tensor:
         """float32 [rows, 2]: summed log-probs of chosen and rejected, in nats.
 
+        Args:
+            documents: the rows.
+            needed: bool [rows], those that the run reaches; all if left out. Others may come out as NaN.
+
         Raises:
+            KeyboardInterrupt: the run was told to stop; what was computed is kept.
             InputError: they are not on disk and the start weights are gone; the folder cannot be written; or the start
                 model gives a row no finite log-prob.
         """
         self._pairs, self._tokens, self._seconds = 0, 0, 0.0
-        found = [self._of_source(part) for part in documents.sources]
+        bounds = np.cumsum([0, *(len(pick) for pick in documents.picks)])
+        found = []
+        for part, pick, start in zip(documents.sources, documents.picks, bounds, strict=False):
+            wanted = np.ones(len(part.items), dtype=bool)
+            if needed is not None:
+                wanted[:] = False
+                wanted[pick[needed[start : start + len(pick)]]] = True
+            found.append(self._of_source(part, wanted))
         values = np.concatenate([one[pick] for one, pick in zip(found, documents.picks, strict=True)])
         if self._pairs and self._first:
             rate = f"{self._pairs / max(self._seconds, 1e-9):.1f} pairs/s"
             cost = f"{self._pairs:,} pairs, {self._tokens:,} tokens in {duration(self._seconds)}, {rate}"
             self._say(f"reference: {cost}; kept in {reference_dir(self.folder)}")
+        elif self._first:
+            self._say(f"reference: log-probs of {len(values):,} pairs found in {reference_dir(self.folder)}")
         return torch.from_numpy(values)
 
     # One source -------------------------------------------------------------------------------------------------
 
-    def _of_source(self, part: SourceRows) -> Any:
-        """float32 [kept rows, 2], on every rank; only the first touches the disk."""
+    def _of_source(self, part: SourceRows, wanted: Any) -> Any:
+        """float32 [kept rows, 2], on every rank, not NaN where wanted; only the first touches the disk."""
         entry = self._entry(part)
         values = self._shared(entry.read)
         if values is not None:
@@ -107,14 +121,17 @@ class LogpCache:
             raise InputError(str(entry.root), what, remedy)
         with self._held(entry):
             values = self._shared(lambda: _or(entry.read(report=False), entry.open))  # it may be finished by now
-            self._fill(part, entry, values)
+            self._fill(part, entry, values, wanted)
         return values
 
-    def _fill(self, part: SourceRows, entry: Entry, values: Any) -> None:
-        missing = np.flatnonzero(np.isnan(values).any(axis=1))
+    def _fill(self, part: SourceRows, entry: Entry, values: Any, wanted: Any) -> None:
+        missing = np.flatnonzero(np.isnan(values).any(axis=1) & wanted)
+        if not missing.size:
+            return
         started, size = time.perf_counter(), CHUNK * self.stage.trainer.world_size
-        label, before = f"reference of {part.name}", len(values) - len(missing)
-        shown = Progress(label, len(values), before, unit="pairs") if self._first else nullcontext()
+        label, total = f"reference of {part.name}", int(wanted.sum())
+        before = total - len(missing)
+        shown = Progress(label, total, before, unit="pairs") if self._first else nullcontext()
         with shown as progress, torch.inference_mode(False), torch.no_grad():
             for start in range(0, len(missing), size):
                 rows = missing[start : start + size]
@@ -124,11 +141,20 @@ class LogpCache:
                     entry.write(rows, values[rows])
                 if progress is not None:
                     progress.update(before + start + len(rows))
-        if self._first:
+                if start + size < len(missing):
+                    self._leave_if_told()
+        if self._first and not np.isnan(values).any():
             entry.finish()
         self._pairs += len(missing)
         self._tokens += int(part.lengths[missing].sum())
         self._seconds += time.perf_counter() - started
+
+    def _leave_if_told(self) -> None:
+        """End the run between two chunks if any rank was signalled; `callbacks.checkpoints` keeps the flag."""
+        callbacks: list[Any] = self.stage.trainer.callbacks  # type: ignore[attr-defined]
+        told = any(getattr(callback, "stop_requested", False) for callback in callbacks)
+        if self._strategy.reduce_boolean_decision(told, all=False):
+            raise KeyboardInterrupt
 
     def _chunk(self, part: SourceRows, rows: Any) -> Any:
         """The numbers of some rows, each rank its share of packs; the sum over ranks gives all of them to each."""

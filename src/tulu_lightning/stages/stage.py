@@ -28,7 +28,13 @@ from tulu_lightning.models.backbone import Backbone, PackedLM
 from tulu_lightning.models.limits import check_documents
 from tulu_lightning.models.sharding import Fsdp2, shard
 from tulu_lightning.rollout.local import LocalEngine
-from tulu_lightning.stages.checks import check_processes, check_trainer, warn_of_bf16_weights
+from tulu_lightning.stages.checks import (
+    check_processes,
+    check_trainer,
+    check_validation,
+    reopen_epoch,
+    warn_of_bf16_weights,
+)
 from tulu_lightning.stages.optimizer import AdamW, NonFiniteError, clip, differing, samples
 
 __all__ = ["NonFiniteError", "Stage"]
@@ -45,6 +51,7 @@ class Stage(L.LightningModule):
 
     keeps_rows: ClassVar[bool] = False
     """Whether its checkpoints hold numbers about single rows, which are wrong for any others."""
+    without_rows: ClassVar[str] = ""  # what would do without them, for a message; begins with a space
     speaks: ClassVar[bool] = True
     """Whether what it trains is a language model, which can be sampled from; a reward model cannot."""
 
@@ -152,6 +159,8 @@ class Stage(L.LightningModule):
             raise InputError("data", what, "Give the data module itself: trainer.fit(stage, datamodule=data).")
         if isinstance(data, StepData):
             self.check_data(data)
+            if stage == "fit" and getattr(data, "validation", None):
+                check_validation(self.trainer, data.total_steps)
 
     def on_validation_epoch_start(self) -> None:
         """Begin metrics anew, in the mode of this validation: those of `trainer.validate` are inference tensors."""
@@ -165,7 +174,8 @@ class Stage(L.LightningModule):
         Within a fit not to its logger, whose steps are counted otherwise than ours: `callbacks.records.Records` logs them.
         """
         logger = self.trainer.state.fn != "fit"
-        self.log_dict(metrics, on_step=False, on_epoch=True, logger=logger, batch_size=1)  # type: ignore[arg-type]
+        same = any(isinstance(value, float) for value in metrics.values())  # on all ranks, and so is their mean
+        self.log_dict(metrics, on_step=False, on_epoch=True, logger=logger, batch_size=1, sync_dist=same)  # type: ignore[arg-type]
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> int | None:
         """Start the step's clock; a trainer that wants more epochs than the plan has gets nothing more."""
@@ -252,7 +262,7 @@ class Stage(L.LightningModule):
             )
         if self._trainer is not None and self._trainer.state.fn == "fit":
             check_run("ckpt_path", state.get("identity", {}), self)
-            _reopen_epoch(checkpoint)
+            reopen_epoch(checkpoint)
         self.step, self.skipped = state["step"], state["skipped"]
 
     def identity(self) -> dict[str, Value]:
@@ -288,13 +298,3 @@ class Stage(L.LightningModule):
         if folder not in self._digests:
             self._digests[folder] = weights_digest(folder)
         return self._digests[folder]
-
-
-def _reopen_epoch(checkpoint: dict[str, Any]) -> None:
-    """Let Lightning go on within its only epoch: after `limit_train_batches` it holds it for finished, and would do nothing.
-
-    Whether anything is left to do is ours to say (`finished`).
-    """
-    progress = checkpoint.get("loops", {}).get("fit_loop", {}).get("epoch_loop.batch_progress")
-    if progress:
-        progress["is_last_batch"] = False
