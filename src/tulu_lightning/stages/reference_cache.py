@@ -100,7 +100,8 @@ class LogpCache:
             cost = f"{self._pairs:,} pairs, {self._tokens:,} tokens in {duration(self._seconds)}, {rate}"
             self._say(f"reference: {cost}; kept in {reference_dir(self.folder)}")
         elif self._first:
-            self._say(f"reference: log-probs of {len(values):,} pairs found in {reference_dir(self.folder)}")
+            known = int(np.isfinite(values).all(axis=1).sum())
+            self._say(f"reference: log-probs of {known:,} pairs found in {reference_dir(self.folder)}")
         return torch.from_numpy(values)
 
     # One source -------------------------------------------------------------------------------------------------
