@@ -48,7 +48,7 @@ class Backbone:
     activation_checkpointing: bool = False
     """Recompute each decoder layer in backward: less memory, about a third more time."""
     recompute_mlps: bool = False
-    """Recompute only what is inside each decoder layer's gated MLP: a third (bf16) to two fifths (fp32) of what
+    """Recompute only what is inside each decoder layer's gated MLP: saves a third (bf16) to two fifths (fp32) of what
     a pass keeps for backward, for two more of an MLP's nine products."""
     layers: int | None = None
     """Keep only the first so many decoder layers (a critic smaller than its policy)."""
