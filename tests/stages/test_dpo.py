@@ -14,6 +14,7 @@ from tulu_lightning import cli
 from tulu_lightning.assets.models import load_tokenizer, resolve_model
 from tulu_lightning.callbacks.checkpoints import checkpoint_path
 from tulu_lightning.core.packing import filler, pack
+from tulu_lightning.core.pairs import side_lengths
 from tulu_lightning.core.preference import ConservativeDPO, SimPO
 from tulu_lightning.core.step_plan import StepPlan
 from tulu_lightning.data.loader import StepLoader
@@ -242,7 +243,7 @@ def one_pair(trained, documents, row):
     """Loss, accuracy and margin of one pair by itself."""
     alone = pack([documents[row]], [row])
     policy = torch.stack(list(pair_logps(trained.model, alone)))[:, 0]
-    lengths = torch.stack(list(trained.lengths(alone)))[:, 0]
+    lengths = torch.stack(list(side_lengths(alone)))[:, 0]
     chosen, rejected = 5.0 * (policy - table(trained, "validation")[row]) / lengths
     margin = float(chosen - rejected)
     return math.log1p(math.exp(-margin)), float(margin > 0), margin

@@ -5,11 +5,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from tulu_lightning.core.packing import pack
+from tulu_lightning.core.pairs import side_lengths
 from tulu_lightning.models.backbone import Backbone, PackedLM
 from tulu_lightning.models.lora import Lora, without_adapters
 from tulu_lightning.models.weights import plain_weights
-from tulu_lightning.stages.dpo import DPO
-from tulu_lightning.stages.optimizer import AdamW
 from tulu_lightning.stages.reference import pair_logps
 from tulu_lightning.types import Document, Segment
 
@@ -102,6 +101,6 @@ def test_gradients_are_those_of_two_runs(tiny, lora):
 
 def test_lengths_count_what_the_log_probs_sum(tiny):
     (document,) = pairs(200)[:1]
-    lengths = DPO(Backbone(tiny), AdamW(lr=1e-4)).lengths(pack([document], [0], 64))
+    lengths = side_lengths(pack([document], [0], 64))
     counts = [int(scored.sum()) for _, scored in sequences(document)]
     assert [int(side) for side in lengths] == counts == [15 + 9, 15 + 7]

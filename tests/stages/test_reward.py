@@ -15,7 +15,7 @@ from tulu_lightning.callbacks.evaluate import Evaluate
 from tulu_lightning.callbacks.promote import Promote
 from tulu_lightning.callbacks.records import Records
 from tulu_lightning.callbacks.throughput import Throughput
-from tulu_lightning.core.preference import Pair
+from tulu_lightning.core.preference import Pair, reward_metrics
 from tulu_lightning.core.reward import bradley_terry
 from tulu_lightning.data.preference import PreferenceData
 from tulu_lightning.data.sources import Source
@@ -25,7 +25,7 @@ from tulu_lightning.models.lora import Lora
 from tulu_lightning.stages import ppo as ppo_file
 from tulu_lightning.stages.optimizer import AdamW
 from tulu_lightning.stages.ppo import Critic
-from tulu_lightning.stages.reward import RewardModel, compared
+from tulu_lightning.stages.reward import RewardModel
 
 QUIET = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
 
@@ -110,7 +110,7 @@ def test_a_steps_record_is_the_mean_over_its_pairs_and_by_source(tmp_path):
 
 def test_a_tie_is_no_win():
     rewards = Pair(torch.tensor([1.0, 0.5, -1.0]), torch.tensor([0.0, 0.5, 1.0]))
-    assert compared(rewards, torch.zeros(3))["accuracy"].tolist() == [1, 0, 0]
+    assert reward_metrics(rewards, torch.zeros(3))["accuracy"].tolist() == [1, 0, 0]
 
 
 def test_padded_packs_and_fillers_count_for_nothing(tmp_path):
@@ -146,7 +146,7 @@ def test_validation_is_over_all_pairs_of_all_batches(tmp_path):
     with torch.no_grad():
         rewards = [stage.rewards(pack) for pack in data.packs(range(40), 100_000)]
     every = Pair(*(torch.cat(list(side)) for side in zip(*rewards, strict=True)))
-    values = compared(every, bradley_terry(every))
+    values = reward_metrics(every, bradley_terry(every))
     assert found.keys() == {"val_loss", "val_accuracy", "val_margin"}
     for name in ("loss", "accuracy", "margin"):
         assert found[f"val_{name}"] == pytest.approx(float(values[name].mean()), rel=1e-5, abs=1e-6)

@@ -16,16 +16,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tulu_lightning.core.pairs import Pair
 from tulu_lightning.core.settings import require
 
-__all__ = ["DPO", "IPO", "WPO", "ConservativeDPO", "Pair", "PairLoss", "PreferenceLoss", "SimPO", "pair_metrics"]
-
-
-class Pair(NamedTuple):
-    """One number per pair for each side."""
-
-    chosen_B: Tensor
-    rejected_B: Tensor
+__all__ = [
+    "DPO",
+    "IPO",
+    "WPO",
+    "ConservativeDPO",
+    "Pair",
+    "PairLoss",
+    "PreferenceLoss",
+    "SimPO",
+    "pair_metrics",
+    "reward_metrics",
+]
 
 
 class PairLoss(NamedTuple):
@@ -208,6 +213,19 @@ class WPO(PreferenceLoss):
 
 
 @torch.no_grad()
+def reward_metrics(rewards: Pair, loss_B: Tensor) -> dict[str, Tensor]:
+    """What is reported of each pair's rewards and loss, without gradient: the first five of `pair_metrics`."""
+    metrics = {
+        "loss": loss_B,
+        "rewards_chosen": rewards.chosen_B,
+        "rewards_rejected": rewards.rejected_B,
+        "margin": _margin(rewards),
+        "accuracy": (rewards.chosen_B > rewards.rejected_B).to(rewards.chosen_B),
+    }
+    return {name: values_B.detach() for name, values_B in metrics.items()}
+
+
+@torch.no_grad()
 def pair_metrics(policy: Pair, reference: Pair | None, lengths: Pair, terms: PairLoss) -> dict[str, Tensor]:
     """What a preference step reports of each pair, without gradient.
 
@@ -230,13 +248,8 @@ def pair_metrics(policy: Pair, reference: Pair | None, lengths: Pair, terms: Pai
           that KL only on answers sampled from the policy; on the data it shows the drift from the reference on these
           answers, and is below 0 where the policy finds them less likely than the reference did.
     """
-    rewards = terms.rewards
     metrics = {
-        "loss": terms.loss_B,
-        "rewards_chosen": rewards.chosen_B,
-        "rewards_rejected": rewards.rejected_B,
-        "margin": _margin(rewards),
-        "accuracy": (rewards.chosen_B > rewards.rejected_B).to(rewards.chosen_B),
+        **reward_metrics(terms.rewards, terms.loss_B),
         "logp_chosen": policy.chosen_B,
         "logp_rejected": policy.rejected_B,
         "length_chosen": lengths.chosen_B,

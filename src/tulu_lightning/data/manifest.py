@@ -47,13 +47,12 @@ def manifest_of(mixed: Mixed, settings: Mapping[str, Any]) -> dict[str, Any]:
 def manifest_table(manifest: Mapping[str, Any]) -> str:
     """A manifest as a table for people: one line a source, the training rows' totals, then why rows were left out."""
     columns = ("rows", "tried", "kept", "left_out", "truncated", "repeated", "used", "tokens", "trained_tokens")
+    shown = dict(manifest["sources"])
+    if "validation" in manifest:
+        shown |= {f"{name} (validation)": source for name, source in manifest["validation"]["sources"].items()}
     body = [
         [name, *_numbers({**source, "left_out": sum(source["left_out"].values())}, columns)]
-        for name, source in manifest["sources"].items()
-    ]
-    body += [
-        [f"{name} (validation)", *_numbers({**source, "left_out": sum(source["left_out"].values())}, columns)]
-        for name, source in manifest.get("validation", {"sources": {}})["sources"].items()
+        for name, source in shown.items()
     ]
     lines = [
         ["source", *(name.replace("_", " ") for name in columns)],

@@ -237,7 +237,7 @@ class PackedData(StepData[Document]):
     def packs(self, rows: Sequence[int], micro_tokens: int, documents: Documents | None = None) -> Iterator[Pack]:
         """The given rows as packs of at most `micro_tokens` tokens, the longest rows first (out of order, then).
 
-        For passes over the data that are not training, such as the reference's log-probs.
+        For passes over the data that are not training.
 
         Args:
             rows: numbers of rows.

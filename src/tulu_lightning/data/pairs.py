@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from tulu_lightning.core.reduce import PAIR
 from tulu_lightning.data.encoding import Encoded, truncate
 from tulu_lightning.data.rows import Array, Documents
 from tulu_lightning.data.store import Part, Store
@@ -82,7 +83,7 @@ def _side_lengths(store: Store) -> SideLengths:
     arrays = store.arrays
     rows = len(store)
     starts = arrays["row_ends"][:, 0] - store.lengths
-    bounds = np.concatenate([np.zeros((rows, 1), np.int64), arrays["segment_ends"].reshape(rows, 3)], axis=1)
+    bounds = np.concatenate([np.zeros((rows, 1), np.int64), arrays["segment_ends"].reshape(rows, PAIR)], axis=1)
     # Scored tokens before any token: a straight line within a run of equal weight, so interpolation is exact.
     runs_of_row = np.diff(arrays["row_ends"][:, 1], prepend=0)
     run_ends = np.concatenate([[0], arrays["run_ends"] + np.repeat(starts, runs_of_row)])

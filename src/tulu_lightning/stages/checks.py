@@ -5,6 +5,7 @@ from typing import Any
 from lightning.pytorch.utilities import rank_zero_warn
 
 from tulu_lightning.assets.models import load_tokenizer
+from tulu_lightning.core.reduce import PAIR
 from tulu_lightning.data.keys import tokenizer_digest
 from tulu_lightning.errors import InputError
 from tulu_lightning.models.backbone import Backbone
@@ -119,7 +120,7 @@ def check_pairs(data: Any) -> None:
     """
     for documents in data.document_sets:
         for part, store in zip(documents.sources, documents.stores, strict=True):
-            if store.summary.segments != 3 * store.summary.rows:
+            if store.summary.segments != PAIR * store.summary.rows:
                 what = f"the rows of source {part.name!r} are not pairs of a chosen and a rejected answer"
                 raise InputError("data", what, "Use tulu_lightning.data.preference.PreferenceData.")
 

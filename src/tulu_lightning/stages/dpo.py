@@ -2,12 +2,11 @@
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from tulu_lightning.core.pairs import side_lengths
 from tulu_lightning.core.preference import DPO as DPOLoss
-from tulu_lightning.core.preference import Pair, PreferenceLoss, pair_metrics
-from tulu_lightning.core.reduce import PAIR, pair_sum
+from tulu_lightning.core.preference import PreferenceLoss, pair_metrics
 from tulu_lightning.core.settings import require
 from tulu_lightning.data.rows import Documents
 from tulu_lightning.models.backbone import Backbone
@@ -72,17 +71,12 @@ class DPO(Stage):
         for pack in batch.packs:
             reference = self.reference(pack) if self.reference else None  # log π_ref(c|x), log π_ref(r|x)
             policy = pair_logps(self.model, pack)  # log π(c|x), log π(r|x)
-            lengths = self.lengths(pack)  # |c|, |r|
+            lengths = side_lengths(pack)  # |c|, |r|
             terms = self.loss(policy, reference, lengths)
             self.backward_sum(terms.loss_B.sum(), batch.denominator)
             self._count(totals, pack, pair_metrics(policy, reference, lengths, terms))
         norm = self.update(self.optimizer, self.optimizers(), self.model.parameters())
         self.finish_step({**totals.compute(), "grad_norm": norm})
-
-    def lengths(self, pack: Pack) -> Pair:
-        """Scored tokens of both answers of each pair; those of the common start count for both."""
-        sides = pair_sum(torch.ones_like(pack.weight_N), pack.segment_N, len(pack.spans) // PAIR)
-        return Pair(*(side_B[: len(pack.rows)] for side_B in sides))
 
     def _totals(self) -> PairMetrics:
         names = (*METRICS, *(KL if self.reference else ()))
@@ -104,7 +98,7 @@ class DPO(Stage):
         assert self.validation is not None
         for pack in batch.packs:
             reference = self.reference(pack, "validation") if self.reference else None
-            policy, lengths = pair_logps(self.model, pack), self.lengths(pack)
+            policy, lengths = pair_logps(self.model, pack), side_lengths(pack)
             values = pair_metrics(policy, reference, lengths, self.loss(policy, reference, lengths))
             self.validation.update(values, [0] * len(pack.rows), 0, 0)
 

@@ -15,8 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tulu_lightning.core.preference import Pair
-from tulu_lightning.core.reduce import PAIR, pair_sum
+from tulu_lightning.core.pairs import Pair, side_sums
 from tulu_lightning.core.settings import require
 from tulu_lightning.data.rows import Documents
 from tulu_lightning.models.backbone import PackedLM
@@ -50,8 +49,7 @@ class Reference:
 
 def pair_logps(model: PackedLM, pack: Pack) -> Pair:
     """Summed log-probs of both answers of each pair, in nats; of a filler none, but its pass is made."""
-    sides = pair_sum(model(pack).logp_N, pack.segment_N, len(pack.spans) // PAIR)
-    return Pair(*(side_B[: len(pack.rows)] for side_B in sides))
+    return side_sums(model(pack).logp_N, pack)
 
 
 def _reached(data: Any) -> Any:

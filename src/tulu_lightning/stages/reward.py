@@ -2,13 +2,13 @@
 
 from typing import Any, ClassVar
 
-import torch
 from lightning.pytorch.utilities import rank_zero_info
-from torch import Tensor, nn
+from torch import nn
 from torchmetrics import MeanMetric
 
-from tulu_lightning.core.preference import Pair
-from tulu_lightning.core.reduce import PAIR, pair_sum
+from tulu_lightning.core.pairs import Pair, side_lengths
+from tulu_lightning.core.preference import reward_metrics
+from tulu_lightning.core.reduce import PAIR
 from tulu_lightning.core.reward import bradley_terry
 from tulu_lightning.core.settings import require
 from tulu_lightning.data.preference import PreferenceData
@@ -89,7 +89,9 @@ class RewardModel(Stage):
                 self.backward_sum(0.0 * loss_B.sum(), batch.denominator)
                 continue
             self.backward_sum(loss_B.sum(), batch.denominator)
-            values = {**compared(rewards, loss_B), **lengths(pack)}
+            lengths = side_lengths(pack)
+            values = reward_metrics(rewards, loss_B)
+            values |= {"length_chosen": lengths.chosen_B, "length_rejected": lengths.rejected_B}
             sources_B = data.source_numbers[list(pack.rows)]
             metrics.update(values, sources_B, pack.tokens_T.numel() - pack.padding, pack.target_N.numel())
         norm = self.update(self.optimizer, self.optimizers(), self.model.parameters(), "reward model")
@@ -100,29 +102,10 @@ class RewardModel(Stage):
         for pack in batch.packs:
             rewards = self.rewards(pack)
             if pack.rows:  # else a filler: the pass was for the collectives
-                values = compared(rewards, bradley_terry(rewards))
+                values = reward_metrics(rewards, bradley_terry(rewards))
                 for name in BY_SOURCE:
                     self._validated(name).update(values[name])
         self.log_validation({f"val_{name}": self._validated(name) for name in BY_SOURCE})
 
     def _validated(self, name: str) -> Any:
         return self.validated[name]
-
-
-def compared(rewards: Pair, loss_B: Tensor) -> dict[str, Tensor]:
-    """What is reported of each pair's rewards; equal ones are no win."""
-    chosen_B, rejected_B = (side_B.detach() for side_B in rewards)
-    return {
-        "loss": loss_B.detach(),
-        "accuracy": (chosen_B > rejected_B).float(),
-        "margin": chosen_B - rejected_B,
-        "rewards_chosen": chosen_B,
-        "rewards_rejected": rejected_B,
-    }
-
-
-def lengths(pack: Pack) -> dict[str, Tensor]:
-    """Scored tokens of both sides of each pair."""
-    pairs = (len(pack.spans) - bool(pack.padding)) // PAIR
-    chosen_B, rejected_B = pair_sum(torch.ones_like(pack.weight_N), pack.segment_N, pairs)
-    return {"length_chosen": chosen_B, "length_rejected": rejected_B}
