@@ -1,12 +1,11 @@
 """What decides the tokens of a row, as hashes: the names of entries in the cache."""
 
-import dataclasses
 import hashlib
 import importlib.util
 import inspect
 import json
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Any
 import tokenizers
 from transformers import PreTrainedTokenizerBase
 
-__all__ = ["FORMAT", "code_digest", "key", "texts_in", "tokenizer_digest"]
+__all__ = ["FORMAT", "code_digest", "key", "tokenizer_digest"]
 
 FORMAT = 1
 """Of the files of an entry; entries of another one are not looked at."""
@@ -56,20 +55,6 @@ def code_digest(*parts: Any) -> str:
         elif isinstance(part, str) and all(name.isidentifier() for name in part.split(".")) and "." in part:
             digest.update(_function_code(part))
     return digest.hexdigest()
-
-
-def texts_in(value: Any) -> Iterator[str]:
-    """Every text in a setting, however nested: one may be an import path."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, dict):
-        for part in value.values():
-            yield from texts_in(part)
-    elif isinstance(value, list | tuple):
-        for part in value:
-            yield from texts_in(part)
-    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
-        yield from texts_in(dataclasses.asdict(value))
 
 
 @cache

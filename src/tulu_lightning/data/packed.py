@@ -14,8 +14,9 @@ from tulu_lightning.data import doctor
 from tulu_lightning.data.base import Overflow, StepData, Steps
 from tulu_lightning.data.cache import Entry, Job, Kept, load_or_build
 from tulu_lightning.data.chat import Message, Train
+from tulu_lightning.data.criteria import Predicate
 from tulu_lightning.data.intake import LeftOut
-from tulu_lightning.data.keys import code_digest, key, texts_in
+from tulu_lightning.data.keys import code_digest, key
 from tulu_lightning.data.loader import StepLoader
 from tulu_lightning.data.manifest import manifest_of
 from tulu_lightning.data.mixture import order, wanted
@@ -200,10 +201,11 @@ class PackedData(StepData[Document]):
         own = {name: value for name, value in dataclasses.asdict(source).items() if name not in PLACE}
         drawn = [source.name, self.seed] if any(getattr(source, name) is not None for name in DRAWN) else None
         template = {name: value for name, value in vars(self.template).items() if isinstance(value, str)}
+        functions = [criterion.function for criterion in source.filters if isinstance(criterion, Predicate)]
         return key(
             {
                 "kind": f"{type(self).__module__}.{type(self).__qualname__}",
-                "code": code_digest(type(self), source.read, *texts_in(source.filters)),
+                "code": code_digest(type(self), source.read, *functions),
                 "rows": table.fingerprint,
                 "source": own,
                 "drawn": drawn,
@@ -236,8 +238,6 @@ class PackedData(StepData[Document]):
 
     def packs(self, rows: Sequence[int], micro_tokens: int, documents: Documents | None = None) -> Iterator[Pack]:
         """The given rows as packs of at most `micro_tokens` tokens, the longest rows first (out of order, then).
-
-        For passes over the data that are not training.
 
         Args:
             rows: numbers of rows.

@@ -121,7 +121,7 @@ class LogpCache:
             remedy = "Set model.init_args.reference to live, which loads the start weights again; or start a new run."
             raise InputError(str(entry.root), what, remedy)
         with self._held(entry):
-            values = self._shared(lambda: _or(entry.read(report=False), entry.open))  # it may be finished by now
+            values = self._shared(entry.open)  # it may be finished by now
             self._fill(part, entry, values, wanted)
         return values
 
@@ -242,10 +242,6 @@ class LogpCache:
                 told = True
                 time.sleep(1)
             yield
-
-
-def _or(values: Any, make: Callable[[], Any]) -> Any:
-    return make() if values is None else np.array(values)
 
 
 def _config_digest(folder: str) -> str:

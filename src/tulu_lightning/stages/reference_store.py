@@ -58,12 +58,12 @@ class Entry:
         text = json.dumps({"format": FORMAT, **self.settings}, sort_keys=True)
         self.folder = root / rows_digest[:32] / hashlib.sha256(text.encode()).hexdigest()[:16]
 
-    def read(self, report: bool = True) -> Array | None:
+    def read(self) -> Array | None:
         """The finished numbers [rows, 2], mapped; None if they are not there, or unfinished, or damaged (reported)."""
         if not self.folder.is_dir():
             return None
         wrong, record = self._examine()
-        if wrong and report:
+        if wrong:
             _say(f"{self._what} are damaged ({self.folder}: {wrong}); computing them again")
         return self._mapped("r").view(np.ndarray) if not wrong and "digest" in record else None
 
