@@ -17,8 +17,9 @@ ROWS := $(PACKAGES)/llamafactory-$(ROWS_VERSION).tar.gz
 
 # The stamp's name holds a checksum of what decides the environment, so it goes stale when that changes and not when a
 # file is merely touched. The folder counts too: a virtual environment does not survive being moved.
-KEY := $(shell { cat pyproject.toml requirements/cpu.txt; echo '$(CURDIR) $(MODEL_PACKAGE)'; } | cksum | cut -d' ' -f1)
+KEY := $(shell { cat pyproject.toml requirements/*.txt; echo '$(CURDIR) $(MODEL_PACKAGE)'; } | cksum | cut -d' ' -f1)
 STAMP := .venv/.setup-$(KEY)
+TEST_DATA := .venv/.test-data-$(KEY)
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-slow check bench clean
@@ -44,13 +45,18 @@ $(ROWS): | $(STAMP)
 		$(BIN)/python -m pip download --no-deps --no-binary llamafactory --dest "$$part" llamafactory==$(ROWS_VERSION) && \
 		mv "$$part/$(notdir $@)" $@
 
+# Only the tests read these (120 MB).
+$(TEST_DATA): $(STAMP)
+	$(BIN)/python -m pip install --no-deps --requirement requirements/test-data.txt
+	@touch $@
+
 demo: setup ## the whole recipe on a 135M Llama: SFT, pairs, DPO, PPO, then a table and an HTML report
 	$(BIN)/tulu recipe --config configs/recipes/smol.yaml
 
-test: setup ## the tests, without those that take minutes
+test: setup $(TEST_DATA) ## the tests, without those that take minutes
 	$(BIN)/python -m pytest -m "not slow"
 
-test-slow: setup ## the tests that take minutes
+test-slow: setup $(TEST_DATA) ## the tests that take minutes
 	$(BIN)/python -m pytest -m slow
 
 check: setup ## lint, format and types, as in continuous integration

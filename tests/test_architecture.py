@@ -26,7 +26,7 @@ RANKS = {
 PURE = {
     "types.py": {"torch"},
     "core": {"torch"},
-    "verifiers": {"torch", "sympy", "math_verify"},
+    "verifiers": {"torch", "sympy", "math_verify", "langdetect", "nltk"},
 }
 
 

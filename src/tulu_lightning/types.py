@@ -13,11 +13,15 @@ A name's suffix says its axes, outermost first:
 They are NamedTuples because Lightning moves and pins those.
 """
 
-from typing import Literal, NamedTuple
+from __future__ import annotations
 
-from torch import Tensor
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
-Outcome = Literal["right", "wrong", "unparseable", "error"]
+if TYPE_CHECKING:  # a verifier's process starts in a tenth of the time without torch
+    from torch import Tensor
+
+Outcome = Literal["right", "wrong", "unparseable", "timeout", "error"]
+"""`timeout`: the verifier went over its time or memory; `error`: it failed, or its server did. Both score 0."""
 Finish = Literal["stop", "length"]
 
 
@@ -90,18 +94,39 @@ class StepBatch(NamedTuple):
     """Rows that make up the global step, over all ranks."""
 
 
+class Check(NamedTuple):
+    """One verifier's part in the score of a prompt's responses."""
+
+    verifier: str
+    """Its name."""
+    target: str
+    """Ground truth, as the verifier reads it."""
+    weight: float = 1.0
+    """What its score is multiplied by."""
+
+
 class Prompt(NamedTuple):
     """One RL or evaluation prompt, rendered and tokenised."""
 
     ids: tuple[int, ...]
-    target: str
-    """Ground truth, as the verifier reads it."""
-    verifier: str
-    """Name of the verifier that scores it."""
+    checks: tuple[Check, ...]
+    """At least one; a response's score is their weighted mean, its reward counts the sum of their weights."""
     text: str
     """The last user message, for people."""
     row: int
     """Row of the data set it came from."""
+    source: str = ""
+    """Name of the source or data set, by which scores are reported."""
+
+    @property
+    def target(self) -> str:
+        """Ground truth of the first check, for people."""
+        return self.checks[0].target
+
+    @property
+    def weight(self) -> float:
+        """Sum of the checks' weights."""
+        return sum(check.weight for check in self.checks)
 
 
 class PromptBatch(NamedTuple):
@@ -112,13 +137,17 @@ class PromptBatch(NamedTuple):
 
 
 class Sampling(NamedTuple):
-    """How an engine samples. Training keeps to temperature > 0 without truncation (no top-p, no top-k)."""
+    """How an engine samples. Training keeps to temperature 1 without truncation (no top-p, no top-k)."""
 
     max_new_tokens: int
     temperature: float = 1.0
     """0 means greedy."""
     stop_ids: tuple[int, ...] = ()
     """A sampled token in this set ends the response; it is kept as its last token."""
+    top_p: float = 1.0
+    """Sample from the most likely tokens that together have this probability; 1 leaves none out."""
+    top_k: int = 0
+    """Sample from so many most likely tokens; 0 leaves none out."""
 
 
 class Completion(NamedTuple):

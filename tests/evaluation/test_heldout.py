@@ -10,7 +10,7 @@ from tulu_lightning.core.stats import wilson
 from tulu_lightning.errors import InputError
 from tulu_lightning.evaluation.heldout import HeldOut, Scores, compare, evaluate
 from tulu_lightning.rollout.local import LocalEngine
-from tulu_lightning.types import Completion, Prompt, Sampling
+from tulu_lightning.types import Check, Completion, Prompt, Sampling
 
 SAMPLING = Sampling(8, 0.0, (258,))
 
@@ -34,7 +34,7 @@ class Scripted:
 
 
 def prompts(*targets: str) -> tuple[Prompt, ...]:
-    return tuple(Prompt((1, 2), t, "last_number", f"What is {t}?", 10 + i) for i, t in enumerate(targets))
+    return tuple(Prompt((1, 2), (Check("last_number", t),), f"What is {t}?", 10 + i) for i, t in enumerate(targets))
 
 
 ASKED = prompts("1", "2", "3", "-4")
@@ -139,7 +139,7 @@ def test_sampling_and_rendering_are_settings(tokenizer):
     base = settings(ASKED, SAMPLING)
     assert settings(ASKED, SAMPLING._replace(max_new_tokens=9)) != base
     assert settings([p._replace(ids=(1, 3)) for p in ASKED], SAMPLING) != base
-    assert settings([p._replace(verifier="exact") for p in ASKED], SAMPLING) != base
+    assert settings([p._replace(checks=(Check("exact", p.target),)) for p in ASKED], SAMPLING) != base
     # The order of stop ids means nothing.
     assert settings(ASKED, SAMPLING._replace(stop_ids=(5, 258))) == settings(
         ASKED, SAMPLING._replace(stop_ids=(258, 5))

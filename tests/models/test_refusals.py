@@ -29,7 +29,7 @@ from tulu_lightning.models.backbone import Backbone, PackedLM
 from tulu_lightning.models.heads import PackedValue
 from tulu_lightning.models.limits import check_documents, check_prompts, read_limits
 from tulu_lightning.models.sharding import shard
-from tulu_lightning.types import Document, Prompt, Segment
+from tulu_lightning.types import Check, Document, Prompt, Segment
 
 SHAPE = {
     "vocab_size": 60,
@@ -161,7 +161,7 @@ def test_the_longest_chain_counts_not_the_row(tiny):
 
 
 def test_a_prompt_counts_with_its_response(tiny):
-    prompt = Prompt((7,) * 4090, "1", "last_number", "", 0)
+    prompt = Prompt((7,) * 4090, (Check("last_number", "1"),), "", 0)
     check_prompts([prompt], 6, tiny)
     with pytest.raises(InputError, match="has 4097 tokens with the 7 new ones"):
         check_prompts([prompt], 7, tiny)

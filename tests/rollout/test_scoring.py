@@ -4,7 +4,7 @@ from transformers import AutoTokenizer
 
 from tulu_lightning.errors import InputError
 from tulu_lightning.rollout import scoring
-from tulu_lightning.types import Completion, Prompt, Verdict
+from tulu_lightning.types import Check, Completion, Prompt, Verdict
 from tulu_lightning.verifiers import registry
 
 
@@ -19,7 +19,7 @@ def completion(tokenizer, text: str) -> Completion:
 
 
 def prompt(target: str, verifier: str = "last_number") -> Prompt:
-    return Prompt((1,), target, verifier, "?", 0)
+    return Prompt((1,), (Check(verifier, target),), "?", 0)
 
 
 def test_special_tokens_are_not_part_of_the_response(tokenizer):

@@ -10,7 +10,7 @@ from tulu_lightning.rollout.experience import Group
 from tulu_lightning.rollout.local import LocalEngine
 from tulu_lightning.stages.optimizer import AdamW
 from tulu_lightning.stages.ppo import PPO, Critic, Rollout
-from tulu_lightning.types import Completion, Prompt
+from tulu_lightning.types import Check, Completion, Prompt
 
 
 class Watched(PPO):
@@ -107,7 +107,7 @@ def test_a_right_answer_earns_ten_a_wrong_one_nothing_and_a_cut_one_costs_ten(te
         tokenizer.encode(text, add_special_tokens=False) + [tokenizer.eos_token_id] * (finish == "stop")
     )
     completion = Completion(ids_L, torch.zeros(len(ids_L)), finish, 0)
-    prompt = Prompt((1, 2), "59", "last_number", "What is 31 + 28?", 0)
+    prompt = Prompt((1, 2), (Check("last_number", "59"),), "What is 31 + 28?", 0)
     (group,) = ppo().score([Group(prompt, (completion,), (), ())])
     assert group.rewards == (expected,)
 

@@ -13,7 +13,7 @@ from tulu_lightning.data.mixture import order, wanted
 from tulu_lightning.data.readers import read_prompt
 from tulu_lightning.data.rows import Mixed, SourceRows
 from tulu_lightning.data.sources import Row, Source, Table
-from tulu_lightning.types import Prompt, PromptBatch
+from tulu_lightning.types import Check, Prompt, PromptBatch
 from tulu_lightning.verifiers.registry import check_target
 
 __all__ = ["PromptData"]
@@ -50,7 +50,7 @@ class PromptData(StepData[Prompt]):
         ids, _ = chat.encode(self.tokenizer, self.template, messages, generation_prompt=True)
         if reason := self._too_long(source, number, len(ids)):
             return reason
-        return Prompt(tuple(ids), target, verifier, messages[-1]["content"], row=-1)
+        return Prompt(tuple(ids), (Check(verifier, target),), messages[-1]["content"], row=-1, source=source.name)
 
     def _collect(self, mixed: Mixed) -> list[Prompt]:
         return [prompt._replace(row=row) for row, prompt in enumerate(mixed)]

@@ -192,7 +192,7 @@ def evaluate(
 
 
 def _settings(prompts: Sequence[Prompt], sampling: Sampling, name: str, version: int, seed: int) -> str:
-    asked = [(p.ids, p.target, p.verifier, p.row) for p in prompts]
+    asked = [(p.ids, p.checks, p.row) for p in prompts]
     drawn = (*sampling._replace(stop_ids=tuple(sorted(set(sampling.stop_ids)))), seed)
     return hashlib.sha256(json.dumps([name, version, drawn, asked]).encode()).hexdigest()[:16]
 

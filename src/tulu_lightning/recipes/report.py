@@ -29,7 +29,7 @@ from tulu_lightning.recipes.table import (
 )
 
 SHOWN_ROLLOUTS = 10
-MARKS = {"right": "✓", "wrong": "✗", "unparseable": "?", "error": "!"}
+MARKS = {"right": "✓", "wrong": "✗", "unparseable": "?", "timeout": "…", "error": "!"}
 
 # The browser itself holds the page to its word: nothing is fetched, whatever a model may have written.
 POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:"

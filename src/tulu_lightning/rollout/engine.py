@@ -5,16 +5,33 @@ The order of a training step is: the trainer calls `refresh` with its weights an
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
 from tulu_lightning.types import Completion, Sampling
 
-__all__ = ["Engine", "Progress", "RefreshError"]
+__all__ = ["Engine", "EngineError", "Health", "Progress", "RefreshError"]
 
 Progress = Callable[[int, int], None]
 """Called with (finished rows, all rows) as rows finish."""
+
+
+class Health(NamedTuple):
+    """What an engine says of itself."""
+
+    alive: bool
+    version: int
+    detail: str
+    """For people: which engine, where, and what is wrong with it if it is not alive."""
+
+
+class EngineError(RuntimeError):
+    """The engine died or does not answer: a process that ended, a connection refused, a wait that went over its time.
+
+    The step that met it has trained nothing yet, so it can be done again on a restarted engine. The message names who
+    waited for whom, for how long.
+    """
 
 
 class RefreshError(RuntimeError):
@@ -83,6 +100,24 @@ class Engine(Protocol):
         Raises:
             RefreshError: tensors missing, unknown, of another shape, or not equal after the copy.
         """
+        ...
+
+    def logprobs(
+        self, sequences: Sequence[tuple[Sequence[int], Sequence[int]]], temperature: float = 1.0
+    ) -> list[Tensor]:
+        """Log-probs of given tokens under the weights held: the canary of a refresh.
+
+        Args:
+            sequences: (prompt, response) token ids; neither is empty.
+            temperature: what logits are divided by.
+
+        Returns:
+            For each sequence float32 `[L]`, on the host: one per response token, in nats.
+        """
+        ...
+
+    def health(self) -> Health:
+        """Whether the engine can sample now; never raises, and answers within seconds."""
         ...
 
     def fingerprint(self) -> dict[str, str]:

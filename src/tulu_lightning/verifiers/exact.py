@@ -1,6 +1,7 @@
 """Text equality: the response, without surrounding white space, is the target."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from tulu_lightning.types import Verdict
 
@@ -10,6 +11,8 @@ __all__ = ["Exact"]
 @dataclass(frozen=True)
 class Exact:
     """Right when response and target are the same text but for white space around them; a blank response is unparseable."""
+
+    runs: ClassVar = "here"
 
     def __call__(self, response: str, target: str) -> Verdict:
         """Score 1 or 0."""

@@ -7,6 +7,7 @@ they group digits by three, and numbers are compared as exact decimals instead o
 import re
 from dataclasses import dataclass
 from decimal import Decimal
+from typing import ClassVar
 
 from tulu_lightning.types import Verdict
 
@@ -43,6 +44,8 @@ def _decimal(match: re.Match[str]) -> Decimal:
 @dataclass(frozen=True)
 class LastNumber:
     """Right when the last number of the response equals the target; unparseable when it holds no number."""
+
+    runs: ClassVar = "here"
 
     def __call__(self, response: str, target: str) -> Verdict:
         """Score 1 or 0.

@@ -1,17 +1,25 @@
 """Verifiers by name. To add one: write its file in this folder, and one line here."""
 
-from typing import Protocol
+from collections.abc import Iterator, Mapping
+from typing import Literal, Protocol
 
 from tulu_lightning.errors import InputError, nearest
 from tulu_lightning.types import Verdict
 from tulu_lightning.verifiers.exact import Exact
 from tulu_lightning.verifiers.last_number import LastNumber
 
-__all__ = ["VERIFIERS", "Verifier", "check_target", "get"]
+__all__ = ["VERIFIERS", "Runs", "Verifier", "Verifiers", "check_target", "get", "runs_in"]
+
+Runs = Literal["here", "pool", "thread"]
+"""Where a verifier is called: in the calling process (time linear in the text, cannot hang), in a process of the
+scoring pool that can be killed (anything else), or in a thread (waits for a server)."""
 
 
 class Verifier(Protocol):
-    """Judges a response by its text alone: pure, picklable, in time linear in the text."""
+    """Judges a response by its text alone: picklable, and deterministic unless a server answers for it.
+
+    A class may have `runs` (see `Runs`); without it, it is called in the pool.
+    """
 
     def __call__(self, response: str, target: str) -> Verdict:
         """The verdict on a response, whatever it holds; a bad target may raise ValueError."""
@@ -25,17 +33,56 @@ class Verifier(Protocol):
 VERIFIERS: dict[str, Verifier] = {"exact": Exact(), "last_number": LastNumber()}
 
 
+class Verifiers(Mapping[str, Verifier]):
+    """The verifiers of a run: those that come with the package, and the run's own, which win.
+
+    Args:
+        own: by name, e.g. a judge with its rubric.
+    """
+
+    def __init__(self, own: Mapping[str, Verifier] | None = None) -> None:
+        self._own = dict(own or {})
+
+    def __getitem__(self, name: str) -> Verifier:
+        """The verifier of that name.
+
+        Raises:
+            InputError: no verifier has that name; offers the nearest one.
+        """
+        if name in self._own:
+            return self._own[name]
+        if name not in VERIFIERS:
+            raise InputError("verifier", f"there is no verifier {name!r}", nearest(name, self))
+        return VERIFIERS[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter({**VERIFIERS, **self._own})
+
+    def __len__(self) -> int:
+        return len({**VERIFIERS, **self._own})
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._own or name in VERIFIERS
+
+    def complaint(self, name: str, target: str) -> str | None:
+        """Why the named verifier cannot use the target (e.g. "'sixty' is not a number"), or None if it can."""
+        return self[name].complaint(target)
+
+
 def get(name: str) -> Verifier:
-    """The verifier of that name.
+    """The package's verifier of that name.
 
     Raises:
         InputError: no verifier has that name; offers the nearest one.
     """
-    if name not in VERIFIERS:
-        raise InputError("verifier", f"there is no verifier {name!r}", nearest(name, VERIFIERS))
-    return VERIFIERS[name]
+    return Verifiers()[name]
 
 
 def check_target(name: str, target: str) -> str | None:
-    """Why the named verifier cannot use the target (e.g. "'sixty' is not a number"), or None if it can."""
-    return get(name).complaint(target)
+    """Why the package's verifier of that name cannot use the target, or None if it can."""
+    return Verifiers().complaint(name, target)
+
+
+def runs_in(verifier: Verifier) -> Runs:
+    """Where a verifier is called."""
+    return getattr(verifier, "runs", "pool")
