@@ -162,5 +162,5 @@ def test_several_steps_and_no_target():
     assert adapted(0.2, 100.0, 250, Kl()) == 0.2
 
 
-def test_a_batch_far_larger_than_the_horizon_does_not_turn_the_penalty_around():
-    assert adapted(0.1, 0.0, 100_000, Kl(target=6.0)) == 0.0
+def test_a_batch_far_larger_than_the_horizon_moves_by_a_fifth():
+    assert adapted(0.1, 0.0, 100_000, Kl(target=6.0)) == pytest.approx(0.08)

@@ -118,8 +118,8 @@ class Kl:
 def adapted(coefficient: float, measured_kl: float, responses: int, kl: Kl) -> float:
     """β for the next step (Ziegler et al. 2019, arXiv 1909.08593, section 2.2).
 
-    `β (1 + clip(KL / target - 1, ±0.2) · responses / horizon)`. The paper's gain of 0.1 per batch is `responses /
-    horizon` in its code, so that the pace does not depend on the batch.
+    `β (1 + clip(KL / target - 1, ±0.2) · responses / horizon)`. The paper's gain per batch is `responses / horizon` in
+    its code, so that the pace does not depend on the batch; it is held at 1, a fifth of β in one step.
 
     Args:
         coefficient: β of this step.
@@ -135,4 +135,4 @@ def adapted(coefficient: float, measured_kl: float, responses: int, kl: Kl) -> f
     if kl.target is None or not math.isfinite(measured_kl):
         return coefficient
     error = min(max(measured_kl / kl.target - 1, -0.2), 0.2)
-    return coefficient * max(0.0, 1 + error * responses / kl.horizon)
+    return coefficient * (1 + error * min(responses / kl.horizon, 1.0))
