@@ -83,6 +83,21 @@ def test_a_plain_estimator_as_a_loss_has_another_gradient(plain):
     assert ((mean - instead).abs() < 4 * error).all()
 
 
+@pytest.mark.parametrize("estimator", ["k2", "k3"])
+def test_on_samples_of_an_older_policy_the_ratio_puts_the_gradient_right(estimator):
+    """By enumeration: arms weighted by π_old, the loss by π / π_old."""
+    old = torch.softmax(LOGITS.flip(0), 0)
+
+    def off(with_ratio):
+        logits = LOGITS.clone().requires_grad_(True)
+        logp = torch.log_softmax(logits, 0)
+        (old * kl_loss(logp, REFERENCE, estimator, logp.exp() / old if with_ratio else None)).sum().backward()
+        return float((logits.grad - exact_gradient()).abs().max())
+
+    assert off(with_ratio=True) < 1e-12
+    assert off(with_ratio=False) > 0.05
+
+
 def test_k1_in_the_reward_leads_to_the_gradient_of_the_kl():
     """-k1 as an advantage without gradient: the policy gradient descends the KL."""
     mean, error = sampled_gradient(lambda logp, reference: k1(logp, reference).detach() * logp)
