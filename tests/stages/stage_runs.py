@@ -8,6 +8,9 @@ import torch
 from tulu_lightning.callbacks.checkpoints import Checkpoints
 from tulu_lightning.callbacks.records import Records
 from tulu_lightning.callbacks.refresh import RolloutRefresh
+from tulu_lightning.core.groups import GRPO
+from tulu_lightning.core.kl import Kl
+from tulu_lightning.core.overlong import Overlong
 from tulu_lightning.core.preference import DPO as DPOLoss
 from tulu_lightning.data.preference import PreferenceData
 from tulu_lightning.data.prompts import PromptData
@@ -16,7 +19,7 @@ from tulu_lightning.data.sources import Source
 from tulu_lightning.models.backbone import Backbone
 from tulu_lightning.stages.dpo import DPO
 from tulu_lightning.stages.optimizer import AdamW
-from tulu_lightning.stages.ppo import PPO, Critic, Rollout
+from tulu_lightning.stages.ppo import PPO, Critic, Reward, Rollout
 from tulu_lightning.stages.reward import RewardModel
 from tulu_lightning.stages.sft import SFT
 
@@ -68,11 +71,27 @@ def ppo(kind=PPO, **changes):
     return kind(Backbone(TINY), **{**common, **changes})
 
 
+def grpo(kind=PPO, **changes):
+    common = {
+        "optimizer": AdamW(lr=1e-4),
+        "advantage": GRPO(),
+        "rollout": Rollout(max_new_tokens=6, samples_per_prompt=4),
+        "reward": Reward(10.0),
+        "overlong": Overlong(kind="ramp", ramp_tokens=5),
+        "kl": Kl(coefficient=0.01, place="loss", estimator="k3"),
+        "epochs": 1,
+        "mini_batches": 2,
+        "micro_tokens": 256,
+    }
+    return kind(Backbone(TINY), **{**common, **changes})
+
+
 STAGES = {
     "sft": (sft, sft_data),
     "dpo": (dpo, preference_data),
     "reward": (reward, preference_data),
     "ppo": (ppo, prompt_data),
+    "grpo": (grpo, prompt_data),
 }
 
 

@@ -52,6 +52,8 @@ class Stage(L.LightningModule):
     keeps_rows: ClassVar[bool] = False
     """Whether its checkpoints hold numbers about single rows, which are wrong for any others."""
     without_rows: ClassVar[str] = ""  # what would do without them, for a message; begins with a space
+    halt: str = ""
+    """Why the run has to stop after the step that just ended: `Checkpoints` saves it first."""
     speaks: ClassVar[bool] = True
     """Whether what it trains is a language model, which can be sampled from; a reward model cannot."""
 
