@@ -117,7 +117,7 @@ def test_a_row_that_cannot_be_judged(refused, row, source, said):
         (
             {"pass_rate": {"mn": 0.9}},
             {},
-            "mine.yaml, line 8: no such option: 'data.init_args.sources[0].pass_rate.mn'.",
+            "mine.yaml, line 9: no such option: 'data.init_args.sources[0].pass_rate.mn'.",
         ),
         ({"few_shot": {"count": 3}}, {}, "mine.yaml, line 4: 'data.init_args.few_shot.exemplars' is missing. Give"),
         (
@@ -181,9 +181,10 @@ def test_a_prompt_longer_than_the_context(refused, stage, tiny):
 
 
 def test_a_prompt_longer_than_the_limit(refused):
-    said = refused([*GOOD, prompt("9" * 300)], on_overflow="error")
+    long = [{"role": "user", "content": "9" * 300}]  # one token a byte: 9 before it, 1 + 14 behind it
+    said = refused([*GOOD, prompt(messages=long)], on_overflow="error")
     assert said.startswith(
-        "rows.jsonl, row 9: the row has 337 tokens, and max_tokens is 256. Raise max_tokens, shorten"
+        "rows.jsonl, row 9: the row has 324 tokens, and max_tokens is 256. Raise max_tokens, shorten"
     )
 
 
