@@ -1,7 +1,7 @@
 """Verifiers by name. To add one: write its file in this folder, and one line here."""
 
 from collections.abc import Iterator, Mapping
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 from tulu_lightning.errors import InputError, nearest
 from tulu_lightning.types import Verdict
@@ -15,6 +15,7 @@ Runs = Literal["here", "pool", "thread"]
 scoring pool that can be killed (anything else), or in a thread (waits for a server)."""
 
 
+@runtime_checkable  # a config that names a class of one is checked against it
 class Verifier(Protocol):
     """Judges a response by its text alone: picklable, and deterministic unless a server answers for it.
 
