@@ -20,6 +20,4 @@ def test_targets_are_checked_by_the_named_verifier():
 
 @pytest.mark.parametrize("name", registry.VERIFIERS)
 def test_every_verifier_can_be_sent_to_another_process(name):
-    verifier = registry.get(name)
-    assert pickle.loads(pickle.dumps(verifier)) == verifier
-    assert registry.runs_in(verifier) in ("here", "pool", "thread")
+    assert pickle.loads(pickle.dumps(registry.get(name))) == registry.get(name)

@@ -4,15 +4,12 @@ Cheapest first: most answers are decided by their canonical strings or as exact 
 (through math-verify) sees only what is left, and only what `math_guard` lets through.
 """
 
-import logging
 import re
-from dataclasses import replace
 from fractions import Fraction
-from functools import lru_cache
-from typing import Any
 
-from tulu_lightning.verifiers.math_guard import MAX_DIGITS, refusal
-from tulu_lightning.verifiers.math_normal import canonical, plain, repaired, right_of_equals
+from tulu_lightning.verifiers.math_guard import MAX_DIGITS, refusal, unevaluated
+from tulu_lightning.verifiers.math_normal import braced, canonical, plain, repaired, right_of_equals
+from tulu_lightning.verifiers.math_symbolic import symbolically_equal
 
 __all__ = ["MAX_ANSWER", "equal", "hendrycks_equal", "number"]
 
@@ -61,8 +58,8 @@ def hendrycks_equal(one: str, other: str) -> bool:
 
 def number(text: str) -> tuple[Fraction, int | None, bool] | None:
     r"""A plain number (1/2, \frac{1}{2}, .5, 0.\overline{3}, 12, 12\%): value, digits it is approximate to (decimals only), percent sign."""
-    match = _NUMBER.fullmatch(text.replace(" ", "").replace("dfrac", "frac").replace("tfrac", "frac"))
-    if match is None or len(text) > 10 * MAX_DIGITS:
+    match = _NUMBER.fullmatch(braced(text)) if len(text) <= 10 * MAX_DIGITS else None
+    if match is None:
         return None
     sign, top, bottom, left, right, start, once, again, whole, decimals, integer, percent = match.groups()
     digits = None
@@ -141,30 +138,8 @@ def _symbolic(answer: str, label: str) -> bool:
         return False  # decided
     if any(_BASE.fullmatch(text.replace(" ", "")) for text in (answer, label)):
         return False  # math-verify would drop the base
+    if unevaluated(answer) and not unevaluated(label):
+        return False  # a sum still to be done is no answer, unless the label is one
     if _is_words(label) or _is_words(answer) or refusal(answer) or refusal(label):
         return False
-    return _math_verify(answer, label)
-
-
-def _math_verify(answer: str, label: str) -> bool:
-    from math_verify import verify
-
-    gold, stated = _parsed(label), _parsed(answer)
-    # timeout_seconds: its limit is SIGALRM, which works in a main thread only and cannot end a C call.
-    return bool(gold and stated) and verify(
-        list(gold), list(stated), allow_set_relation_comp=True, timeout_seconds=None
-    )
-
-
-@lru_cache(maxsize=256)
-def _parsed(text: str) -> tuple[Any, ...]:
-    """As sympy expressions. A group's responses share their label, and often their answers."""
-    from math_verify import LatexExtractionConfig, parse
-
-    logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its timeouts are off
-    # LaTeX only: math-verify reads plain expressions with sympy's parse_expr, which evaluates them as Python.
-    config = LatexExtractionConfig()
-    # Its units have single letters among them, so that 4t would be 4; `plain` has taken the units out.
-    config = replace(config, normalization_config=replace(config.normalization_config, units=False))
-    found = parse(f"${text}$", [config], fallback_mode="no_fallback", parsing_timeout=None)  # type: ignore[arg-type]
-    return tuple(found)
+    return symbolically_equal(answer, label)

@@ -61,7 +61,10 @@ def boxed(text: str) -> Stated | None:
 
 
 def sentence(text: str) -> Stated | None:
-    """What stands between the last "Final Answer: The final answer is" and "I hope it is correct", full stop off."""
+    """The answer between the last "Final Answer: The final answer is" and "I hope it is correct".
+
+    Of a sentence with one box or formula, that; of "$3$ and $5$", all of it.
+    """
     start = text.rfind(_OPENING)
     if start < 0:
         return None
@@ -69,7 +72,13 @@ def sentence(text: str) -> Stated | None:
     end = text.find(_CLOSING, start)
     if end < 0:
         return None
-    return Stated(text[start:end].strip().removeprefix(":").removesuffix(".").strip(), end)
+    words = text[start:end].strip().removeprefix(":").strip().removesuffix(".").strip()
+    if box := boxed(words):
+        return Stated(box.text, end)
+    outside = words.split("$")[::2]
+    if len(outside) == 2 and not any(character.isdigit() for part in outside for character in part):
+        return Stated(words.split("$")[1].strip(), end)
+    return Stated(words, end)
 
 
 def formula(text: str) -> Stated | None:
@@ -111,7 +120,9 @@ def stated(text: str) -> Stated | None:
     if candidates:
         return max(candidates, key=lambda found: found.end)
     last = formula(text)
-    return last if last and last.text else whole(text)
+    if last and last.text:
+        return last
+    return None if _BOX.search(text) else whole(text)  # a box that is empty or not closed states nothing
 
 
 def _bare(text: str) -> str:

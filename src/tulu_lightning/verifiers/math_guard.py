@@ -7,7 +7,7 @@ not equal to any sane label.
 
 import re
 
-__all__ = ["refusal"]
+__all__ = ["refusal", "unevaluated"]
 
 MAX_CHARACTERS = 400
 MAX_DEPTH = 25
@@ -17,7 +17,7 @@ MAX_FACTORIAL = 10_000
 MAX_SYMBOLIC_POWER = 200
 
 _DIGITS = re.compile(r"[0-9]+")
-_PRODUCT = re.compile(r"\\(?:sum|prod|int|iint|iiint|oint|lim)(?![A-Za-z])")
+_UNEVALUATED = re.compile(r"\\(?:sum|prod|int|iint|iiint|oint|lim)(?![A-Za-z])")
 _FACTORIAL_OF = re.compile(r"([0-9]+|[)\]}!])\s*!")
 _BINOMIAL = re.compile(r"\\[dt]?binom")
 
@@ -32,9 +32,14 @@ def refusal(text: str) -> str | None:
         return f"a number of more than {MAX_DIGITS} digits"
     if _depth(text) > MAX_DEPTH:
         return f"brackets nested deeper than {MAX_DEPTH}"
-    if len(_PRODUCT.findall(text)) > 1:
+    if len(_UNEVALUATED.findall(text)) > 1:
         return "several sums, products, integrals or limits"
     return _factorials(text) or _exponents(text)
+
+
+def unevaluated(text: str) -> bool:
+    """Whether the text holds a sum, product, integral or limit that is still to be worked out."""
+    return _UNEVALUATED.search(text) is not None
 
 
 def _depth(text: str) -> int:

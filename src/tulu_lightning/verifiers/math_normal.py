@@ -7,7 +7,7 @@ words only: the original deletes them as substrings, which turns `\left(` into `
 
 import re
 
-__all__ = ["canonical", "plain", "repaired", "right_of_equals"]
+__all__ = ["braced", "canonical", "plain", "repaired", "right_of_equals"]
 
 _UNICODE = {
     "\u2212": "-", "\u2013": "-", "π": r"\pi ", "√": r"\sqrt ", "×": r"\times ", "·": r"\cdot ", "÷": "/", "∞": r"\infty ", "≤": r"\le ",
@@ -107,6 +107,14 @@ def canonical(text: str) -> str:
         text = sides[1]
     text = _frac_braces(_sqrt_braces(text).replace(" ", ""))
     return _slash(r"\frac{1}{2}" if text == "0.5" else text)
+
+
+def braced(text: str) -> str:
+    r"""With the braces that `\frac12` and `\sqrt3` leave out; the text itself where that fails."""
+    try:
+        return _frac_braces(_sqrt_braces(text.replace("tfrac", "frac").replace("dfrac", "frac")).replace(" ", ""))
+    except ValueError:
+        return text
 
 
 def _sqrt_braces(text: str) -> str:
