@@ -18,7 +18,7 @@ MAX_SYMBOLIC_POWER = 200
 
 _DIGITS = re.compile(r"[0-9]+")
 _UNEVALUATED = re.compile(r"\\(?:sum|prod|int|iint|iiint|oint|lim)(?![A-Za-z])")
-_FACTORIAL_OF = re.compile(r"([0-9]+|[)\]}!])\s*!")
+_FACTORIAL_OF = re.compile(r"([0-9]+|[)\]}!])(?=\s*!)")
 _BINOMIAL = re.compile(r"\\[dt]?binom")
 
 
