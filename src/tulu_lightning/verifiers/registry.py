@@ -6,7 +6,13 @@ from typing import Literal, Protocol, runtime_checkable
 from tulu_lightning.errors import InputError, nearest
 from tulu_lightning.types import Verdict
 from tulu_lightning.verifiers.exact import Exact
+from tulu_lightning.verifiers.gsm8k_release import Gsm8kRelease
 from tulu_lightning.verifiers.last_number import LastNumber
+from tulu_lightning.verifiers.math_answer import Math, MathStrict
+from tulu_lightning.verifiers.math_release import MathRelease
+from tulu_lightning.verifiers.multiple_choice import MultipleChoice
+from tulu_lightning.verifiers.regex import Regex
+from tulu_lightning.verifiers.string_f1 import StringF1
 
 __all__ = ["VERIFIERS", "Runs", "Verifier", "Verifiers", "check_target", "get", "runs_in"]
 
@@ -31,7 +37,18 @@ class Verifier(Protocol):
         ...
 
 
-VERIFIERS: dict[str, Verifier] = {"exact": Exact(), "last_number": LastNumber()}
+VERIFIERS: dict[str, Verifier] = {
+    "exact": Exact(),
+    "gsm8k": LastNumber(),
+    "gsm8k_release": Gsm8kRelease(),
+    "last_number": LastNumber(),
+    "math": Math(),
+    "math_release": MathRelease(),
+    "math_strict": MathStrict(),
+    "multiple_choice": MultipleChoice(),
+    "regex": Regex(),
+    "string_f1": StringF1(),
+}
 
 
 class Verifiers(Mapping[str, Verifier]):
