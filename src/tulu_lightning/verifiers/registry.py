@@ -6,6 +6,8 @@ from typing import Literal, Protocol
 from tulu_lightning.errors import InputError, nearest
 from tulu_lightning.types import Verdict
 from tulu_lightning.verifiers.exact import Exact
+from tulu_lightning.verifiers.ifeval import IFEval
+from tulu_lightning.verifiers.ifeval_tulu import IFEvalTulu
 from tulu_lightning.verifiers.last_number import LastNumber
 
 __all__ = ["VERIFIERS", "Runs", "Verifier", "Verifiers", "check_target", "get", "runs_in"]
@@ -30,7 +32,15 @@ class Verifier(Protocol):
         ...
 
 
-VERIFIERS: dict[str, Verifier] = {"exact": Exact(), "last_number": LastNumber()}
+VERIFIERS: dict[str, Verifier] = {
+    "exact": Exact(),
+    "last_number": LastNumber(),
+    "ifeval": IFEval(),
+    "ifeval_loose": IFEval(loose=True),
+    "ifeval_tulu": IFEvalTulu(),
+    "ifeval_tulu_loose": IFEvalTulu(loose=True),
+    "ifeval_tulu_release": IFEvalTulu(release=True),
+}
 
 
 class Verifiers(Mapping[str, Verifier]):
