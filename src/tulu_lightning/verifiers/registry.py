@@ -7,6 +7,8 @@ from tulu_lightning.errors import InputError, nearest
 from tulu_lightning.types import Verdict
 from tulu_lightning.verifiers.exact import Exact
 from tulu_lightning.verifiers.gsm8k_release import Gsm8kRelease
+from tulu_lightning.verifiers.ifeval import IFEval
+from tulu_lightning.verifiers.ifeval_tulu import IFEvalTulu
 from tulu_lightning.verifiers.last_number import LastNumber
 from tulu_lightning.verifiers.math_answer import Math, MathStrict
 from tulu_lightning.verifiers.math_release import MathRelease
@@ -41,6 +43,11 @@ VERIFIERS: dict[str, Verifier] = {
     "exact": Exact(),
     "gsm8k": LastNumber(),
     "gsm8k_release": Gsm8kRelease(),
+    "ifeval": IFEval(),
+    "ifeval_loose": IFEval(loose=True),
+    "ifeval_tulu": IFEvalTulu(),
+    "ifeval_tulu_loose": IFEvalTulu(loose=True),
+    "ifeval_tulu_release": IFEvalTulu(release=True),
     "last_number": LastNumber(),
     "math": Math(),
     "math_release": MathRelease(),
