@@ -137,7 +137,16 @@ class PPO(Learner, EngineHolder):
 
     def settings(self) -> dict[str, Any]:
         """Everything but what only cuts (`micro_tokens`), what samples (`rollout.engine`), and when to stop."""
-        names = ("advantage", "reward", "overlong", "kl", "policy_loss", "aggregation", "correction", "dynamic_sampling")
+        names = (
+            "advantage",
+            "reward",
+            "overlong",
+            "kl",
+            "policy_loss",
+            "aggregation",
+            "correction",
+            "dynamic_sampling",
+        )
         own = {name: getattr(self, name) for name in (*names, "entropy_coefficient", "epochs", "mini_batches")}
         own["rollout"] = replace(self.rollout, engine=EngineSettings())
         own["refresh every_n_steps"] = self._refresh_interval()

@@ -36,7 +36,9 @@ def check_settings(stage: Any) -> None:
 
 def _check_gae(stage: Any) -> None:
     if stage.critic_config is None:
-        raise InputError("model.critic", "is missing, and GAE needs a critic", f"Give model.init_args.critic, {OTHERS}.")
+        raise InputError(
+            "model.critic", "is missing, and GAE needs a critic", f"Give model.init_args.critic, {OTHERS}."
+        )
     remedy = "It must be above 0."
     require(0 < stage.value_coefficient < math.inf, "model.value_coefficient", stage.value_coefficient, remedy)
     if stage.dynamic_sampling is not None:
