@@ -11,9 +11,14 @@ folder=${1:-.venv-vllm} python=${2:-python3}
 
 "$python" -m venv --clear "$folder"
 "$folder/bin/python" -m pip install --quiet uv
-# A wheel of torch for CPUs is taken from PyTorch's own index unless one is at hand.
-links=(${PIP_FIND_LINKS:+--find-links "$PIP_FIND_LINKS"})
-install=("$folder/bin/uv" pip install --python "$folder/bin/python" "${links[@]}")
+# uv does not read pip's settings. Without a folder of wheels, torch for CPUs comes from PyTorch's own index.
+wheels=${PIP_FIND_LINKS:-$("$folder/bin/python" -m pip config get global.find-links 2>/dev/null || true)}
+if [ -n "$wheels" ]; then
+    from=(--find-links "$wheels")
+else
+    from=(--index https://download.pytorch.org/whl/cpu --index-strategy unsafe-best-match)
+fi
+install=("$folder/bin/uv" pip install --python "$folder/bin/python" "${from[@]}")
 # vLLM's packages hold numpy lower than the project's own pin.
 pins=$folder/constraints.txt
 grep -v '^numpy==' requirements/cpu.txt > "$pins"

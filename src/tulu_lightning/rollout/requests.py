@@ -12,6 +12,8 @@ from tulu_lightning.types import Completion, Finish, Sampling
 
 __all__ = ["check_prompts", "check_sequences", "completion", "seeds"]
 
+HOTTEST = 2.0
+
 
 def check_prompts(
     prompts: Sequence[Sequence[int]], n: int, sampling: Sampling, contents: Contents, positions: float
@@ -31,8 +33,9 @@ def check_prompts(
     where = "generate"
     if n < 1 or sampling.max_new_tokens < 1:
         raise InputError(where, f"n is {n}, max_new_tokens is {sampling.max_new_tokens}", "Give at least 1 of each.")
-    if not 0 <= sampling.temperature < math.inf:
-        raise InputError(where, f"temperature is {sampling.temperature}", "Give 0 (greedy) or more.")
+    if not 0 <= sampling.temperature <= HOTTEST:
+        remedy = f"Give 0 (greedy) or more, and at most {HOTTEST}: vLLM takes no more."
+        raise InputError(where, f"temperature is {sampling.temperature}", remedy)
     if not 0 < sampling.top_p <= 1 or sampling.top_k < 0:
         what = f"top_p is {sampling.top_p}, top_k is {sampling.top_k}"
         raise InputError(where, what, "top_p lies above 0 and up to 1; top_k is 0 (off) or more.")
@@ -49,8 +52,9 @@ def check_sequences(
     sequences: Sequence[tuple[Sequence[int], Sequence[int]]], temperature: float, contents: Contents, positions: float
 ) -> None:
     """Refuse sequences that `Engine.logprobs` cannot answer; errors as above."""
-    if not 0 < temperature < math.inf:
-        raise InputError("logprobs", f"temperature is {temperature}", "It must be above 0.")
+    if not 0 < temperature <= HOTTEST:
+        remedy = f"It must be above 0 and at most {HOTTEST}: vLLM takes no more."
+        raise InputError("logprobs", f"temperature is {temperature}", remedy)
     for i, (prompt, response) in enumerate(sequences):
         where = f"logprobs, sequence {i}"
         _check_ids(f"{where}, prompt", prompt, contents.vocabulary)

@@ -105,6 +105,15 @@ class VLLMEngine:
         """Dtype of the weights."""
         return self._dtype
 
+    @property
+    def positions(self) -> int:
+        """Prompt and new tokens that a sample may have together."""
+        return int(self._positions)
+
+    def distrust(self) -> None:
+        """Refuse to sample until the next refresh: a proof outside the engine has failed."""
+        self._version = -1
+
     def health(self) -> Health:
         """In this process an engine is alive until it is closed."""
         alive = self._llm is not None

@@ -9,6 +9,7 @@ product with the j-th unit vector is its j-th column, exactly, in any kernel and
 """
 
 from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -38,6 +39,7 @@ class Worker:
     """Mixed into vLLM's worker: methods for `collective_rpc`. Their names must not clash with vLLM's."""
 
     model_runner: Any
+    _tulu_version: int | None = None
 
     def tulu_load(self, named: Iterable[tuple[str, Tensor]], columns: int, seed: int) -> dict[str, Any]:
         """Put the tensors where they belong, in place, and compare what the layers then hold with what arrived.
@@ -65,9 +67,18 @@ class Worker:
         differ, unproved = _compare(model, samples, columns, seed)
         return Report(received, differ, unproved)._asdict()
 
-    def tulu_load_file(self, path: str, columns: str, seed: str) -> dict[str, Any]:
-        """`tulu_load` from a safetensors file; numbers come as text, as HTTP brings them."""
-        return self.tulu_load(_file(path), int(columns), int(seed))
+    def tulu_load_files(self, folder: str, columns: int, version: int) -> dict[str, Any]:
+        """`tulu_load` from a folder's safetensors files, in the order of their names; then they bear that version."""
+        self._tulu_version = -1
+        report = self.tulu_load(_files(Path(folder)), columns, version)
+        self._tulu_version = version
+        return report
+
+    def tulu_version(self, stamp: int | None = None) -> dict[str, int | None]:
+        """Version of the weights held; None in a server that was just started, unless it is stamped now."""
+        if stamp is not None:
+            self._tulu_version = stamp
+        return {"version": self._tulu_version}
 
     def tulu_marks(self) -> dict[str, str]:
         """Marks of all tensors as the layers hold them, read out whole; a zero's sign is lost."""
@@ -77,10 +88,11 @@ class Worker:
         repack_tied_head(model)
 
 
-def _file(path: str) -> Iterator[tuple[str, Tensor]]:
-    with safe_open(path, framework="pt") as file:
-        for name in file.keys():  # noqa: SIM118 - not a mapping
-            yield name, file.get_tensor(name)
+def _files(folder: Path) -> Iterator[tuple[str, Tensor]]:
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 - not a mapping
+                yield name, file.get_tensor(name)
 
 
 def repack_tied_head(model: Any) -> None:
