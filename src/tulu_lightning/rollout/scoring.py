@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from tulu_lightning.errors import InputError
 from tulu_lightning.rollout.pool import Answer, Call, Pool, PoolLimits
-from tulu_lightning.types import Check, Completion, Prompt, Verdict
+from tulu_lightning.types import Check, Completion, Outcome, Prompt, Verdict
 from tulu_lightning.verifiers.registry import Runs, Verifiers, runs_in
 
 if TYPE_CHECKING:  # `tulu verify` scores text and starts in a tenth of the time without it
@@ -21,7 +21,7 @@ __all__ = ["Job", "PoolLimits", "Scorer", "combined", "judge", "response_text", 
 
 log = logging.getLogger(__name__)
 
-WORST_LAST = ("right", "wrong", "unparseable", "timeout", "error")
+WORST_LAST: tuple[Outcome, ...] = ("right", "wrong", "unparseable", "timeout", "error")
 CONCURRENCY = 8
 """Threads for a verifier that runs in one and does not say how many it wants (`concurrency`)."""
 FAILURES_TOLD = 3
@@ -129,11 +129,14 @@ class Scorer:
     def each(self, jobs: Sequence[Job]) -> Iterator[tuple[int, Verdict]]:
         """Each job's place and verdict, as they come. Raises as `verdicts`."""
         places: dict[Runs, list[int]] = {"here": [], "pool": [], "thread": []}
-        where = {name: runs_in(self.verifiers[name]) for name in {job.verifier for job in jobs}}
+        where: dict[str, Runs] = {name: runs_in(self.verifiers[name]) for name in {job.verifier for job in jobs}}
         for place, job in enumerate(jobs):
             places[where[job.verifier]].append(place)
         with _Threads() as threads:  # servers are asked while the processors work
-            waiting = {threads.submit(self._threads_of(jobs[at]), judge, jobs[at], self.verifiers): at for at in places["thread"]}
+            waiting = {
+                threads.submit(self._threads_of(jobs[at]), judge, jobs[at], self.verifiers): at
+                for at in places["thread"]
+            }
             for place in places["here"]:
                 yield place, judge(jobs[place], self.verifiers)
             calls = ((at, self._call(jobs[at])) for at in places["pool"])

@@ -5,6 +5,7 @@ from typing import Literal, Protocol
 
 from tulu_lightning.errors import InputError, nearest
 from tulu_lightning.types import Verdict
+from tulu_lightning.verifiers.code import Code
 from tulu_lightning.verifiers.exact import Exact
 from tulu_lightning.verifiers.last_number import LastNumber
 
@@ -30,7 +31,11 @@ class Verifier(Protocol):
         ...
 
 
-VERIFIERS: dict[str, Verifier] = {"exact": Exact(), "last_number": LastNumber()}
+VERIFIERS: dict[str, Verifier] = {
+    "code": Code(),
+    "exact": Exact(),
+    "last_number": LastNumber(),
+}
 
 
 class Verifiers(Mapping[str, Verifier]):
