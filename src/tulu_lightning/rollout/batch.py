@@ -175,7 +175,7 @@ class Batch:
                     self.logp_BL,
                 ):
                     state[slot] = state[last]
-            self.rows.pop(), self.group_B.pop()
+            del self.rows[last], self.group_B[last]
         if self.section.share == "job":
             for group in reversed(range(len(self.size_P))):
                 if group not in self.group_B:
@@ -207,7 +207,7 @@ class _Step:
         least, most = (int(x) for x in torch.aminmax(filled_B))
         self.count, self.places = len(filled_B), most + 1
         ragged = least < most
-        self.place = (torch.arange(self.count, device=filled_B.device), filled_B.clone()) if ragged else most
+        self.where = self.own.lines(filled_B) if ragged else most
         self.own_mask = self._mask(filled_B + 1, self.places) if ragged else None
         self.sizes = batch.size_P
         if self.sizes:
@@ -236,22 +236,22 @@ class _Step:
         if flat != list(range(self.count)):
             self.gather, self.spread = (torch.tensor(x, device=self.lm.device) for x in (flat, where))
 
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def __call__(self, layer: int, qkv: Tensor) -> Tensor:
         """See `llama.Attend`."""
-        self.own.append(layer, k, v, self.place)
-        q = q.reshape(self.count, self.lm.key_heads, -1, self.lm.width)
+        self.own.append(layer, qkv[:, self.lm.heads :], self.where)
+        q = qkv[:, : self.lm.heads].unflatten(1, (self.lm.key_heads, -1))
         keys, values = self.own.read(layer, self.count, self.places)
-        own = attention(q, keys, values, self.own_mask, self.lm.scale)
-        out = merge([self._over_shared(layer, q), own]) if self.sizes else own[0]
-        return out.reshape(self.count, -1)
+        own = attention(q, keys, values, self.own_mask)
+        seen = merge([self._over_shared(layer, q), own]) if self.sizes else own[0]
+        return seen.reshape(self.count, -1)
 
     def _over_shared(self, layer: int, q: Tensor) -> tuple[Tensor, Tensor]:
         """All rows of a group at once: the group's keys are read once, not once a row."""
         groups, (_, heads, group, width) = len(self.sizes), q.shape
         if self.gather is not None:
             q = q[self.gather]
-        q = q.view(groups, self.members, heads, group, width).transpose(1, 2).reshape(groups, heads, -1, width)
+        q = q.unflatten(0, (groups, self.members)).transpose(1, 2).reshape(groups, heads, -1, width)
         keys, values = self.shared.read(layer, groups, max(self.sizes))
-        parts = attention(q, keys, values, self.shared_mask, self.lm.scale)
+        parts = attention(q, keys, values, self.shared_mask)
         out, lse = (x.unflatten(2, (self.members, group)).transpose(1, 2).flatten(0, 1) for x in (parts[0], parts[1]))
         return (out, lse) if self.spread is None else (out[self.spread], lse[self.spread])

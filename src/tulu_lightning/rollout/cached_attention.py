@@ -30,13 +30,18 @@ class Slots:
         """Copy the first `length` places of one slot to another."""
         self.kv[:, :, target, :, :length] = self.kv[:, :, source, :, :length]
 
-    def append(self, layer: int, k: Tensor, v: Tensor, place: int | tuple[Tensor, Tensor]) -> None:
-        """Write one token's keys and values [B, K, d] of the first B slots, at one place or at (slots, places)."""
-        for room, new in zip(self.kv[layer], (k, v), strict=True):
-            if isinstance(place, int):
-                room[: len(new), :, place] = new
-            else:
-                room[place[0], :, place[1]] = new
+    def lines(self, places_B: Tensor) -> Tensor:
+        """Where one token of each of the first B slots lies in a layer seen as lines of width d: int64 [B, 2K]."""
+        _, _, slots, heads, places, _ = self.kv.shape
+        start = torch.arange(2 * slots * heads, device=places_B.device).view(2, slots, heads)[:, : len(places_B)]
+        return (start * places + places_B[:, None]).transpose(0, 1).flatten(1)
+
+    def append(self, layer: int, kv: Tensor, where: int | Tensor) -> None:
+        """Write one token's keys and values [B, 2K, d] of the first B slots, at one place or at their `lines`."""
+        if isinstance(where, int):
+            self.kv[layer, :, : len(kv), :, where] = kv.unflatten(1, (2, -1)).transpose(0, 1)
+        else:
+            self.kv[layer].view(-1, kv.shape[2])[where] = kv
 
     def read(self, layer: int, slots: int, places: int) -> tuple[Tensor, Tensor]:
         """Views [slots, K, places, d]."""
@@ -56,27 +61,26 @@ def _has_kernel() -> bool:
         return False
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
-    """Softmax attention, and the log of each softmax's sum.
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Softmax attention of scaled queries, and the log of each softmax's sum.
 
     Args:
         q: [B, K, G, d]; heads that share keys lie in G.
         k: [B, K, S, d].
         v: likewise.
         mask: added to the scores [B, 1, 1, S], or None.
-        scale: of the scores.
 
     Returns:
         [B, K, G, d] in the dtype of `v` and float32 [B, K, G].
     """
-    if q.dtype == torch.bfloat16 and q.device.type == "cpu" and _has_kernel():
-        # Its scores are fp32, those of a bf16 product would be rounded; in fp32 the products below are faster.
+    if q.device.type == "cpu" and q.dtype in (torch.bfloat16, torch.float32) and _has_kernel():
+        # One pass over the cache, fp32 scores. Batched products read it as fast only in copies without gaps.
         return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            q, k, v, 0.0, False, attn_mask=mask, scale=scale
+            q, k, v, 0.0, False, attn_mask=mask, scale=1.0
         )
-    scores = ((q * scale) @ k.transpose(2, 3)).float()
+    scores = (q @ k.transpose(2, 3)).float()
     if mask is not None:
-        scores = scores.add_(mask)
+        scores.add_(mask)
     lse = scores.logsumexp(-1)
     return scores.sub_(lse[..., None]).exp_().to(v.dtype) @ v, lse
 

@@ -17,8 +17,8 @@ from tulu_lightning.rollout.packed_weights import Matrix, fuse
 
 __all__ = ["Attend", "Causal", "LlamaLM", "recognise"]
 
-Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
-"""(layer, queries [T, H, d], keys [T, K, d], values [T, K, d]) -> what they attend to, [T, H x d]."""
+Attend = Callable[[int, Tensor], Tensor]
+"""(layer, queries, keys and values [T, H + K + K, d]) -> what they attend to, [T, H x d]. The queries are scaled."""
 
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 6e-2}
 """Largest difference from the model's own logits, relative to the largest logit. Rounding leaves 1e-5 and 1e-2."""
@@ -100,29 +100,33 @@ class LlamaLM:
     # -- forward --
 
     def _rotary(self, positions_T: Tensor) -> tuple[Tensor, Tensor]:
-        """Cosines and signed sines [T, 1, d], from a table that the model's own rotary module fills."""
+        """Cosines and signed sines [T, H + K, d], from a table that the model's own rotary module fills.
+
+        Those of the queries are multiplied by the scale of the scores.
+        """
         need = int(positions_T.max()) + 1
         if len(self._cos_Sd) < need:
             size = max(need, 2 * len(self._cos_Sd), 256)
             like = self.head.weight_NK[:1, :1]
             cos, sin = self.decoder.rotary_emb(like, torch.arange(size, device=like.device)[None])
-            # The module turns halves: (x1, x2) -> (-x2, x1). With its sign in the sines that is a roll.
+            # The module turns halves: (x1, x2) -> (-x2, x1). With its sign in the sines that is a flip.
             sign = torch.ones(self.width, device=sin.device, dtype=sin.dtype)
             sign[: self.width // 2] = -1
             self._cos_Sd, self._sin_Sd = cos[0], sin[0] * sign
-        return self._cos_Sd[positions_T][:, None], self._sin_Sd[positions_T][:, None]
+        scale = self._cos_Sd.new_ones(self.heads + self.key_heads, 1)
+        scale[: self.heads] = self.scale
+        return self._cos_Sd[positions_T][:, None] * scale, self._sin_Sd[positions_T][:, None] * scale
 
     def hidden(self, ids_T: Tensor, positions_T: Tensor, attend: Attend) -> Tensor:
         """Hidden states [T, D] before the last norm; `attend` decides who sees whom."""
-        turned, keys = self.heads + self.key_heads, slice(self.heads, self.heads + self.key_heads)
+        turned = self.heads + self.key_heads
         cos, sin = self._rotary(positions_T)
         x_TD = self.decoder.embed_tokens(ids_T)
         for index, layer in enumerate(self.layers):
             qkv = layer.qkv(layer.norm(x_TD)).view(len(ids_T), -1, self.width)
-            both = qkv[:, :turned]
-            qk = torch.addcmul(both * cos, both.roll(self.width // 2, -1), sin)
-            seen = attend(index, qk[:, : self.heads], qk[:, keys], qkv[:, turned:])
-            x_TD = x_TD + layer.out(seen)
+            qk = qkv[:, :turned]
+            torch.addcmul(qk * cos, qk.unflatten(-1, (2, -1)).flip(-2).flatten(-2), sin, out=qk)
+            x_TD = x_TD + layer.out(attend(index, qkv))
             gate, up = layer.gate_up(layer.mlp_norm(x_TD)).chunk(2, -1)
             x_TD = x_TD + layer.down(layer.act(gate) * up)
         return x_TD
@@ -150,8 +154,9 @@ class Causal:
         self.kv = torch.empty(shape, dtype=lm.dtype, device=lm.device) if keep else None
         self._masks: dict[int, Tensor] = {}
 
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def __call__(self, layer: int, qkv: Tensor) -> Tensor:
         """See `Attend`."""
+        q, k, v = qkv.split([self.lm.heads, self.lm.key_heads, self.lm.key_heads], 1)
         if self.kv is not None:
             self.kv[layer, 0], self.kv[layer, 1] = k, v
         out = torch.empty_like(q)
@@ -163,7 +168,7 @@ class Causal:
                 key, value = torch.cat([past[0], key], 2), torch.cat([past[1], value], 2)
                 mask = self._mask(end - start, key.shape[2])
             seen = F.scaled_dot_product_attention(
-                query, key, value, mask, is_causal=mask is None, scale=self.lm.scale, enable_gqa=True
+                query, key, value, mask, is_causal=mask is None, scale=1.0, enable_gqa=True
             )
             out[start:end] = seen[0].transpose(0, 1)
         return out.flatten(1)

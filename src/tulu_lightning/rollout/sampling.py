@@ -68,7 +68,7 @@ def filtered(logits_RV: Tensor, top_p: float, top_k: int) -> Tensor:
         least_R1 = logits_RV.topk(top_k).values[:, -1:]
         logits_RV = logits_RV.masked_fill(logits_RV < least_R1, -torch.inf)
     if top_p < 1:
-        order_RV = logits_RV.argsort(-1, descending=True, stable=True)
+        order_RV = torch.argsort(logits_RV, dim=-1, descending=True, stable=True)
         p_RV = torch.softmax(logits_RV, -1).gather(1, order_RV)
         out_RV = p_RV.cumsum(-1).sub_(p_RV) >= top_p
         out_RV[:, 0] = False
