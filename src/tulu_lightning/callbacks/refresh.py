@@ -1,28 +1,101 @@
-"""When the engine gets the present weights."""
+"""When the engine gets the present weights, and the proof that it samples from them."""
 
+import time
 from typing import Any
 
 import lightning as L
+import torch
 
-from tulu_lightning.errors import InputError
+from tulu_lightning.core.settings import require
+from tulu_lightning.models.limits import read_limits
+from tulu_lightning.models.weights import plain_weights
+from tulu_lightning.rollout.canary import Proof, Sequences, Tolerance, canaries, prove, tolerance_of
+from tulu_lightning.rollout.fingerprint import fingerprint
 
 __all__ = ["RolloutRefresh"]
 
 
 class RolloutRefresh(L.Callback):
-    """Push the policy's weights to the engine before every n-th step.
+    """Push the policy's weights to the engine when they are due, and stop the run unless it provably took them.
 
-    The engine proves that it took them (per-tensor checksums); PPO refuses to sample from any other version.
+    The engine compares checksums, tensor by tensor; then a few fixed sequences are scored on both sides. The stage
+    refuses to sample from any version but the one that is due. A push that fails names the tensors that differ.
+
+    What a push took is left in `pl_module.sync_seconds`, how far the two sides' log-probs lay apart in
+    `pl_module.sync_proof`.
+
+    Args:
+        every_n_steps: steps between two pushes; those between are sampled from older weights.
+        canary: score the fixed sequences after a push.
+        canary_every: after every so manyth push only; the first is always checked.
+        tolerance: largest mean gap of their log-probs, in nats a token. By the engine's dtype if left out: float32
+            1e-3 at most for any token, bfloat16 0.1 on average.
+
+    Raises:
+        InputError: a number out of its range.
     """
 
-    def __init__(self, every_n_steps: int = 1) -> None:
-        super().__init__()
-        if every_n_steps < 1:
-            raise InputError("RolloutRefresh.every_n_steps", f"is {every_n_steps}", "Use at least 1.")
-        self.every_n_steps = every_n_steps
+    def __init__(
+        self, every_n_steps: int = 1, canary: bool = True, canary_every: int = 1, tolerance: float | None = None
+    ) -> None:
+        for name, count in (("every_n_steps", every_n_steps), ("canary_every", canary_every)):
+            require(count >= 1, f"RolloutRefresh.{name}", count, "Use at least 1.")
+        sound = tolerance is None or 0 < tolerance < float("inf")
+        require(sound, "RolloutRefresh.tolerance", tolerance, "It must be above 0, or null.")
+        self.every_n_steps, self.canary, self.canary_every, self.tolerance = (
+            every_n_steps,
+            canary,
+            canary_every,
+            tolerance,
+        )
+        self._pushes = 0
+        self._sequences: Sequences | None = None
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        """Refresh unless the engine is current already."""
-        wanted = pl_module.wanted_version(self.every_n_steps)
-        if pl_module.engine.version != wanted:
-            pl_module.refresh()
+        """Push unless the engine has the version that is due."""
+        pl_module.sync_seconds = 0.0
+        if pl_module.engine.version == self._due(pl_module):
+            return
+        start = time.perf_counter()
+        pl_module.refresh()
+        self._pushes += 1
+        if self.canary and (self._pushes - 1) % self.canary_every == 0:
+            pl_module.sync_proof = self.prove(trainer, pl_module)
+        pl_module.sync_seconds = time.perf_counter() - start
+
+    def prove(self, trainer: L.Trainer, pl_module: Any) -> Proof | None:
+        """Compare the fixed sequences' log-probs on both sides; None if the stage or the engine cannot score them.
+
+        Raises:
+            RefreshError: they lie further apart than the tolerance.
+        """
+        own = getattr(pl_module, "canary_logprobs", None)
+        if own is None or not hasattr(pl_module.engine, "logprobs"):
+            return None
+        if self._sequences is None:
+            self._sequences = self._canaries(pl_module)
+        engine = pl_module.engine
+        dtype = getattr(engine, "dtype", torch.bfloat16)
+        tolerance = tolerance_of(dtype) if self.tolerance is None else Tolerance(None, self.tolerance)
+        # Gathering shards needs all ranks, and not all need have met the error.
+        differing = None if trainer.world_size > 1 else lambda: _differing(pl_module, dtype)
+        return prove(engine, own, self._sequences, tolerance, pl_module.rollout.temperature, differing)
+
+    def _due(self, pl_module: Any) -> int:
+        wanted = getattr(pl_module, "wanted_version", None)
+        if wanted is not None:
+            return wanted(self.every_n_steps)
+        return pl_module.step - pl_module.step % self.every_n_steps
+
+    @staticmethod
+    def _canaries(pl_module: Any) -> Sequences:
+        limits = read_limits(pl_module.folder)
+        room = min(limits.positions or 1 << 30, getattr(pl_module.engine, "positions", 1 << 30))
+        response = min(8, room // 4)
+        return canaries(limits.vocabulary, prompt=min(144, room - response - 1), response=response)
+
+
+def _differing(pl_module: Any, dtype: torch.dtype) -> dict[str, list[str]]:
+    held = pl_module.engine.fingerprint()
+    sent = fingerprint(plain_weights(pl_module.model.lm), dtype)
+    return {"not held as sent": [name for name, word in sent.items() if held.get(name) != word]}

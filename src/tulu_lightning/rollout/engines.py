@@ -62,7 +62,9 @@ def build_engine(settings: EngineSettings, local: Callable[[torch.dtype], Engine
     if settings.kind == "vllm":
         if find_spec("vllm") is None:
             what = "is vllm, which is not installed here"
-            raise InputError("rollout.engine.kind", what, "Install it (pip install 'tulu-lightning[vllm]'), or use local.")
+            raise InputError(
+                "rollout.engine.kind", what, "Install it (pip install 'tulu-lightning[vllm]'), or use local."
+            )
         from tulu_lightning.rollout.vllm import VLLMEngine
 
         return VLLMEngine.from_folder(folder, dtype=settings.dtype, **more)

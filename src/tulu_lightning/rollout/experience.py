@@ -132,9 +132,7 @@ def over_responses(x_N: Tensor, lengths_R: Sequence[int]) -> Tensor:
     return torch.stack([part.sum() for part in x_N.float().split(list(lengths_R))])
 
 
-def advantages(
-    parts: Sequence[Experience], estimator: GAE | GroupAdvantage, kl_coefficient: float
-) -> list[Experience]:
+def advantages(parts: Sequence[Experience], estimator: GAE | GroupAdvantage, kl_coefficient: float) -> list[Experience]:
     """Advantages (not yet whitened) and returns of all of a step's micro-batches.
 
     With a critic the k1 penalty is a reward of each token (`core.advantages.token_rewards`). A group's estimator knows

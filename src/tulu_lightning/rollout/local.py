@@ -27,7 +27,7 @@ from tulu_lightning.rollout.engine import Health, Progress, RefreshError
 from tulu_lightning.rollout.fingerprint import mark
 from tulu_lightning.rollout.llama import LlamaLM, recognise
 from tulu_lightning.rollout.plan import Row, sections
-from tulu_lightning.rollout.requests import check_sampling, check_sequences, check_tokens
+from tulu_lightning.rollout.checks import check_sampling, check_sequences, check_tokens
 from tulu_lightning.rollout.sampling import uniforms
 from tulu_lightning.rollout.token_logprobs import by_forward, by_llama
 from tulu_lightning.types import Completion, Sampling

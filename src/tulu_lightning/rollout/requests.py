@@ -1,66 +1,96 @@
-"""What an engine refuses before it computes anything."""
+"""What a request to a vLLM engine must look like, and how its answer is read; in this process or over HTTP."""
 
+import math
 from collections.abc import Sequence
-from typing import Any
 
+import torch
+
+from tulu_lightning.core.step_plan import mix_seed
 from tulu_lightning.errors import InputError
-from tulu_lightning.types import Sampling
+from tulu_lightning.rollout.delivery import Contents
+from tulu_lightning.types import Completion, Finish, Sampling
 
-__all__ = ["check_sampling", "check_sequences", "check_tokens"]
+__all__ = ["check_prompts", "check_sequences", "completion", "seeds"]
+
+HOTTEST = 2.0
 
 
-def check_sampling(n: int, sampling: Sampling) -> None:
-    """Refuse numbers out of their range.
+def check_prompts(
+    prompts: Sequence[Sequence[int]], n: int, sampling: Sampling, contents: Contents, positions: float
+) -> None:
+    """Refuse what the model cannot read, before it is asked.
+
+    Args:
+        prompts: token ids.
+        n: samples per prompt.
+        sampling: how.
+        contents: of the model.
+        positions: prompt and new tokens that the engine has room for.
 
     Raises:
-        InputError: as said.
+        InputError: an empty prompt, an unknown token, too many tokens, or settings out of their range.
     """
     where = "generate"
     if n < 1 or sampling.max_new_tokens < 1:
         raise InputError(where, f"n is {n}, max_new_tokens is {sampling.max_new_tokens}", "Give at least 1 of each.")
-    if not 0 <= sampling.temperature < float("inf"):
-        raise InputError(where, f"temperature is {sampling.temperature}", "Give 0 (greedy) or more.")
-    if not 0 < sampling.top_p <= 1:
-        raise InputError(where, f"top_p is {sampling.top_p}", "Give more than 0, at most 1 (1 leaves no token out).")
-    if sampling.top_k < 0:
-        raise InputError(where, f"top_k is {sampling.top_k}", "Give 0 (leaves no token out) or more.")
-
-
-def check_tokens(prompts: Sequence[Sequence[int]], new: int, config: Any) -> None:
-    """Refuse prompts that the model cannot read.
-
-    Args:
-        prompts: token ids.
-        new: tokens that come after each.
-        config: the model's, of transformers.
-
-    Raises:
-        InputError: an empty prompt, a token that the model does not know, more tokens than it has positions.
-    """
-    text_config = config.get_text_config(decoder=True)
-    positions = getattr(text_config, "max_position_embeddings", None) or float("inf")
+    if not 0 <= sampling.temperature <= HOTTEST:
+        remedy = f"Give 0 (greedy) or more, and at most {HOTTEST}: vLLM takes no more."
+        raise InputError(where, f"temperature is {sampling.temperature}", remedy)
+    if not 0 < sampling.top_p <= 1 or sampling.top_k < 0:
+        what = f"top_p is {sampling.top_p}, top_k is {sampling.top_k}"
+        raise InputError(where, what, "top_p lies above 0 and up to 1; top_k is 0 (off) or more.")
     for i, prompt in enumerate(prompts):
-        where = f"generate, prompt {i}"
-        if not len(prompt):
-            raise InputError(where, "it is empty", "Give at least one token, e.g. BOS.")
-        if len(prompt) + new > positions:
-            what = f"{len(prompt)} tokens and {new} new ones, the model has {positions} positions"
-            raise InputError(where, what, "Shorten the prompt or max_new_tokens.")
-        if not (min(prompt) >= 0 and max(prompt) < text_config.vocab_size):
-            what = f"its ids span [{min(prompt)}, {max(prompt)}], the model knows {text_config.vocab_size} tokens"
-            raise InputError(where, what, "Use the model's own tokenizer.")
+        _check_ids(f"{where}, prompt {i}", prompt, contents.vocabulary)
+        if len(prompt) + sampling.max_new_tokens > positions:
+            what = (
+                f"{len(prompt)} tokens and {sampling.max_new_tokens} new ones, the engine has {positions:.0f} positions"
+            )
+            raise InputError(f"{where}, prompt {i}", what, "Shorten the prompt or max_new_tokens.")
 
 
-def check_sequences(sequences: Sequence[tuple[Sequence[int], Sequence[int]]], temperature: float, config: Any) -> None:
-    """Refuse sequences whose log-probs are not defined.
+def check_sequences(
+    sequences: Sequence[tuple[Sequence[int], Sequence[int]]], temperature: float, contents: Contents, positions: float
+) -> None:
+    """Refuse sequences that `Engine.logprobs` cannot answer; errors as above."""
+    if not 0 < temperature <= HOTTEST:
+        remedy = f"It must be above 0 and at most {HOTTEST}: vLLM takes no more."
+        raise InputError("logprobs", f"temperature is {temperature}", remedy)
+    for i, (prompt, response) in enumerate(sequences):
+        where = f"logprobs, sequence {i}"
+        _check_ids(f"{where}, prompt", prompt, contents.vocabulary)
+        _check_ids(f"{where}, response", response, contents.vocabulary)
+        if len(prompt) + len(response) >= positions:  # vLLM samples one more token, which nobody reads
+            what = f"it has {len(prompt) + len(response)} tokens, the engine can score {positions - 1:.0f}"
+            raise InputError(where, what, "Shorten it.")
+
+
+def _check_ids(where: str, ids: Sequence[int], vocabulary: int) -> None:
+    if not len(ids):
+        raise InputError(where, "it is empty", "Give at least one token, e.g. BOS.")
+    if not (min(ids) >= 0 and max(ids) < vocabulary):
+        what = f"its ids span [{min(ids)}, {max(ids)}], the model knows {vocabulary} tokens"
+        raise InputError(where, what, "Use the model's own tokenizer.")
+
+
+def seeds(seed: int, prompts: int, keys: Sequence[int] | None) -> list[int]:
+    """One seed a prompt; vLLM gives sample j of a request that seed plus j.
+
+    So the randomness of a sample depends on (seed, key, j) alone. 62 bits leave room for the addition.
+    """
+    if keys is not None and len(keys) != prompts:
+        raise InputError("generate", f"{len(keys)} keys for {prompts} prompts", "Give one key a prompt.")
+    return [mix_seed(seed, key) >> 1 for key in (range(prompts) if keys is None else keys)]
+
+
+def completion(ids: Sequence[int], logprobs: Sequence[float], reason: str | None, version: int) -> Completion:
+    """One sample as the trainer reads it.
 
     Raises:
-        InputError: an empty prompt or response, unknown tokens, too many of them, a temperature that is not above 0.
+        RuntimeError: log-probs that are not finite, or a reason to end that is neither a stop token nor the length.
     """
-    if not 0 < temperature < float("inf"):
-        raise InputError("logprobs", f"temperature is {temperature}", "Give a number above 0.")
-    for i, (prompt, response) in enumerate(sequences):
-        if not len(prompt) or not len(response):
-            part = "response" if len(prompt) else "prompt"
-            raise InputError(f"logprobs, sequence {i}", f"its {part} is empty", "Give at least one token of each.")
-    check_tokens([[*prompt, *response] for prompt, response in sequences], 0, config)
+    if reason not in ("stop", "length"):
+        raise RuntimeError(f"vLLM ended a sample for the reason {reason!r}, not by a stop token or its length")
+    if len(ids) != len(logprobs) or not all(map(math.isfinite, logprobs)):
+        raise RuntimeError("vLLM's probabilities are not finite: the weights hold infinities or NaNs")
+    finish: Finish = "stop" if reason == "stop" else "length"
+    return Completion(torch.tensor(ids, dtype=torch.int64), torch.tensor(logprobs), finish, version)

@@ -18,7 +18,7 @@ from tulu_lightning.rollout.engines import build_engine
 from tulu_lightning.stages.ppo_settings import Rollout
 from tulu_lightning.stages.rollouts import Rollouts, expected_version
 from tulu_lightning.stages.stage import Stage
-from tulu_lightning.types import Document, Segment
+from tulu_lightning.types import Document, PromptBatch, Segment
 
 __all__ = ["EngineHolder"]
 
@@ -146,6 +146,13 @@ class EngineHolder(Stage):
             for i, logp_L in zip(items, logp_N.split([len(sequences[i][1]) for i in items]), strict=True):
                 result[i] = logp_L
         return result
+
+    def following(self, step: int) -> PromptBatch | None:
+        """The prompts of the step after this one; None after the last."""
+        if step + 1 >= min(self.total_steps, self.trainer.num_training_batches):
+            return None
+        loader: Any = self.trainer.train_dataloader
+        return loader.dataset[step + 1]
 
     # Checkpoints ------------------------------------------------------------------------------------------------
 

@@ -28,7 +28,7 @@ from tulu_lightning.stages.collect import Collected, Collector
 from tulu_lightning.stages.engine_holder import EngineHolder
 from tulu_lightning.stages.guards import Watchman
 from tulu_lightning.stages.optimizer import AdamW
-from tulu_lightning.stages.ppo_checks import check_settings
+from tulu_lightning.stages.ppo_checks import check_critic, check_settings
 from tulu_lightning.stages.ppo_learning import Learner
 from tulu_lightning.stages.ppo_metrics import rollout_metrics, table, token_metrics
 from tulu_lightning.stages.ppo_settings import Critic, DynamicSampling, Guards, Reward, Rollout
@@ -112,22 +112,12 @@ class PPO(Learner, EngineHolder):
         self.critic_folder = self.folder
         if critic is not None:
             self.critic_folder = os.path.realpath(resolve_model(critic.path)) if critic.path else self.folder
-            self._check_critic_tokenizer()
+            check_critic(self)
             self._critic_goes_on = has_reward_head(self.critic_folder, critic.layers)
         self.critic: PackedValue | None = None
         self.scorer: Scorer | None = None
         self._restored: dict[str, Any] = {}
         self._reference: list[PackedLM] = []  # in a list: not a submodule, so neither trained nor checkpointed
-
-    def _check_critic_tokenizer(self) -> None:
-        if self.critic_folder == self.folder:
-            return
-        if load_tokenizer(self.critic_folder).get_vocab() != self.tokenizer.get_vocab():
-            raise InputError(
-                "critic.path",
-                f"{self.critic_folder} has another tokenizer than the policy {self.folder}",
-                "The critic reads the policy's token ids: give one with the same tokenizer.",
-            )
 
     # Building ---------------------------------------------------------------------------------------------------
 
@@ -147,7 +137,16 @@ class PPO(Learner, EngineHolder):
 
     def settings(self) -> dict[str, Any]:
         """Everything but what only cuts (`micro_tokens`), what samples (`rollout.engine`), and when to stop."""
-        names = ("advantage", "reward", "overlong", "kl", "policy_loss", "aggregation", "correction", "dynamic_sampling")
+        names = (
+            "advantage",
+            "reward",
+            "overlong",
+            "kl",
+            "policy_loss",
+            "aggregation",
+            "correction",
+            "dynamic_sampling",
+        )
         own = {name: getattr(self, name) for name in (*names, "entropy_coefficient", "epochs", "mini_batches")}
         own["rollout"] = replace(self.rollout, engine=EngineSettings())
         own["refresh every_n_steps"] = self._refresh_interval()
@@ -253,7 +252,7 @@ class PPO(Learner, EngineHolder):
         assert self.rollouts is not None
         self.keep_weights()
         collected = self.rollouts.take(batch)
-        if self.rollout.staleness and (following := self._following(batch.step)) is not None:
+        if self.rollout.staleness and (following := self.following(batch.step)) is not None:
             self.rollouts.begin(following)
         clock = [time.perf_counter()]
         parts = self.estimate(collected.groups)
@@ -285,12 +284,6 @@ class PPO(Learner, EngineHolder):
         result |= {"seconds_sync": self.sync_seconds, "seconds_wait": self.rollouts.seconds_wait}
         self.sync_seconds = self.rollouts.seconds_wait = 0.0
         return result
-
-    def _following(self, step: int) -> PromptBatch | None:
-        if step + 1 >= min(self.total_steps, self.trainer.num_training_batches):
-            return None
-        loader: Any = self.trainer.train_dataloader
-        return loader.dataset[step + 1]
 
     def on_train_batch_end(self, *_: Any) -> None:
         """Stop where a guard says so; the callbacks have recorded and saved the step by now.

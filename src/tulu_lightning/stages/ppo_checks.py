@@ -3,11 +3,12 @@
 import math
 from typing import Any
 
+from tulu_lightning.assets.models import load_tokenizer
 from tulu_lightning.core.estimators import GAE, GroupAdvantage
 from tulu_lightning.core.settings import require
 from tulu_lightning.errors import InputError
 
-__all__ = ["check_settings"]
+__all__ = ["check_critic", "check_settings"]
 
 OTHERS = "or take an advantage of core.groups (GRPO, DrGRPO, RLOO, ReinforcePlusPlus), which has none"
 
@@ -35,7 +36,9 @@ def check_settings(stage: Any) -> None:
 
 def _check_gae(stage: Any) -> None:
     if stage.critic_config is None:
-        raise InputError("model.critic", "is missing, and GAE needs a critic", f"Give model.init_args.critic, {OTHERS}.")
+        raise InputError(
+            "model.critic", "is missing, and GAE needs a critic", f"Give model.init_args.critic, {OTHERS}."
+        )
     remedy = "It must be above 0."
     require(0 < stage.value_coefficient < math.inf, "model.value_coefficient", stage.value_coefficient, remedy)
     if stage.dynamic_sampling is not None:
@@ -54,3 +57,17 @@ def _check_groups(stage: Any) -> None:
     if stage.rollout.samples_per_prompt < 2:
         what = f"is {stage.rollout.samples_per_prompt}, and {name} compares the responses to one prompt"
         raise InputError("rollout.samples_per_prompt", what, "Use at least 2; 8 to 16 are usual.")
+
+
+def check_critic(stage: Any) -> None:
+    """Refuse a critic that reads other token ids than the policy.
+
+    Raises:
+        InputError: its tokenizer is another one.
+    """
+    if stage.critic_folder == stage.folder:
+        return
+    if load_tokenizer(stage.critic_folder).get_vocab() != stage.tokenizer.get_vocab():
+        what = f"{stage.critic_folder} has another tokenizer than the policy {stage.folder}"
+        remedy = "The critic reads the policy's token ids: give one with the same tokenizer."
+        raise InputError("critic.path", what, remedy)

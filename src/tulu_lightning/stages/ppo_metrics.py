@@ -85,7 +85,9 @@ def rollout_metrics(collected: Collected) -> dict[str, float]:
         metrics["zero_signal_share"] = _mean([float(not has_signal(g)) for g in raw])
     if collected.refills or len(collected.groups) < len(raw):
         metrics["refills"] = float(collected.refills)
-        metrics["pass_rate_trained"] = _mean([float(g.verdicts[i].outcome == "right") for g in collected.groups for i in g.kept])
+        metrics["pass_rate_trained"] = _mean(
+            [float(g.verdicts[i].outcome == "right") for g in collected.groups for i in g.kept]
+        )
     for source in sorted({g.prompt.source for g in raw} - {""}):
         metrics[f"score/{source}"] = _mean([v.score for g in raw if g.prompt.source == source for v in g.verdicts])
     return metrics

@@ -87,7 +87,9 @@ class Reward:
     """What a response with score 1 earns; times the sum of its checks' weights."""
 
     def __post_init__(self) -> None:
-        require(math.isfinite(self.right) and self.right != 0, "reward.right", self.right, "Give a number other than 0.")
+        require(
+            math.isfinite(self.right) and self.right != 0, "reward.right", self.right, "Give a number other than 0."
+        )
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,129 @@
+"""Weights on their way to an engine that is not ours: what must arrive, what was sent, and what came of it.
+
+Names and shapes are those of the transformers model, so what a trainer sends is checked before the other side sees it.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from tulu_lightning.models.limits import read_config
+from tulu_lightning.models.weights import full
+from tulu_lightning.rollout.engine import RefreshError
+from tulu_lightning.rollout.fingerprint import mark
+
+__all__ = ["Contents", "Delivery", "contents_of"]
+
+
+class Contents(NamedTuple):
+    """What the state dict of a model folder's architecture holds."""
+
+    shapes: dict[str, tuple[int, ...]]
+    tied: dict[str, str]
+    """Names that are a second name of another tensor: `lm_head.weight` -> `model.embed_tokens.weight`."""
+    vocabulary: int
+    positions: float
+    """Tokens that the model has positions for; infinite if its config does not say."""
+
+
+def contents_of(folder: str | Path) -> Contents:
+    """Contents of a model folder, by its config; no weights are read.
+
+    Raises:
+        InputError: the config does not load.
+    """
+    config = read_config(str(folder))
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    model.tie_weights()
+    first, tied = dict[int, str](), dict[str, str]()
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        original = first.setdefault(id(parameter), name)
+        if original != name:
+            tied[name] = original
+    text: Any = config.get_text_config(decoder=True)
+    positions = getattr(text, "max_position_embeddings", None) or float("inf")
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    return Contents(shapes, tied, text.vocab_size, positions)
+
+
+class Delivery:
+    """One refresh: iterate over it to send, then `settle` with what the other side says.
+
+    Every tensor is gathered if it is sharded (one at a time; all ranks must iterate), cast to the engine's dtype and
+    marked. Of tied tensors one is sent, under its first name; the others are only compared with it. A tensor of an
+    unknown name or another shape is not sent: it would break the other side's loading in the middle.
+
+    Args:
+        contents: what must arrive.
+        dtype: of the engine.
+        named: the sender's tensors.
+    """
+
+    def __init__(self, contents: Contents, dtype: torch.dtype, named: Iterable[tuple[str, Tensor]]) -> None:
+        self._contents, self._dtype, self._named = contents, dtype, named
+        self._sent, self._given = dict[str, str](), dict[str, str]()
+        self._unknown, self._shapes = list[str](), list[str]()
+
+    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+        for name, tensor in self._named:
+            whole = full(tensor.detach())
+            shape = self._contents.shapes.get(name)
+            if shape is None:
+                self._unknown.append(name)
+            elif tuple(whole.shape) != shape:
+                self._shapes.append(f"{name} {tuple(whole.shape)} for {shape}")
+            else:
+                value = whole.to(self._dtype) if whole.is_floating_point() else whole
+                self._given[name] = mark(value)
+                original = self._contents.tied.get(name, name)
+                if original not in self._sent:
+                    self._sent[original] = self._given[name]
+                    yield original, value
+
+    def problems(
+        self, received: Mapping[str, str], differ: Iterable[str] = (), expected: Mapping[str, str] | None = None
+    ) -> dict[str, list[str]]:
+        """What went wrong, as `RefreshError` lists it.
+
+        Args:
+            received: marks that the other side took of what arrived.
+            differ: tensors that it holds in another form than they arrived.
+            expected: the sender's own marks, taken before the first step of the way.
+        """
+        shapes, tied = self._contents.shapes, self._contents.tied
+        now = self.marks()
+        return {
+            "not delivered": [name for name in shapes if name not in tied and name not in self._sent],
+            "unknown": self._unknown,
+            "of another shape": self._shapes,
+            "changed on the way": [name for name, word in self._sent.items() if received.get(name) != word],
+            "not held as sent": [
+                *(name for name, word in self._given.items() if now[name] != word),  # tied, but sent different
+                *(name for name in differ if name not in tied or tied[name] in self._sent),
+            ],
+            "not held as expected": [name for name, word in (expected or {}).items() if now.get(name) != word],
+        }
+
+    def settle(
+        self, received: Mapping[str, str], differ: Iterable[str] = (), expected: Mapping[str, str] | None = None
+    ) -> dict[str, str]:
+        """The marks of what is held now, under all names.
+
+        Raises:
+            RefreshError: see `problems`.
+        """
+        problems = self.problems(received, differ, expected)
+        if any(problems.values()):
+            raise RefreshError(problems)
+        return self.marks()
+
+    def marks(self) -> dict[str, str]:
+        """Marks of what was sent, tied names included."""
+        tied = self._contents.tied
+        names = (name for name in self._contents.shapes if tied.get(name, name) in self._sent)
+        return {name: self._sent[tied.get(name, name)] for name in names}

@@ -1,0 +1,279 @@
+"""An engine in a process of its own: a vLLM server, asked over HTTP; its weights come as files in shared memory.
+
+Nothing here needs vLLM in the trainer's environment. Start the server with `rollout.server_process.start_server`, or by
+hand with `--worker-extension-cls tulu_lightning.rollout.vllm_worker.Worker --logprobs-mode processed_logprobs
+--generation-config vllm` and `VLLM_SERVER_DEV_MODE=1`, which opens the routes that refresh it to whoever reaches its port.
+"""
+
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from tulu_lightning.rollout.delivery import Delivery, contents_of
+from tulu_lightning.rollout.engine import EngineError, Health, Progress, RefreshError
+from tulu_lightning.rollout.client import Client
+from tulu_lightning.rollout.requests import check_prompts, check_sequences, completion, seeds
+from tulu_lightning.rollout.server_process import Server, start_server
+from tulu_lightning.types import Completion, Sampling
+
+__all__ = ["ServerEngine"]
+
+SHARED_MEMORY = Path("/dev/shm")
+
+
+class ServerEngine:
+    """Samples on a vLLM server; implements `rollout.engine.Engine`, with the proofs of `rollout.vllm.VLLMEngine`.
+
+    A refresh writes files of at most `file_mb` to shared memory, so the trainer never holds a whole copy; the server,
+    on the same machine, loads them in place. The version is kept on the server too: one that was started again, or
+    that somebody else refreshed, is not sampled from.
+
+    Args:
+        url: of the server.
+        folder: the model folder that it was started with.
+        dtype: that it was started with.
+        version: of the weights in that folder; stamped on a server that has no stamp yet.
+        server: the process, if it is this engine's to end.
+        proof_columns: columns of each matrix that a refresh reads back; 0 for all.
+        seconds: longest wait for one prompt's samples, or for a refresh.
+        connections: prompts in flight at once.
+        file_mb: see above.
+        folder_for_files: on the server's machine; shared memory where there is one.
+
+    Raises:
+        EngineError: no server answers at the url.
+        RuntimeError: it has another stamp, or lacks what the module's first lines ask for.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        folder: str | Path,
+        dtype: torch.dtype | str = torch.float32,
+        *,
+        version: int = 0,
+        server: Server | None = None,
+        proof_columns: int = 16,
+        seconds: float = 600,
+        connections: int = 64,
+        file_mb: int = 1024,
+        folder_for_files: str | Path | None = None,
+    ) -> None:
+        self._client, self._server = Client(url), server
+        self._contents = contents_of(folder)
+        self._dtype: torch.dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+        self._version, self._columns = version, proof_columns
+        self._seconds, self._connections, self._file_mb = seconds, connections, file_mb
+        self._folder = folder_for_files or (SHARED_MEMORY if SHARED_MEMORY.is_dir() else None)
+        self._marks: dict[str, str] | None = None
+        (model,) = self._client.get("/v1/models", 30)["data"]
+        self._positions = min(self._contents.positions, model["max_model_len"])
+        self._model = model["id"]
+        if self._held() is None:
+            self._rpc("tulu_version", version)
+        self._check_version()
+
+    @classmethod
+    def started(
+        cls,
+        folder: str | Path,
+        dtype: torch.dtype | str = torch.float32,
+        *,
+        version: int = 0,
+        seconds: float = 600,
+        **settings: Any,
+    ) -> Self:
+        """Start a server and return its engine, which ends it on `close`; settings of `start_server`."""
+        name = str(dtype).removeprefix("torch.")
+        server = start_server(folder, name, **settings)
+        try:
+            return cls(server.url, folder, dtype, version=version, server=server, seconds=seconds)
+        except BaseException:
+            server.close()
+            raise
+
+    @property
+    def version(self) -> int:
+        """Version of the weights held; -1 after a refresh that failed."""
+        return self._version
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the weights."""
+        return self._dtype
+
+    @property
+    def positions(self) -> int:
+        """Prompt and new tokens that a sample may have together."""
+        return int(self._positions)
+
+    def distrust(self) -> None:
+        """Refuse to sample until the next refresh: a proof outside the engine has failed."""
+        self._version = -1
+
+    def health(self) -> Health:
+        """Asks the server, for at most five seconds."""
+        place = f"vLLM server at {self._client.url}"
+        try:
+            self._client.get("/health", 5)
+        except (EngineError, RuntimeError) as error:
+            ended = "" if self._server is None else self._server.state()
+            return Health(False, self._version, f"{place}: {error}{ended}")
+        return Health(True, self._version, place)
+
+    def close(self) -> None:
+        """End the server if it was started here."""
+        if self._server is not None:
+            self._server.close()
+
+    # -- weights --
+
+    def refresh(
+        self, named: Iterable[tuple[str, Tensor]], version: int, *, expected: Mapping[str, str] | None = None
+    ) -> None:
+        """See `Engine.refresh`; `expected` is `fingerprint.fingerprint(named, engine.dtype)` on the sender's side.
+
+        Raises:
+            RefreshError: as there.
+            EngineError: the server died, or did not take the weights in time.
+        """
+        self._version, self._marks = -1, {}  # until proven
+        delivery = Delivery(self._contents, self._dtype, named)
+        folder = Path(tempfile.mkdtemp(prefix="tulu-weights-", dir=self._folder))
+        try:
+            _write(iter(delivery), folder, self._file_mb << 20)
+            report = self._rpc("tulu_load_files", str(folder), self._columns, version)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+        emptied = self._client.post("/reset_prefix_cache", {}, self._seconds)["success"]
+        marks = delivery.settle(report["received"], report["differ"], expected)
+        if not emptied:
+            raise RefreshError({"prefix cache": ["not emptied: requests are running"]})
+        self._version, self._marks = version, marks
+
+    def fingerprint(self) -> dict[str, str]:
+        """As `VLLMEngine.fingerprint`."""
+        if self._marks is None:
+            found = self._rpc("tulu_marks")
+            names = {**dict.fromkeys(self._contents.shapes), **self._contents.tied}
+            self._marks = {name: found[name if name in found else other] for name, other in names.items()}
+        return dict(self._marks)
+
+    def _rpc(self, method: str, *arguments: Any) -> Any:
+        body = {"method": method, "args": arguments, "timeout": self._seconds}
+        results = self._client.post("/collective_rpc", body, self._seconds)["results"]
+        return results[0]
+
+    def _held(self) -> int | None:
+        return self._rpc("tulu_version")["version"]
+
+    def _check_version(self) -> None:
+        if self._version < 0:
+            raise RuntimeError("the last weight refresh failed: the engine holds no known weights to sample from")
+        held = self._held()
+        if held != self._version:
+            self._version = -1
+            what = "was started again" if held is None else f"holds the weights of version {held}"
+            raise EngineError(f"the server at {self._client.url} {what} since its last refresh from here: refresh it")
+
+    # -- sampling --
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        n: int,
+        sampling: Sampling,
+        seed: int,
+        *,
+        keys: Sequence[int] | None = None,
+        progress: Progress | None = None,
+    ) -> list[list[Completion]]:
+        """See `Engine.generate`.
+
+        Raises:
+            EngineError: the server died or did not answer in time; nothing was returned.
+        """
+        self._check_version()
+        check_prompts(prompts, n, sampling, self._contents, self._positions)
+        greedy = sampling.temperature == 0  # all samples are one
+        bodies = [
+            {
+                "prompt": list(prompt),
+                "n": 1 if greedy else n,
+                "seed": own,
+                "max_tokens": sampling.max_new_tokens,
+                "temperature": sampling.temperature,
+                "top_p": sampling.top_p,
+                "top_k": sampling.top_k,
+                "stop_token_ids": list(sampling.stop_ids),
+                "ignore_eos": True,  # else the checkpoint's own EOS would stop too
+                "logprobs": 0,
+            }
+            for prompt, own in zip(prompts, seeds(seed, len(prompts), keys), strict=True)
+        ]
+        report = None if progress is None else lambda done: progress(done * n, len(prompts) * n)
+        result = []
+        for answer in self._ask(bodies, report):
+            choices = sorted(answer["choices"], key=lambda choice: choice["index"])
+            group = [
+                completion(c["token_ids"], c["logprobs"]["token_logprobs"], c["finish_reason"], self._version)
+                for c in choices
+            ]
+            result.append(group * n if greedy else group)
+        return result
+
+    def logprobs(
+        self, sequences: Sequence[tuple[Sequence[int], Sequence[int]]], temperature: float = 1.0
+    ) -> list[Tensor]:
+        """See `Engine.logprobs`. Other temperatures than 1 cost one request a token: vLLM has no scores for them."""
+        check_sequences(sequences, temperature, self._contents, self._positions)
+        common = {"max_tokens": 1, "seed": 0, "temperature": temperature}
+        if temperature == 1:
+            bodies = [{**common, "prompt": [*p, *r], "prompt_logprobs": 0} for p, r in sequences]
+            answers = self._ask(bodies)
+            return [_prompt_scores(a["choices"][0], r) for a, (_, r) in zip(answers, sequences, strict=True)]
+        places = [([*p, *r[:i]], token) for p, r in sequences for i, token in enumerate(r)]
+        bodies = [{**common, "prompt": ids, "logprobs": 1, "logprob_token_ids": [token]} for ids, token in places]
+        bodies = [{**body, "return_tokens_as_token_ids": True} for body in bodies]
+        found = [a["choices"][0]["logprobs"]["top_logprobs"][0] for a in self._ask(bodies)]
+        scores = torch.tensor([at[f"token_id:{token}"] for at, (_, token) in zip(found, places, strict=True)])
+        return list(scores.split([len(response) for _, response in sequences]))
+
+    def _ask(self, bodies: Sequence[dict[str, Any]], progress: Any = None) -> list[Any]:
+        """Answers in the order of the bodies. The first error ends it; what is in flight is left to its own limit."""
+        pool = ThreadPoolExecutor(self._connections)
+        try:
+            common = {"model": self._model, "return_token_ids": True}
+            path, seconds = "/v1/completions", self._seconds
+            asked = [pool.submit(self._client.post, path, {**common, **body}, seconds) for body in bodies]
+            for done, one in enumerate(as_completed(asked), 1):
+                one.result()
+                if progress is not None:
+                    progress(done)
+            return [one.result() for one in asked]
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _prompt_scores(choice: Mapping[str, Any], response: Sequence[int]) -> Tensor:
+    places = choice["prompt_logprobs"][-len(response) :]
+    return torch.tensor([place[str(token)]["logprob"] for token, place in zip(response, places, strict=True)])
+
+
+def _write(named: Iterator[tuple[str, Tensor]], folder: Path, limit: int) -> None:
+    """Files of about `limit` bytes, in order."""
+    part, size, count = dict[str, Tensor](), 0, 0
+    for name, tensor in named:
+        part[name] = tensor.contiguous().cpu()
+        size += tensor.nbytes
+        if size >= limit:
+            save_file(part, folder / f"{count:05d}.safetensors")
+            part, size, count = {}, 0, count + 1
+    save_file(part, folder / f"{count:05d}.safetensors")

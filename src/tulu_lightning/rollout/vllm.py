@@ -1,0 +1,314 @@
+"""vLLM inside this process: the only file that imports vllm.
+
+vLLM expects to own its process; `rollout.guard` puts back what it changes. One thing stays: on a machine with several
+memory nodes this process takes its memory from one of them from then on.
+"""
+
+import importlib.util
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor
+
+from tulu_lightning.errors import InputError
+from tulu_lightning.rollout.delivery import Contents, Delivery, contents_of
+from tulu_lightning.rollout.engine import Health, Progress, RefreshError
+from tulu_lightning.rollout.guard import ProcessGroup, guarded
+from tulu_lightning.rollout.requests import check_prompts, check_sequences, completion, seeds
+from tulu_lightning.types import Completion, Sampling
+
+__all__ = ["VLLMEngine"]
+
+WORKER = "tulu_lightning.rollout.vllm_worker.Worker"
+REMEDY = "Make an environment with it (`make setup-vllm` for CPUs, `pip install -e '.[vllm]'` for GPUs)."
+_group = ProcessGroup()
+
+
+class VLLMEngine:
+    """Samples with vLLM in this process, on one device; implements `rollout.engine.Engine`.
+
+    What a refresh proves, tensor by tensor: that it arrived as it was sent (a checksum over all elements on both
+    sides), and that the layers hold it: vLLM packs and fuses matrices and keeps no original, so `proof_columns` columns
+    of each, others at each version, are read back through the layer's own kernel and must be equal. Vectors and
+    embeddings are compared whole. That attention, norms and sampling compute rightly with them is for canary log-probs
+    to say (`rollout.canary`).
+
+    In a distributed run, build it after Lightning has made its process group. Close it last.
+
+    Args:
+        llm: a vLLM `LLM` in this process; `from_folder` makes one.
+        contents: of the model.
+        dtype: of the weights.
+        version: of the weights.
+        proof_columns: 0 compares whole matrices, at the price of a forward over `hidden size` tokens.
+    """
+
+    def __init__(
+        self, llm: Any, contents: Contents, dtype: torch.dtype, version: int = 0, proof_columns: int = 16
+    ) -> None:
+        self._llm, self._contents, self._dtype = llm, contents, dtype
+        self._version, self._columns = version, proof_columns
+        self._marks: dict[str, str] | None = None
+        self._positions = min(contents.positions, llm.model_config.max_model_len)
+
+    @classmethod
+    def from_folder(
+        cls,
+        folder: str | Path,
+        dtype: torch.dtype | str = torch.float32,
+        max_model_len: int | None = None,
+        version: int = 0,
+        kv_cache_mb: int | None = 256,
+        proof_columns: int = 16,
+        seed: int = 0,
+        **settings: Any,
+    ) -> Self:
+        """An engine with the weights of a Hugging Face folder.
+
+        Args:
+            folder: config, weights and tokenizer.
+            dtype: float32 or bfloat16, as a torch dtype or its name.
+            max_model_len: prompt and new tokens of one sample at most; the model's own limit if left out.
+            version: of the weights.
+            kv_cache_mb: memory for keys and values, in MB; null lets vLLM take what it finds (on GPUs).
+            proof_columns: see the class.
+            seed: vLLM's own; no sample depends on it.
+            settings: further arguments of `vllm.LLM`, e.g. `max_num_seqs`.
+
+        Raises:
+            InputError: vLLM is not installed, the folder does not load, or vLLM refuses a setting.
+        """
+        contents = contents_of(folder)
+        dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+        chosen = {
+            "dtype": str(dtype).removeprefix("torch."),
+            "max_model_len": max_model_len,
+            "kv_cache_memory_bytes": None if kv_cache_mb is None else kv_cache_mb << 20,
+            "seed": seed,
+            "enforce_eager": not torch.cuda.is_available(),
+            **settings,
+        }
+        with guarded():
+            llm = _build(str(folder), chosen)
+        return cls(llm, contents, dtype, version, proof_columns)
+
+    @property
+    def version(self) -> int:
+        """Version of the weights held; -1 after a refresh that failed."""
+        return self._version
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the weights."""
+        return self._dtype
+
+    @property
+    def positions(self) -> int:
+        """Prompt and new tokens that a sample may have together."""
+        return int(self._positions)
+
+    def distrust(self) -> None:
+        """Refuse to sample until the next refresh: a proof outside the engine has failed."""
+        self._version = -1
+
+    def health(self) -> Health:
+        """In this process an engine is alive until it is closed."""
+        alive = self._llm is not None
+        return Health(alive, self._version, "vLLM in this process" if alive else "vLLM in this process: closed")
+
+    def close(self) -> None:
+        """Give the memory back. A process group that was there before the engine stays."""
+        if self._llm is None:
+            return
+        _group.leave()
+        with guarded():
+            self._llm.llm_engine.engine_core.shutdown()
+        self._llm = None
+
+    # -- weights --
+
+    def refresh(
+        self, named: Iterable[tuple[str, Tensor]], version: int, *, expected: Mapping[str, str] | None = None
+    ) -> None:
+        """See `Engine.refresh`; `expected` is `fingerprint.fingerprint(named, engine.dtype)` on the sender's side."""
+        self._version, self._marks = -1, {}  # until proven
+        delivery = Delivery(self._contents, self._dtype, named)
+        with guarded():
+            (report,) = self._llm.collective_rpc("tulu_load", args=(iter(delivery), self._columns, version))
+            emptied = self._llm.reset_prefix_cache()
+        marks = delivery.settle(report["received"], report["differ"], expected)
+        if not emptied:
+            raise RefreshError({"prefix cache": ["not emptied: requests are running"]})
+        self._version, self._marks = version, marks
+
+    def fingerprint(self) -> dict[str, str]:
+        """Marks of the tensors that were delivered last and are proved to be held.
+
+        Before the first refresh they are read out of the layers. Then a zero's sign is lost: its mark may differ from
+        the folder's.
+        """
+        if self._marks is None:
+            with guarded():
+                (found,) = self._llm.collective_rpc("tulu_marks")
+            names = {**dict.fromkeys(self._contents.shapes), **self._contents.tied}
+            self._marks = {name: found[name if name in found else other] for name, other in names.items()}
+        return dict(self._marks)
+
+    # -- sampling --
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        n: int,
+        sampling: Sampling,
+        seed: int,
+        *,
+        keys: Sequence[int] | None = None,
+        progress: Progress | None = None,
+    ) -> list[list[Completion]]:
+        """See `Engine.generate`."""
+        from vllm import SamplingParams, TokensPrompt
+
+        self._ready()
+        check_prompts(prompts, n, sampling, self._contents, self._positions)
+        greedy = sampling.temperature == 0  # all samples are one
+        wanted = [
+            SamplingParams(
+                n=1 if greedy else n,
+                seed=own,
+                max_tokens=sampling.max_new_tokens,
+                temperature=sampling.temperature,
+                top_p=sampling.top_p,
+                top_k=sampling.top_k,
+                stop_token_ids=list(sampling.stop_ids),
+                ignore_eos=True,  # else the checkpoint's own EOS would stop too
+                logprobs=0,
+                detokenize=False,
+            )
+            for own in seeds(seed, len(prompts), keys)
+        ]
+        given = [TokensPrompt(prompt_token_ids=list(prompt)) for prompt in prompts]
+        answers = self._ask(given, wanted, progress and _scaled(progress, n if greedy else 1), 1 if greedy else n)
+        result = []
+        for answer in answers:
+            group = []
+            for output in sorted(answer.outputs, key=lambda output: output.index):
+                # By token: another one may stand beside it.
+                logprobs = [
+                    place[token].logprob for token, place in zip(output.token_ids, output.logprobs, strict=True)
+                ]
+                group.append(completion(output.token_ids, logprobs, output.finish_reason, self._version))
+            result.append(group * n if greedy else group)
+        return result
+
+    def logprobs(
+        self, sequences: Sequence[tuple[Sequence[int], Sequence[int]]], temperature: float = 1.0
+    ) -> list[Tensor]:
+        """See `Engine.logprobs`. Other temperatures than 1 cost one request a token: vLLM has no scores for them."""
+        from vllm import SamplingParams, TokensPrompt
+
+        check_sequences(sequences, temperature, self._contents, self._positions)
+        if temperature != 1:
+            return [self._one_by_one(prompt, response, temperature) for prompt, response in sequences]
+        given = [TokensPrompt(prompt_token_ids=[*prompt, *response]) for prompt, response in sequences]
+        wanted = SamplingParams(max_tokens=1, temperature=1.0, prompt_logprobs=0, detokenize=False, seed=0)
+        answers = self._ask(given, [wanted] * len(given))
+        return [
+            torch.tensor(
+                [
+                    place[token].logprob
+                    for token, place in zip(response, answer.prompt_logprobs[-len(response) :], strict=True)
+                ]
+            )
+            for (_, response), answer in zip(sequences, answers, strict=True)
+        ]
+
+    def _one_by_one(self, prompt: Sequence[int], response: Sequence[int], temperature: float) -> Tensor:
+        from vllm import SamplingParams, TokensPrompt
+
+        whole = [*prompt, *response]
+        given = [TokensPrompt(prompt_token_ids=whole[: len(prompt) + i]) for i in range(len(response))]
+        wanted = [
+            SamplingParams(
+                max_tokens=1, temperature=temperature, logprobs=1, logprob_token_ids=[token], detokenize=False, seed=0
+            )
+            for token in response
+        ]
+        answers = self._ask(given, wanted)
+        return torch.tensor([a.outputs[0].logprobs[0][t].logprob for a, t in zip(answers, response, strict=True)])
+
+    def _ask(self, given: list[Any], wanted: list[Any], progress: Progress | None = None, n: int = 1) -> list[Any]:
+        if not given:
+            return []
+        bar: Any = False if progress is None else _reporter(progress, len(given) * n)
+        with guarded():
+            return self._llm.generate(given, wanted, use_tqdm=bar)
+
+    def _ready(self) -> None:
+        if self._version < 0:
+            raise RuntimeError("the last weight refresh failed: the engine holds no known weights to sample from")
+
+
+def _build(folder: str, settings: dict[str, Any]) -> Any:
+    """An `LLM` in this process, without its log lines. The caller guards."""
+    if importlib.util.find_spec("vllm") is None:
+        raise InputError("engine", "vLLM is not installed", REMEDY)
+    # Read when vllm is imported and when an engine is built. Threads stay where they are: the trainer runs on them too.
+    chosen = {
+        "VLLM_LOGGING_LEVEL": "ERROR",
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    }
+    os.environ.update({name: os.environ.get(name, value) for name, value in chosen.items()})
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    import vllm.v1.engine.core as core
+    from vllm import LLM
+
+    if not hasattr(core, "_tulu_cleanup"):
+        core._tulu_cleanup = cleanup = core.cleanup_dist_env_and_memory  # type: ignore[attr-defined]
+        core.cleanup_dist_env_and_memory = lambda *_, **__: _group.clean(cleanup)
+    _group.join()
+    try:
+        return LLM(
+            folder,
+            logprobs_mode="processed_logprobs",
+            generation_config="vllm",
+            worker_extension_cls=WORKER,
+            disable_log_stats=True,
+            use_tqdm_on_load=False,
+            **settings,
+        )
+    except (ValueError, RuntimeError, OSError) as error:
+        _group.leave()
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(folder, f"vLLM does not start on it ({reason})", "See vLLM's documentation.") from error
+
+
+def _scaled(progress: Progress, by: int) -> Progress:
+    return lambda done, total: progress(done * by, total * by)
+
+
+def _reporter(progress: Progress, total: int) -> Any:
+    """What vLLM takes for tqdm: it is told of samples as their prompts finish."""
+
+    class Bar:
+        format_dict: ClassVar = {"elapsed": 1.0}
+
+        def __init__(self, rows: Iterable[Any] = (), **_: Any) -> None:
+            self.rows, self.n, self.postfix = rows, 0, ""
+
+        def __iter__(self) -> Iterator[Any]:  # vLLM shows the reading of prompts with it, too
+            return iter(self.rows)
+
+        def update(self, samples: int) -> None:
+            self.n += samples
+            progress(self.n, total)
+
+        def refresh(self) -> None: ...
+
+        def close(self) -> None: ...
+
+    return Bar

@@ -1,0 +1,182 @@
+"""What runs beside the model inside vLLM: it takes weights, and says what it got and what its layers hold.
+
+vLLM mixes `Worker` into its own worker by name (`worker_extension_cls`), in this process or in a server's. Nothing here
+imports vLLM, so the file can be read, and most of it tested, without it.
+
+Two vLLM habits make a proof necessary. On a CPU it packs each matrix for its kernels and drops the original, so there is
+no tensor left to compare with; and it fuses matrices (q, k and v; gate and up). But a matrix gives itself away: its
+product with the j-th unit vector is its j-th column, exactly, in any kernel and any order of summation.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from tulu_lightning.core.step_plan import mix_seed
+from tulu_lightning.rollout.fingerprint import mark
+
+__all__ = ["Report", "Worker", "columns_of", "held", "repack_tied_head"]
+
+CHUNK = 256  # unit vectors multiplied at once
+
+
+class Report(NamedTuple):
+    """What a worker says after a refresh."""
+
+    received: dict[str, str]
+    """`fingerprint.mark` of each tensor as it arrived, all elements, in the dtype of the model."""
+    differ: list[str]
+    """Tensors that the layers compute with in another form than they arrived."""
+    unproved: list[str]
+    """Tensors that arrived but were not found in a layer under their name: only `received` speaks for them."""
+
+
+class Worker:
+    """Mixed into vLLM's worker: methods for `collective_rpc`. Their names must not clash with vLLM's."""
+
+    model_runner: Any
+    _tulu_version: int | None = None
+
+    def tulu_load(self, named: Iterable[tuple[str, Tensor]], columns: int, seed: int) -> dict[str, Any]:
+        """Put the tensors where they belong, in place, and compare what the layers then hold with what arrived.
+
+        Args:
+            named: by Hugging Face names.
+            columns: how many columns of each matrix to compare; 0 for all.
+            seed: chooses them.
+
+        Returns:
+            A `Report`, as a dict.
+        """
+        model, dtype = self.model_runner.get_model(), self.model_runner.model_config.dtype
+        received, samples = dict[str, str](), dict[str, Tensor]()
+
+        def arriving() -> Iterator[tuple[str, Tensor]]:
+            for name, tensor in named:
+                value = tensor.to(dtype) if tensor.is_floating_point() else tensor
+                received[name] = mark(value)
+                samples[name] = _columns(value, columns, seed)
+                yield name, value
+
+        self.model_runner.reload_weights(weights_iterator=arriving())
+        self._tulu_repack(model)
+        differ, unproved = _compare(model, samples, columns, seed)
+        return Report(received, differ, unproved)._asdict()
+
+    def tulu_load_files(self, folder: str, columns: int, version: int) -> dict[str, Any]:
+        """`tulu_load` from a folder's safetensors files, in the order of their names; then they bear that version."""
+        self._tulu_version = -1
+        report = self.tulu_load(_files(Path(folder)), columns, version)
+        self._tulu_version = version
+        return report
+
+    def tulu_version(self, stamp: int | None = None) -> dict[str, int | None]:
+        """Version of the weights held; None in a server that was just started, unless it is stamped now."""
+        if stamp is not None:
+            self._tulu_version = stamp
+        return {"version": self._tulu_version}
+
+    def tulu_marks(self) -> dict[str, str]:
+        """Marks of all tensors as the layers hold them, read out whole; a zero's sign is lost."""
+        return {name: mark(tensor) for name, tensor in held(self.model_runner.get_model(), 0, 0)}
+
+    def _tulu_repack(self, model: nn.Module) -> None:
+        repack_tied_head(model)
+
+
+def _files(folder: Path) -> Iterator[tuple[str, Tensor]]:
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 - not a mapping
+                yield name, file.get_tensor(name)
+
+
+def repack_tied_head(model: Any) -> None:
+    """Pack a head again that shares its weights with the embedding.
+
+    On a CPU the head keeps a packed copy, and vLLM's reload renews it only if the checkpoint names a head. Without
+    this a refreshed model reads prompts with the new embedding and picks tokens with the old one.
+    """
+    head, inner = getattr(model, "lm_head", None), getattr(model, "model", model)
+    embedding = getattr(inner, "embed_tokens", None)
+    if head is None or embedding is None or not hasattr(head, "cpu_linear"):  # no packed copy: nothing to renew
+        return
+    if head is not embedding and head.weight.data_ptr() == embedding.weight.data_ptr():
+        head.quant_method.process_weights_after_loading(head)
+
+
+def columns_of(width: int, columns: int, seed: int) -> Tensor:
+    """Which columns of a matrix are compared: `columns` of them, or all for 0 or where there are no more; sorted."""
+    if not 0 < columns < width:
+        return torch.arange(width)
+    generator = torch.Generator().manual_seed(mix_seed(seed, width))
+    return torch.randperm(width, generator=generator)[:columns].sort().values
+
+
+def _columns(tensor: Tensor, columns: int, seed: int) -> Tensor:
+    if tensor.ndim != 2:
+        return tensor.detach().clone()
+    return tensor[:, columns_of(tensor.shape[1], columns, seed).to(tensor.device)].clone()
+
+
+@torch.no_grad()
+def held(model: Any, columns: int, seed: int) -> Iterator[tuple[str, Tensor]]:
+    """Names of the Hugging Face state dict with what the layers hold: of a matrix the chosen columns, else all of it.
+
+    Fused matrices are cut into their parts by the model's own `packed_modules_mapping`.
+    """
+    fused: Mapping[str, list[str]] = getattr(model, "packed_modules_mapping", None) or {}
+    for path, module in model.named_modules():
+        kinds = {kind.__name__ for kind in type(module).__mro__}
+        owner, _, leaf = path.rpartition(".")
+        base = f"{owner}." if owner else ""
+        if "VocabParallelEmbedding" in kinds:
+            yield f"{path}.weight", _embedding(module, "ParallelLMHead" in kinds, columns, seed)
+        elif "LinearBase" in kinds:
+            parts = fused.get(leaf, [leaf])
+            sizes = list(module.output_sizes) if len(parts) > 1 else [module.output_size]
+            matrix = _by_unit_vectors(module, module.input_size, columns, seed)
+            if sum(sizes) != len(matrix) or len(sizes) != len(parts):  # cut over several devices
+                continue
+            bias = getattr(module, "bias", None)
+            for part, rows in zip(parts, matrix.split(sizes), strict=True):
+                yield f"{base}{part}.weight", rows
+            for part, rows in zip(parts, [] if bias is None else bias.split(sizes), strict=bias is not None):
+                yield f"{base}{part}.bias", rows
+        else:
+            for name, tensor in module.named_parameters(path, recurse=False):
+                yield name, tensor.detach()
+
+
+def _embedding(module: Any, is_head: bool, columns: int, seed: int) -> Tensor:
+    if is_head:
+        return _by_unit_vectors(module, module.embedding_dim, columns, seed)[: module.org_vocab_size]
+    return _columns(module.weight.detach()[: module.org_vocab_size], columns, seed)
+
+
+def _by_unit_vectors(module: Any, width: int, columns: int, seed: int) -> Tensor:
+    """Columns of the matrix that a layer multiplies by, `[outputs, columns]`, read through its own kernel."""
+    like = next((tensor for tensor in (*module.parameters(), *module.buffers())), torch.empty(0))
+    found = []
+    for chosen in columns_of(width, columns, seed).split(CHUNK):
+        units = torch.zeros(len(chosen), width, dtype=like.dtype, device=like.device)
+        units[torch.arange(len(chosen)), chosen.to(like.device)] = 1
+        found.append(module.quant_method.apply(module, units, bias=None).T)
+    return torch.cat(found, 1)
+
+
+def _compare(model: Any, samples: Mapping[str, Tensor], columns: int, seed: int) -> tuple[list[str], list[str]]:
+    now = {}
+    differ = []
+    for name, tensor in held(model, columns, seed):
+        now[name] = None
+        sample = samples.get(name)
+        if sample is None and name == "lm_head.weight":  # tied, and sent as the embedding
+            sample = samples.get("model.embed_tokens.weight")
+        if sample is not None and not torch.equal(sample.to(tensor.device), tensor):
+            differ.append(name)
+    return differ, [name for name in samples if name not in now]
