@@ -1,7 +1,6 @@
 """What constraints count in a text: words, sentences, its language. nltk and langdetect are imported on first use."""
 
 import functools
-import importlib.metadata
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -103,8 +102,10 @@ def _treebank(kind: Any) -> Any:
 
 def _data_folder() -> str | None:
     """The nltk data inside a package that is installed, found without importing it."""
+    from importlib import metadata  # twice as slow to import as all the rest of this
+
     try:
-        distribution = importlib.metadata.distribution(DATA_HOLDER)
-    except importlib.metadata.PackageNotFoundError:
+        distribution = metadata.distribution(DATA_HOLDER)
+    except metadata.PackageNotFoundError:
         return None
     return str(distribution.locate_file("llama_index/core/_static/nltk_cache"))
