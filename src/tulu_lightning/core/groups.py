@@ -98,7 +98,7 @@ class DrGRPO(GroupAdvantage):
 
 @dataclass(frozen=True)
 class RLOO(GroupAdvantage):
-    """`s` minus the mean of the group's *other* scores (Ahmadian et al. 2024, arXiv 2402.14740, eq. 7).
+    """`s` minus the mean of the group's *other* scores (Ahmadian et al. 2024, arXiv 2402.14740).
 
     It is n / (n - 1) times the centred score, and unbiased: the baseline does not depend on the response itself. A group
     of one has no others and gets 0.

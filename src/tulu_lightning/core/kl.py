@@ -44,16 +44,21 @@ def k3(logp_N: Tensor, reference_N: Tensor) -> Tensor:
     return (torch.exp(-d_N) - 1 + d_N).clamp(-K3_LIMIT, K3_LIMIT)
 
 
-def kl_loss(logp_N: Tensor, reference_N: Tensor, estimator: Literal["k2", "k3"]) -> Tensor:
+def kl_loss(
+    logp_N: Tensor, reference_N: Tensor, estimator: Literal["k2", "k3"], ratio_N: Tensor | None = None
+) -> Tensor:
     """KL per token to add to the loss; on samples of the policy its mean gradient is that of KL(π || π_ref).
 
     Both have k2's gradient, d ∇log π. They differ in the value that is reported: k2's own, or k3's ("straight-through").
     The plain k3 of DeepSeek's GRPO and of Tülu 3.1 has the gradient (1 - exp(-d)) ∇log π instead, which agrees near d = 0.
+    Once the policy has moved away from the one that sampled, the mean is that of the KL only with `ratio_N`; then k3 is
+    the loss of DeepSeek-V3.2 (arXiv 2512.02556) and the default of TRL 1.16, in value and gradient.
 
     Args:
         logp_N: log-probs of the sampled tokens now, with gradient.
         reference_N: the same under the reference.
         estimator: `k2` or `k3`.
+        ratio_N: π / π_old of the samples, multiplied onto the loss without gradient; 1 if left out.
 
     Returns:
         loss_N, to be multiplied by the coefficient.
@@ -63,9 +68,9 @@ def kl_loss(logp_N: Tensor, reference_N: Tensor, estimator: Literal["k2", "k3"])
     """
     require(estimator in ("k2", "k3"), "kl.estimator", repr(estimator), "In the loss, use 'k2' or 'k3'.")
     loss_N = k2(logp_N, reference_N)
-    if estimator == "k2":
-        return loss_N
-    return k3(logp_N.detach(), reference_N.detach()) + (loss_N - loss_N.detach())
+    if estimator == "k3":
+        loss_N = k3(logp_N.detach(), reference_N.detach()) + (loss_N - loss_N.detach())
+    return loss_N if ratio_N is None else ratio_N.detach() * loss_N
 
 
 @dataclass(frozen=True)
@@ -118,8 +123,8 @@ class Kl:
 def adapted(coefficient: float, measured_kl: float, responses: int, kl: Kl) -> float:
     """β for the next step (Ziegler et al. 2019, arXiv 1909.08593, section 2.2).
 
-    `β (1 + clip(KL / target - 1, ±0.2) · responses / horizon)`. The paper's gain of 0.1 per batch is `responses /
-    horizon` in its code, so that the pace does not depend on the batch.
+    `β (1 + clip(KL / target - 1, ±0.2) · responses / horizon)`. The paper's gain per batch is `responses / horizon` in
+    its code, so that the pace does not depend on the batch; it is held at 1, a fifth of β in one step.
 
     Args:
         coefficient: β of this step.
@@ -135,4 +140,4 @@ def adapted(coefficient: float, measured_kl: float, responses: int, kl: Kl) -> f
     if kl.target is None or not math.isfinite(measured_kl):
         return coefficient
     error = min(max(measured_kl / kl.target - 1, -0.2), 0.2)
-    return coefficient * max(0.0, 1 + error * responses / kl.horizon)
+    return coefficient * (1 + error * min(responses / kl.horizon, 1.0))

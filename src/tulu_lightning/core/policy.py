@@ -31,7 +31,7 @@ class ClippedPolicy:
     """`-min(ρ A, clip(ρ, 1 - ε_low, 1 + ε_high) A)` with ρ = exp(log π_θ - log π_old).
 
     With different ends it is DAPO's "clip higher" (Yu et al. 2025, arXiv 2503.14476, eq. 8). With `dual_clip` c, the loss
-    of a token with A < 0 is at most -c A (Ye et al. 2020, arXiv 1912.09729, eq. 5): unclipped, it grows with ρ without
+    of a token with A < 0 is at most -c A (Ye et al. 2020, arXiv 1912.09729): unclipped, it grows with ρ without
     end. On advantages that are the same for all tokens of a response it is GRPO's loss.
     """
 
