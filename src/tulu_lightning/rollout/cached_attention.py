@@ -54,7 +54,7 @@ def _has_kernel() -> bool:
     """Whether PyTorch's CPU kernel that also gives the log of the softmax's sum is there; it is not public."""
     try:
         x = torch.ones(1, 1, 2, 8, dtype=torch.bfloat16)
-        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(x, x, x, 0.0, False, scale=1.0)
+        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default(x, x, x, 0.0, False, scale=1.0)
         # Two equal scores of 8: ln(2 e^8).
         return out.shape == x.shape and lse.shape == (1, 1, 2) and bool((lse - 8.6931).abs().max() < 0.01)
     except (AttributeError, RuntimeError, TypeError):
@@ -75,7 +75,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Ten
     """
     if q.device.type == "cpu" and q.dtype in (torch.bfloat16, torch.float32) and _has_kernel():
         # One pass over the cache, fp32 scores. Batched products read it as fast only in copies without gaps.
-        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default(
             q, k, v, 0.0, False, attn_mask=mask, scale=1.0
         )
     scores = (q @ k.transpose(2, 3)).float()

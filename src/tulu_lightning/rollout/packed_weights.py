@@ -41,7 +41,7 @@ def _pack(weight_NK: Tensor) -> Tensor:
 
 
 def _product(x: Tensor, packed: Tensor, bias_N: Tensor | None) -> Tensor:
-    return torch.ops.mkldnn._linear_pointwise(x, packed, bias_N, "none", [], "")
+    return torch.ops.mkldnn._linear_pointwise.default(x, packed, bias_N, "none", [], "")
 
 
 class Matrix:
