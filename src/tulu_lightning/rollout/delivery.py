@@ -29,6 +29,10 @@ class Contents(NamedTuple):
     positions: float
     """Tokens that the model has positions for; infinite if its config does not say."""
 
+    def complete(self, found: Mapping[str, str]) -> dict[str, str]:
+        """Marks under all names, from those of an engine that may know a tied tensor by one name only."""
+        return {name: found[name if name in found else self.tied[name]] for name in self.shapes}
+
 
 def contents_of(folder: str | Path) -> Contents:
     """Contents of a model folder, by its config; no weights are read.

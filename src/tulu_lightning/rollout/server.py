@@ -16,9 +16,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from tulu_lightning.rollout.client import Client
 from tulu_lightning.rollout.delivery import Delivery, contents_of
 from tulu_lightning.rollout.engine import EngineError, Health, Progress, RefreshError
-from tulu_lightning.rollout.client import Client
 from tulu_lightning.rollout.requests import check_prompts, check_sequences, completion, seeds
 from tulu_lightning.rollout.server_process import Server, start_server
 from tulu_lightning.types import Completion, Sampling
@@ -162,8 +162,7 @@ class ServerEngine:
         """As `VLLMEngine.fingerprint`."""
         if self._marks is None:
             found = self._rpc("tulu_marks")
-            names = {**dict.fromkeys(self._contents.shapes), **self._contents.tied}
-            self._marks = {name: found[name if name in found else other] for name, other in names.items()}
+            self._marks = self._contents.complete(found)
         return dict(self._marks)
 
     def _rpc(self, method: str, *arguments: Any) -> Any:
