@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from tulu_lightning.errors import InputError
-from tulu_lightning.rollout.delivery import Contents, Delivery, contents_of
+from tulu_lightning.rollout.delivery import Contents, Delivery, contents_of, dtype_of
 from tulu_lightning.rollout.engine import Health, Progress, RefreshError
-from tulu_lightning.rollout.guard import ProcessGroup, guarded
+from tulu_lightning.rollout.guard import ProcessGroup, guarded, quiet_seed
 from tulu_lightning.rollout.requests import check_prompts, check_sequences, completion, reporter, seeds
 from tulu_lightning.types import Completion, Sampling
 
@@ -35,6 +35,8 @@ class VLLMEngine:
     of each, others at each version, are read back through the layer's own kernel and must be equal. Vectors and
     embeddings are compared whole. That attention, norms and sampling compute rightly with them is for canary log-probs
     to say (`rollout.canary`).
+
+    A trainer that draws from torch's global random state while another thread samples here gets some numbers twice.
 
     In a distributed run, build it after Lightning has made its process group. Close it last.
 
@@ -83,7 +85,7 @@ class VLLMEngine:
             InputError: vLLM is not installed, the folder does not load, or vLLM refuses a setting.
         """
         contents = contents_of(folder)
-        kind: torch.dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+        kind = dtype_of(dtype)
         chosen = {
             "dtype": str(kind).removeprefix("torch."),
             "max_model_len": max_model_len,
@@ -137,7 +139,7 @@ class VLLMEngine:
         """See `Engine.refresh`; `expected` is `fingerprint.fingerprint(named, engine.dtype)` on the sender's side."""
         self._version, self._marks = -1, {}  # until proven
         delivery = Delivery(self._contents, self._dtype, named)
-        with guarded():
+        with quiet_seed():
             (report,) = self._llm.collective_rpc("tulu_load", args=(iter(delivery), self._columns, version))
             emptied = self._llm.reset_prefix_cache()
         marks = delivery.settle(report["received"], report["differ"], expected)
@@ -152,7 +154,7 @@ class VLLMEngine:
         the folder's.
         """
         if self._marks is None:
-            with guarded():
+            with quiet_seed():
                 (found,) = self._llm.collective_rpc("tulu_marks")
             self._marks = self._contents.complete(found)
         return dict(self._marks)
@@ -237,12 +239,14 @@ class VLLMEngine:
     def _ask(self, given: list[Any], wanted: list[Any], bar: Any = False) -> list[Any]:
         if not given:
             return []
-        with guarded():
+        with quiet_seed():
             return self._llm.generate(given, wanted, use_tqdm=bar)
 
     def _ready(self) -> None:
         if self._version < 0:
-            raise RuntimeError("the last weight refresh failed: the engine holds no known weights to sample from")
+            raise RuntimeError(
+                "the last weight refresh failed or never came: the engine holds no known weights to sample from"
+            )
 
 
 def _vllm() -> Any:
