@@ -21,13 +21,13 @@ from tulu_lightning.errors import InputError
 from tulu_lightning.models.loading import load_causal_lm
 from tulu_lightning.models.weights import full, plain_weights
 from tulu_lightning.rollout.batch import Batch
+from tulu_lightning.rollout.checks import check_sampling, check_sequences, check_tokens
 from tulu_lightning.rollout.chunk import Chunk, chunks
 from tulu_lightning.rollout.decoding import CachedLM, use_fast_attention
 from tulu_lightning.rollout.engine import Health, Progress, RefreshError
 from tulu_lightning.rollout.fingerprint import mark
 from tulu_lightning.rollout.llama import LlamaLM, recognise
 from tulu_lightning.rollout.plan import Row, sections
-from tulu_lightning.rollout.checks import check_sampling, check_sequences, check_tokens
 from tulu_lightning.rollout.sampling import uniforms
 from tulu_lightning.rollout.token_logprobs import by_forward, by_llama
 from tulu_lightning.types import Completion, Sampling
