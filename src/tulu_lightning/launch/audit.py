@@ -150,7 +150,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _table(results: Sequence[Result]) -> str:
-    rows = [COLUMNS]
+    rows: list[tuple[str, ...]] = [COLUMNS]
     names = sorted({result.case.verifier for result in results})
     for name in (*names, "all"):
         of = [result for result in results if name in ("all", result.case.verifier)]

@@ -48,11 +48,12 @@ def _built(where: str, entry: Any) -> Verifier:
     except (ImportError, AttributeError, ValueError) as error:
         raise InputError(f"{where}.class_path", f"cannot be imported ({error})", "Give module.Class.") from None
     try:
-        built = kind(**(entry.get("init_args") or {}))
+        built: Any = kind(**(entry.get("init_args") or {}))
     except InputError as error:
         raise InputError(f"{where}: {error.where}", error.what, error.remedy) from None
     except TypeError as error:
         raise InputError(f"{where}.init_args", f"do not fit ({error})", f"See the arguments of {name}.") from None
     if not callable(built) or not hasattr(built, "complaint"):
         raise InputError(f"{where}.class_path", f"{name} is no verifier", "Give a class with __call__ and complaint.")
-    return built
+    verifier: Any = built
+    return verifier

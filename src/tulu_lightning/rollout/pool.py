@@ -204,12 +204,15 @@ class Pool:
 
     def _answer(self, worker: _Worker) -> Answer:
         try:
-            outcome, score, trouble = json.loads(read_frame(worker.connection) or b"null")
+            outcome, score, trouble, imported = json.loads(read_frame(worker.connection) or b"null")
         except (OSError, ValueError, TypeError):
             self._end(worker)
             return Answer(Verdict("error", 0.0), "the worker died")
         self._busy.remove(worker)
         self._idle.append(worker)
+        if imported:
+            self._processes.learn(imported)
+            self._generation += 1
         if outcome == "unusable":
             what = f"a process of the scoring pool cannot load it ({trouble})"
             raise InputError(f"verifier {worker.name!r}", what, REMEDY)

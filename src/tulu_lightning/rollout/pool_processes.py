@@ -44,6 +44,7 @@ class Processes:
         self._control: socket.socket | None = None
         self._rehearsed: dict[bytes, tuple[str, str]] = {}
         self._skipped: set[bytes] = set()
+        self._learned: list[str] = []
 
     def rehearse(self, name: str, pickled: bytes, target: str) -> bool:
         """Have the template call a verifier once, so that workers start with what it loads.
@@ -65,6 +66,12 @@ class Processes:
         if self._template is None or not self._call_once(pickled):
             self._start()
         return True
+
+    def learn(self, modules: list[str]) -> None:
+        """Have the template import what a worker had to import in the middle of a call: that cost the call its time."""
+        self._learned += modules
+        with contextlib.suppress(OSError):  # a template that is gone imports them when it is started again
+            self._ask("learn", self._learned)
 
     def fork(self) -> Forked:
         """A new worker.
@@ -110,6 +117,7 @@ class Processes:
         while True:
             self.stop()
             self._launch()
+            self.learn([])
             if all(self._call_once(pickled) for pickled in self._rehearsed):
                 return
 

@@ -1,11 +1,12 @@
-"""The process that workers of the scoring pool are forked from: `python -m tulu_lightning.rollout.pool_template FD`.
+"""The process that workers of the scoring pool are forked from: `python -m tulu_lightning.rollout.pool_template FD MB`.
 
-It has one thread, no torch, and has called each verifier once, so a worker that starts has sympy and the like loaded and
+It has one thread, no torch, and has loaded what the verifiers load, so a worker that starts has sympy and the like and
 costs milliseconds. It ends its workers, and ends with its parent.
 """
 
 import contextlib
 import gc
+import importlib
 import json
 import os
 import pickle
@@ -25,7 +26,7 @@ LOOK = 0.5
 
 
 class Template:
-    """Obeys the pool: `rehearse`, `fork`, `end`. Every message is pickled, and answered.
+    """Obeys the pool: `rehearse`, `learn`, `fork`, `end`. Every message is pickled, and answered.
 
     Args:
         control: to the pool.
@@ -54,7 +55,7 @@ class Template:
         system.end_children()
 
     def _rehearse(self, pickled: bytes, target: str) -> None:
-        """Call a verifier once: what it imports, reads and caches is then there in every worker."""
+        """Warm a verifier, or call it once: what it imports, reads and caches is then there in every worker."""
         trouble = ""
         try:
             verifier = load(pickled, self.known)
@@ -62,8 +63,18 @@ class Template:
             trouble = f"{type(error).__name__}: {error}"
         else:
             with contextlib.suppress(Exception):
-                verifier(target, target)
+                verifier.warm() if hasattr(verifier, "warm") else verifier(target, target)
             system.end_children(keep=self.workers)
+        self._settle(trouble)
+
+    def _learn(self, modules: list[str]) -> None:
+        """Import what a worker had to import in the middle of a call."""
+        for name in modules:
+            with contextlib.suppress(Exception):
+                importlib.import_module(name)
+        self._settle("")
+
+    def _settle(self, trouble: str) -> None:
         gc.collect()
         gc.freeze()  # so that a worker's collector does not touch, and thereby copy, what it shares with this process
         self._say({"trouble": trouble})

@@ -4,25 +4,35 @@ import json
 import os
 import pickle
 import socket
+import sys
 from typing import Any
 
 from tulu_lightning.rollout.pool_system import end_children, has_children, read_frame, write_frame
 
 __all__ = ["load", "serve"]
 
+MANY = 20
+"""Modules imported by a call that are worth having in the process that workers are forked from."""
+
 
 def serve(connection: socket.socket) -> None:
     """Answer calls until the other side closes.
 
     A call is a pickled (pickled verifier, response, target). An answer is JSON, because whoever reads it trusts no
-    worker: `[outcome, score, trouble]`, where the outcome may also be `unusable` (the verifier cannot be loaded here).
+    worker: `[outcome, score, trouble, modules]`, where the outcome may also be `unusable` (the verifier cannot be loaded
+    here), and the modules are those that the call had to import, if they were many.
     """
     known: dict[bytes, Any] = {}
+    loaded = set(sys.modules)
     while (frame := read_frame(connection)) is not None:
         answer = _answer(frame, known)
         if has_children():
             end_children()
-        write_frame(connection, json.dumps(answer).encode())
+        imported: list[str] = []
+        if len(sys.modules) - len(loaded) >= MANY:
+            imported = [name for name in sys.modules if name not in loaded]
+            loaded.update(imported)
+        write_frame(connection, json.dumps([*answer, imported]).encode())
         if answer[2].startswith("MemoryError"):  # what is left of the memory may not be enough for the next call
             os._exit(0)
 

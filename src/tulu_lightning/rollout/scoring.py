@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from tulu_lightning.errors import InputError
 from tulu_lightning.rollout.pool import Answer, Call, Pool, PoolLimits
-from tulu_lightning.types import Check, Completion, Outcome, Prompt, Verdict
+from tulu_lightning.types import Check, Completion, Prompt, Verdict
 from tulu_lightning.verifiers.registry import Runs, Verifiers, runs_in
 
 if TYPE_CHECKING:  # `tulu verify` scores text and starts in a tenth of the time without it
@@ -21,7 +21,7 @@ __all__ = ["Job", "PoolLimits", "Scorer", "combined", "judge", "response_text", 
 
 log = logging.getLogger(__name__)
 
-WORST_LAST: tuple[Outcome, ...] = ("right", "wrong", "unparseable", "timeout", "error")
+WORST_LAST = ("right", "wrong", "unparseable", "timeout", "error")
 CONCURRENCY = 8
 """Threads for a verifier that runs in one and does not say how many it wants (`concurrency`)."""
 FAILURES_TOLD = 3
@@ -71,7 +71,8 @@ def combined(checks: Sequence[Check], verdicts: Sequence[Verdict]) -> Verdict:
         return verdicts[0]
     total = sum(check.weight for check in checks)
     score = sum(check.weight * verdict.score for check, verdict in zip(checks, verdicts, strict=True)) / total
-    return Verdict(max((v.outcome for v in verdicts), key=WORST_LAST.index), score)
+    worst = max(verdicts, key=lambda verdict: WORST_LAST.index(verdict.outcome))
+    return Verdict(worst.outcome, score)
 
 
 class Scorer:

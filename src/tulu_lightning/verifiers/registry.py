@@ -19,7 +19,8 @@ scoring pool that can be killed (anything else), or in a thread (waits for a ser
 class Verifier(Protocol):
     """Judges a response by its text alone: picklable, and deterministic unless a server answers for it.
 
-    A class may have `runs` (see `Runs`); without it, it is called in the pool.
+    A class may have `runs` (see `Runs`); without it, it is called in the pool. It may have `warm()`, which loads what
+    calls need (imports, word lists): the pool calls it once, so that no call pays for it out of its time limit.
     """
 
     def __call__(self, response: str, target: str) -> Verdict:
