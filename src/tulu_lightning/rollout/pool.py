@@ -114,6 +114,11 @@ class Pool:
         self._generation = 0
         self._owner = os.getpid()
 
+    @property
+    def processes(self) -> int:
+        """Workers that are there now."""
+        return len(self._idle) + len(self._busy)
+
     def run(self, calls: Iterable[tuple[int, Call]]) -> Iterator[tuple[int, Answer]]:
         """Answers, in the order in which they come; each with the number that its call came with.
 

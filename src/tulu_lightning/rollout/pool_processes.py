@@ -20,7 +20,9 @@ __all__ = ["Forked", "Processes"]
 log = logging.getLogger(__name__)
 
 START_SECONDS = 60.0
-"""For the first process to start, and for a verifier to be called for the first time: imports, on a busy machine."""
+"""For an answer of the template, which does nothing that could take long, on a busy machine."""
+REHEARSAL_SECONDS = 60.0
+"""For a verifier to be called for the first time: imports, on a busy machine."""
 SECRET = re.compile(r"key|token|secret|passw|credential", re.IGNORECASE)
 
 
@@ -126,7 +128,7 @@ class Processes:
             return True
         name, target = self._rehearsed[pickled]
         try:
-            trouble = self._ask("rehearse", pickled, target)["trouble"]
+            trouble = self._ask("rehearse", pickled, target, seconds=REHEARSAL_SECONDS)["trouble"]
         except OSError:
             log.warning("verifier %r hung or died on the text of its own target %.100r", name, target)
             self._skipped.add(pickled)
@@ -164,11 +166,13 @@ class Processes:
             what = f"its first process does not start: {told.read().decode(errors='replace').strip()[-500:]}"
             raise InputError("scoring pool", what, "Give it more memory (memory_mb), or mend the installation.")
 
-    def _ask(self, *message: Any) -> dict[str, Any]:
+    def _ask(self, *message: Any, seconds: float = START_SECONDS) -> dict[str, Any]:
         if self._control is None:
             raise OSError("there is no template")
         write_frame(self._control, pickle.dumps(message))
+        self._control.settimeout(seconds)
         told = self._control.recv(65536)
+        self._control.settimeout(START_SECONDS)
         if not told:
             raise OSError("the template ended")
         return json.loads(told)

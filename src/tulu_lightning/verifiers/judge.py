@@ -26,14 +26,14 @@ RETRIED = (408, 409, 425, 429)
 """HTTP statuses below 500 that may pass by themselves."""
 LONGEST_PAUSE = 30.0
 _SLOT = re.compile(r"\{(\w+)\}")
-_NUMBER = r"(-?\d+(?:\.\d+)?)"
-_OF = rf"(?:\s*(?:/|out of)\s*{_NUMBER})?"
-_LABELLED = re.compile(
-    rf"\b(?:score|rating|grade)\b[\"'*`_]*\s*(?:is|of)?\s*[:=]?\s*[\"'*`_\[(]*\s*{_NUMBER}{_OF}", re.IGNORECASE
-)
-_BRACKETS = re.compile(rf"\[\[\s*{_NUMBER}{_OF}\s*\]\]")
-_BARE = re.compile(rf"[*`_\s]*{_NUMBER}{_OF}[*`_.\s]*")
-_FRACTION = re.compile(rf"(?<![\d./]){_NUMBER}\s*(?:/|out of)\s*{_NUMBER}(?![\d/])")
+# Every repetition that could be tried in several ways has a bound, so reading is linear in the answer.
+_NUMBER = r"(?<![\d.])(-?\d{1,30}(?:\.\d{1,30})?)(?!\d)"
+_OF = rf"(?:\s{{0,5}}(?:/|out of)\s{{0,5}}{_NUMBER})"
+_DRESS = r"[\s\"'*`_:=\[(]{0,20}"
+_LABELLED = re.compile(rf"\b(?:score|rating|grade)\b{_DRESS}(?:(?:is|of)\b{_DRESS})?{_NUMBER}{_OF}?", re.IGNORECASE)
+_BRACKETS = re.compile(rf"\[\[\s{{0,5}}{_NUMBER}{_OF}?\s{{0,5}}\]\]")
+_FRACTION = re.compile(rf"(?<!/){_NUMBER}{_OF}(?!/)")
+_BARE = re.compile(rf"{_NUMBER}{_OF}?")
 
 
 def read_score(text: str, scale_max: float) -> float | None:
@@ -47,7 +47,7 @@ def read_score(text: str, scale_max: float) -> float | None:
         found = list(pattern.finditer(text))
         if found:
             return _share(found[-1], scale_max)
-    bare = _BARE.fullmatch(text)
+    bare = _BARE.fullmatch(text.strip("*`_. \r\n\t"))
     return _share(bare, scale_max) if bare else None
 
 
