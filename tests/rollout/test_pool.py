@@ -223,6 +223,14 @@ def test_warming_starts_all_workers(scorer):
     assert s.verdicts(jobs("target")) == [RIGHT]
 
 
+def test_a_closed_pool_starts_again(scorer):
+    s = scorer(workers=1)
+    first = pid_of(s.verdicts(jobs("pid"))[0])
+    s.close()
+    assert gone(first)
+    assert pid_of(s.verdicts(jobs("pid"))[0]) != first
+
+
 class Local:
     """Not at a place that another process can import: its module has another name there."""
 

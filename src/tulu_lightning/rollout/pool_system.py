@@ -58,7 +58,8 @@ def limit(kind: int, value: int) -> None:
 
 def limit_memory(megabytes: int) -> None:
     """Limit this process and what it starts: address space, size of a written file, no core files."""
-    limit(resource.RLIMIT_AS, megabytes << 20)
+    with contextlib.suppress(ValueError, OSError):  # macOS has the name and not the limit
+        limit(resource.RLIMIT_AS, megabytes << 20)
     limit(resource.RLIMIT_FSIZE, FILE_BYTES)
     limit(resource.RLIMIT_CORE, 0)
 

@@ -3,6 +3,7 @@
 Run by `verifiers/code_runner.py` in the program's own process; imports the standard library only.
 """
 
+import contextlib
 import ctypes
 import errno
 import os
@@ -33,10 +34,11 @@ def shut_in(order: dict[str, Any]) -> set[str]:
         Which of "network", "processes" and "user" are the program's own from here on.
     """
     limit(order)
+    order["nproc"] = order["processes"]
+    if sys.platform != "linux":
+        return set()
     left = isolate()
-    if drop_root() or "user" in left:
-        order["nproc"] = order["processes"]  # counted for this program alone
-    else:
+    if not drop_root() and "user" not in left:
         order["nproc"] = 0  # counted with all else that this user runs: a program gets no process of its own
     libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
     lock_files()
@@ -63,7 +65,8 @@ def limit(order: dict[str, Any]) -> None:
     ):
         _, hard = resource.getrlimit(kind)
         least = value if hard == resource.RLIM_INFINITY else min(value, hard)
-        resource.setrlimit(kind, (least, least))
+        with contextlib.suppress(ValueError, OSError):  # macOS has the name of one of them and not the limit
+            resource.setrlimit(kind, (least, least))
 
 
 def isolate() -> set[str]:
@@ -133,5 +136,6 @@ def refuse_network() -> None:
 
 
 def die_with_parent() -> None:
-    """Have this process killed when its parent ends."""
-    libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    """Have this process killed when its parent ends, on Linux."""
+    if sys.platform == "linux":
+        libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
