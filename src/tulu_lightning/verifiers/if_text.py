@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-__all__ = ["brackets", "language", "missing_data", "relaxed", "sentences", "tokens", "words"]
+__all__ = ["brackets", "language", "missing_data", "relaxed", "sentences", "tokens", "warm", "words"]
 
 DATA_HOLDER = "llama-index-core"
 """A distribution that ships nltk's tokenizer data; used where it happens to be installed."""
@@ -67,6 +67,13 @@ def tokens(text: str) -> list[str]:
 
     tokenizer = _treebank(NLTKWordTokenizer)
     return [token for sentence in _punkt().tokenize(text) for token in tokenizer.tokenize(sentence)]
+
+
+def warm() -> None:
+    """Load what `language`, `sentences` and `tokens` need."""
+    language("Good morning to all of you.")
+    if missing_data() is None:
+        tokens("Good morning.")
 
 
 def missing_data() -> str | None:
