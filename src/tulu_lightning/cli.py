@@ -47,6 +47,7 @@ COMMANDS = (
     Command("predict", "run the prediction loop of one stage", LIGHTNING, wants_name=True),
     Command("data", "see what the model will see: inspect rows, length statistics", "tulu_lightning.launch.data"),
     Command("pairs", "make on-policy preference pairs from a model's own samples", "tulu_lightning.recipes.pairs"),
+    Command("verify", "score responses offline; `verify audit` measures the verifiers", "tulu_lightning.launch.verify"),
     Command("report", "write a run as one HTML page", "tulu_lightning.recipes.report"),
 )
 

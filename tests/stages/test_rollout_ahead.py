@@ -113,7 +113,9 @@ def test_rollouts_of_other_weights_or_another_step_are_refused(tmp_path):
             self.rollouts.begin = spoil
 
     stage = stale(kind=Shifted)
-    with pytest.raises(RuntimeError, match="rollouts at hand are of step 1 and version 7, and step 1 learns from version 0"):
+    with pytest.raises(
+        RuntimeError, match="rollouts at hand are of step 1 and version 7, and step 1 learns from version 0"
+    ):
         fit(stage, even_data(max_steps=3), tmp_path)
     assert stage.step == 1
 

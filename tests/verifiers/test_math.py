@@ -8,12 +8,11 @@ from threading import Thread
 import pytest
 
 from tulu_lightning.types import Verdict
-from tulu_lightning.verifiers import math_equal
 from tulu_lightning.verifiers.math_answer import Math, MathStrict
 from tulu_lightning.verifiers.math_equal import equal, number
 from tulu_lightning.verifiers.math_extract import boxed, formula, sentence, stated, whole
 from tulu_lightning.verifiers.math_guard import refusal
-from tulu_lightning.verifiers.math_normal import canonical, plain, repaired, right_of_equals
+from tulu_lightning.verifiers.math_normal import plain, repaired, right_of_equals
 
 SENTENCE = "Final Answer: The final answer is $7$. I hope it is correct."
 
@@ -182,14 +181,6 @@ def test_the_right_side_is_taken_of_a_chain_only():
     assert right_of_equals("a = b = 3") == "3"
     assert right_of_equals("x=1, y=2") == "x=1, y=2"
     assert right_of_equals(r"x \le 2 = y") == r"x \le 2 = y"
-
-
-def test_a_text_without_a_canonical_form_equals_itself_only():
-    bad = r"\frac"
-    with pytest.raises(ValueError, match="a fraction of nothing"):
-        canonical(bad)
-    assert math_equal.hendrycks_equal(bad, bad)
-    assert not math_equal.hendrycks_equal(bad, "1")
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,6 @@
 import pickle
+import subprocess
+import sys
 
 import pytest
 
@@ -20,4 +22,18 @@ def test_targets_are_checked_by_the_named_verifier():
 
 @pytest.mark.parametrize("name", registry.VERIFIERS)
 def test_every_verifier_can_be_sent_to_another_process(name):
-    assert pickle.loads(pickle.dumps(registry.get(name))) == registry.get(name)
+    copy = pickle.loads(pickle.dumps(registry.get(name)))
+    assert type(copy) is type(registry.get(name))
+    assert copy == registry.get(name)
+
+
+@pytest.mark.parametrize("name", ["math", "math_strict", "math_release", "ifeval", "ifeval_tulu"])
+def test_warming_loads_what_a_call_needs(name):
+    script = (
+        "import sys; from tulu_lightning.verifiers import registry; verifier = registry.get(sys.argv[1]); "
+        "heavy = ('sympy', 'math_verify', 'langdetect', 'nltk'); assert not any(m in sys.modules for m in heavy); "
+        "verifier.warm(); print(*(m for m in heavy if m in sys.modules), 'torch' in sys.modules)"
+    )
+    said = subprocess.run([sys.executable, "-c", script, name], capture_output=True, text=True, check=True).stdout
+    wanted = {"math_release": "sympy False", "ifeval": "langdetect nltk False", "ifeval_tulu": "langdetect nltk False"}
+    assert said.strip() == wanted.get(name, "sympy math_verify False")

@@ -2,6 +2,8 @@
 
 import pytest
 
+from tulu_lightning.verifiers.math_equal import hendrycks_equal
+from tulu_lightning.verifiers.math_normal import canonical
 from tulu_lightning.verifiers.registry import get
 
 
@@ -57,3 +59,11 @@ def test_sympys_parser_runs_without_a_word(capfd):
 def test_a_blank_target_is_refused(name):
     assert "blank" in (get(name).complaint(" ") or "")
     assert get(name).complaint("anything") is None
+
+
+def test_a_text_without_a_canonical_form_equals_itself_only():
+    bad = r"\frac"
+    with pytest.raises(ValueError, match="a fraction of nothing"):
+        canonical(bad)
+    assert hendrycks_equal(bad, bad)
+    assert not hendrycks_equal(bad, "1")

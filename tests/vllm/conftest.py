@@ -1,10 +1,12 @@
 import importlib.util
+import sys
 from pathlib import Path
 
 import pytest
 
 HERE = Path(__file__).parent
 INSTALLED = importlib.util.find_spec("vllm") is not None
+sys.path.append(str(HERE.parent / "stages"))  # `stage_runs`
 
 
 def pytest_collection_modifyitems(items):

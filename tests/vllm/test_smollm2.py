@@ -96,25 +96,21 @@ def test_a_head_that_stays_packed_as_it_was_is_named(engine, model, moved, monke
 
 
 def test_a_prefix_cache_that_outlives_its_weights_is_caught_by_the_canaries(engine, model, moved, monkeypatch):
-    sequences = canaries(model.config.vocab_size)
-    engine.refresh(model.state_dict().items(), 0)
-    # Scoring does not read the cache, but fills it; sampling reads it.
-    prompts = [prompt for prompt, _ in sequences]
-    engine.generate(prompts, 1, Sampling(4), 0)
+    sequences, tolerance = canaries(model.config.vocab_size), tolerance_of(torch.float32)
+    engine.refresh(model.state_dict().items(), 5)
+    prove(engine, lambda given: scores(model, given), sequences, tolerance)
     with monkeypatch.context() as patch:
         patch.setattr(type(engine._llm), "reset_prefix_cache", lambda self: True)
         engine.refresh(moved.items(), 6)
-    stale = engine.generate(prompts, 1, Sampling(4), 0)
-    pairs = [(prompt, group[0].ids_L.tolist()) for prompt, group in zip(prompts, stale, strict=True)]
-    gap = torch.cat(scores(model, pairs, moved)) - torch.cat([group[0].logprobs_L for group in stale])
-    assert gap.abs().max() > 1e-2, "the fault that this test is about did not happen"
+    with pytest.raises(RefreshError) as caught:
+        prove(engine, lambda given: scores(model, given, moved), sequences, tolerance)
+    assert "log-probs of given tokens differ" not in caught.value.problems  # vLLM computes those without its cache
+    assert "log-probs of sampled tokens differ" in caught.value.problems
+    assert "prefixes cached with the old weights" in str(caught.value)
+    with pytest.raises(RuntimeError, match="last weight refresh failed"):
+        sample(engine, [[1]])
     engine.refresh(moved.items(), 7)
-    proof = prove(engine, lambda given: scores(model, given, moved), sequences, tolerance_of(torch.float32))
-    assert proof.maximum < 1e-3
-    good = engine.generate(prompts, 1, Sampling(4), 0)
-    for (prompt, _), (completion,) in zip(sequences, good, strict=True):
-        (expected,) = scores(model, [(prompt, completion.ids_L.tolist())], moved)
-        assert torch.allclose(completion.logprobs_L, expected, atol=1e-3)
+    assert prove(engine, lambda given: scores(model, given, moved), sequences, tolerance).maximum < 1e-3
 
 
 def test_bfloat16_is_within_the_tolerance_that_canaries_give_it(smol, model):

@@ -11,15 +11,15 @@ import torch
 from torch import Tensor
 
 from tulu_lightning.rollout.engine import Engine, RefreshError
+from tulu_lightning.types import Sampling
 
 __all__ = ["Proof", "Sequences", "Tolerance", "canaries", "prove", "tolerance_of"]
 
 Sequences = list[tuple[list[int], list[int]]]
 """(prompt, response) token ids."""
-CAUSES = (
-    "every checksum is right, so look at what is not a checkpoint tensor: a packed copy of a tied head, cached prefixes "
-    "of the old weights, another temperature, dtype or rotary scaling"
-)
+GIVEN, SAMPLED = "log-probs of given tokens differ", "log-probs of sampled tokens differ"
+NEW = 4
+"""Tokens sampled after each canary's prompt."""
 
 
 class Tolerance(NamedTuple):
@@ -44,10 +44,10 @@ def tolerance_of(dtype: torch.dtype) -> Tolerance:
 
 
 def canaries(vocabulary: int, count: int = 2, prompt: int = 144, response: int = 8, seed: int = 0) -> Sequences:
-    """Sequences of random tokens: they excite every layer, and nobody has cached them with other weights.
+    """Sequences of random tokens with a common prefix.
 
-    They share a prefix, longer than a cache block of vLLM (128 tokens on a CPU), so that a prefix cache which
-    outlived its weights shows.
+    Their prompts are longer than a cache block of vLLM (128 tokens on a CPU), so a prefix cache that outlived
+    its weights shows at the second proof: the first has filled it.
 
     Args:
         vocabulary: size.
@@ -70,41 +70,55 @@ def prove(
     temperature: float = 1.0,
     differing: Callable[[], Mapping[str, Sequence[str]]] | None = None,
 ) -> Proof:
-    """Compare both sides' log-probs of the canaries.
+    """Compare both sides' log-probs: of the canaries, and of a few tokens that the engine samples after their prompts.
 
     Args:
         engine: after its refresh.
-        trainer_logprobs: the trainer's own, float32 `[L]` of each response.
+        trainer_logprobs: the trainer's own log-probs of given sequences, `[L]` of each response.
         sequences: see `canaries`.
         tolerance: beyond it the refresh failed.
         temperature: of both sides.
         differing: names of tensors whose checksums differ, by kind of fault; asked only when log-probs differ.
 
     Returns:
-        How far they lie apart, in tokens of the responses.
+        How far they lie apart.
 
     Raises:
         RefreshError: further than the tolerance, or not finite. It names the tensors that differ where there are any,
             else it says how large the gap is and what is left to suspect.
     """
-    own = torch.cat([part.detach().float().cpu() for part in trainer_logprobs(sequences)])
-    theirs = torch.cat([part.float().cpu() for part in engine.logprobs(sequences, temperature)])
-    if own.shape != theirs.shape:
-        raise ValueError(f"the trainer scored {own.numel()} tokens of the canaries, the engine {theirs.numel()}")
-    gap = (own - theirs).abs()
-    proof = Proof(float(gap.max()), float(gap.mean()), gap.numel())
-    if _within(proof, tolerance):
-        return proof
+    # Sampled too: vLLM does not read its prefix cache for scores, but does for samples.
+    prompts = [prompt for prompt, _ in sequences]
+    groups = engine.generate(prompts, 1, Sampling(NEW, temperature), 0)
+    sampled = [(prompt, group[0].ids_L.tolist()) for prompt, group in zip(prompts, groups, strict=True)]
+    own = [part.detach().float().cpu() for part in trainer_logprobs([*sequences, *sampled])]
+    theirs = [*engine.logprobs(sequences, temperature), *(group[0].logprobs_L for group in groups)]
+    if [len(part) for part in own] != [len(part) for part in theirs]:
+        raise ValueError(f"of the canaries the trainer scored {sum(map(len, own))} tokens, not {sum(map(len, theirs))}")
+    gaps = [(a - b).abs() for a, b in zip(own, theirs, strict=True)]
+    given, drawn = _proof(gaps[: len(sequences)]), _proof(gaps[len(sequences) :])
+    wrong = [(kind, part) for kind, part in ((GIVEN, given), (SAMPLED, drawn)) if not _within(part, tolerance)]
+    if not wrong:
+        return _proof(gaps)
     distrust = getattr(engine, "distrust", None)
-    if distrust is not None:  # it held every checksum, so it would go on sampling
+    if distrust is not None:  # its own checksums were right, so it would go on sampling
         distrust()
-    problems = dict(differing() if differing else {})
+    problems = {kind: list(names) for kind, names in (differing() if differing else {}).items() if names}
     limit = f"{tolerance.maximum:g} at most" if tolerance.maximum is not None else f"{tolerance.mean:g} on average"
-    size = f"{proof.maximum:.3g} at most and {proof.mean:.3g} on average, allowed {limit}"
-    problems["log-probs of the canaries differ"] = [size]
-    if not any(names for kind, names in problems.items() if kind != "log-probs of the canaries differ"):
-        problems["suspects"] = [CAUSES]
-    raise RefreshError(problems)
+    found = {kind: [f"{p.maximum:.3g} at most and {p.mean:.3g} on average, allowed {limit}"] for kind, p in wrong}
+    suspects = {} if problems else {"no tensor's checksum differs, suspect": _suspects([kind for kind, _ in wrong])}
+    raise RefreshError({**problems, **found, **suspects})
+
+
+def _suspects(wrong: Sequence[str]) -> list[str]:
+    if list(wrong) == [SAMPLED]:
+        return ["prefixes cached with the old weights", "sampling settings that change log-probs"]
+    return ["a packed copy of a tied head", "another temperature, dtype or rotary scaling"]
+
+
+def _proof(gaps: Sequence[Tensor]) -> Proof:
+    gap_N = torch.cat(list(gaps))
+    return Proof(float(gap_N.max()), float(gap_N.mean()), gap_N.numel())
 
 
 def _within(proof: Proof, tolerance: Tolerance) -> bool:

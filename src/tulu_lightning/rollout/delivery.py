@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from tulu_lightning.errors import InputError
 from tulu_lightning.models.limits import read_config
 from tulu_lightning.models.weights import full
 from tulu_lightning.rollout.engine import RefreshError
 from tulu_lightning.rollout.fingerprint import mark
 
-__all__ = ["Contents", "Delivery", "contents_of"]
+__all__ = ["Contents", "Delivery", "contents_of", "dtype_of"]
 
 
 class Contents(NamedTuple):
@@ -28,6 +29,10 @@ class Contents(NamedTuple):
     vocabulary: int
     positions: float
     """Tokens that the model has positions for; infinite if its config does not say."""
+
+    def complete(self, found: Mapping[str, str]) -> dict[str, str]:
+        """Marks under all names, from those of an engine that may know a tied tensor by one name only."""
+        return {name: found[name if name in found else self.tied[name]] for name in self.shapes}
 
 
 def contents_of(folder: str | Path) -> Contents:
@@ -49,6 +54,18 @@ def contents_of(folder: str | Path) -> Contents:
     positions = getattr(text, "max_position_embeddings", None) or float("inf")
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     return Contents(shapes, tied, text.vocab_size, positions)
+
+
+def dtype_of(dtype: torch.dtype | str) -> torch.dtype:
+    """A dtype that weights may have in an engine, from itself or its name.
+
+    Raises:
+        InputError: it is neither float32 nor bfloat16.
+    """
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if found not in (torch.float32, torch.bfloat16):
+        raise InputError("engine.dtype", f"it is {dtype}", "Use float32 or bfloat16.")
+    return found
 
 
 class Delivery:

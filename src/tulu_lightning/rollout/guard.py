@@ -10,7 +10,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-__all__ = ["ProcessGroup", "guarded"]
+__all__ = ["ProcessGroup", "guarded", "quiet_seed"]
 
 
 @contextmanager
@@ -21,10 +21,9 @@ def guarded() -> Iterator[None]:
     On a CPU it also empties `torch.accelerator.synchronize` and `empty_cache`. They stay empty: vLLM itself calls them,
     and without an accelerator they could only raise an error.
     """
-    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
     set_threads, threads, environment = torch.set_num_threads, torch.get_num_threads(), dict(os.environ)
     states = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng(devices):
+    with quiet_seed():
         try:
             yield
         finally:
@@ -36,6 +35,14 @@ def guarded() -> Iterator[None]:
             if dict(os.environ) != environment:
                 os.environ.clear()
                 os.environ.update(environment)
+
+
+@contextmanager
+def quiet_seed() -> Iterator[None]:
+    """Put back torch's random states, which sampling moves even where every request has a seed of its own."""
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
+    with torch.random.fork_rng(devices):
+        yield
 
 
 class ProcessGroup:

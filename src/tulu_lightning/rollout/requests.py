@@ -1,16 +1,18 @@
 """What a request to a vLLM engine must look like, and how its answer is read; in this process or over HTTP."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, ClassVar
 
 import torch
 
 from tulu_lightning.core.step_plan import mix_seed
 from tulu_lightning.errors import InputError
 from tulu_lightning.rollout.delivery import Contents
+from tulu_lightning.rollout.engine import Progress
 from tulu_lightning.types import Completion, Finish, Sampling
 
-__all__ = ["check_prompts", "check_sequences", "completion", "seeds"]
+__all__ = ["check_prompts", "check_sequences", "completion", "reporter", "seeds"]
 
 HOTTEST = 2.0
 
@@ -94,3 +96,35 @@ def completion(ids: Sequence[int], logprobs: Sequence[float], reason: str | None
         raise RuntimeError("vLLM's probabilities are not finite: the weights hold infinities or NaNs")
     finish: Finish = "stop" if reason == "stop" else "length"
     return Completion(torch.tensor(ids, dtype=torch.int64), torch.tensor(logprobs), finish, version)
+
+
+def reporter(progress: Progress | None, prompts: int, n: int, samples_each: int) -> Any:
+    """What vLLM takes for tqdm, or False where nobody listens; it is told of samples as their prompts finish.
+
+    Args:
+        progress: who listens.
+        prompts: how many there are.
+        n: samples of each.
+        samples_each: how many of them one that vLLM makes stands for (n when greedy, else 1).
+    """
+    if progress is None:
+        return False
+
+    class Bar:
+        format_dict: ClassVar = {"elapsed": 1.0}
+
+        def __init__(self, rows: Iterable[Any] = (), **_: Any) -> None:
+            self.rows, self.n, self.postfix = rows, 0, ""
+
+        def __iter__(self) -> Iterator[Any]:  # vLLM shows the reading of prompts with it, too
+            return iter(self.rows)
+
+        def update(self, samples: int) -> None:
+            self.n += samples
+            progress(self.n * samples_each, prompts * n)
+
+        def refresh(self) -> None: ...
+
+        def close(self) -> None: ...
+
+    return Bar

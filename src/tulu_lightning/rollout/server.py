@@ -5,6 +5,7 @@ hand with `--worker-extension-cls tulu_lightning.rollout.vllm_worker.Worker --lo
 --generation-config vllm` and `VLLM_SERVER_DEV_MODE=1`, which opens the routes that refresh it to whoever reaches its port.
 """
 
+import math
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -16,9 +17,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from tulu_lightning.rollout.delivery import Delivery, contents_of
-from tulu_lightning.rollout.engine import EngineError, Health, Progress, RefreshError
 from tulu_lightning.rollout.client import Client
+from tulu_lightning.rollout.delivery import Delivery, contents_of, dtype_of
+from tulu_lightning.rollout.engine import EngineError, Health, Progress, RefreshError
 from tulu_lightning.rollout.requests import check_prompts, check_sequences, completion, seeds
 from tulu_lightning.rollout.server_process import Server, start_server
 from tulu_lightning.types import Completion, Sampling
@@ -39,8 +40,10 @@ class ServerEngine:
         url: of the server.
         folder: the model folder that it was started with.
         dtype: that it was started with.
-        version: of the weights in that folder; stamped on a server that has no stamp yet.
+        version: of the weights in that folder; only of a `server` that was started here and so is known to hold them.
+            Another one has version -1, and is not sampled from, until it got its first refresh.
         server: the process, if it is this engine's to end.
+        max_model_len: prompt and new tokens of one sample at most; the server's own limit if left out.
         proof_columns: columns of each matrix that a refresh reads back; 0 for all.
         seconds: longest wait for one prompt's samples, or for a refresh.
         connections: prompts in flight at once.
@@ -48,8 +51,7 @@ class ServerEngine:
         folder_for_files: on the server's machine; shared memory where there is one.
 
     Raises:
-        EngineError: no server answers at the url.
-        RuntimeError: it has another stamp, or lacks what the module's first lines ask for.
+        EngineError: no server answers at the url, or one that lacks what the module's first lines ask for.
     """
 
     def __init__(
@@ -60,6 +62,7 @@ class ServerEngine:
         *,
         version: int = 0,
         server: Server | None = None,
+        max_model_len: int | None = None,
         proof_columns: int = 16,
         seconds: float = 600,
         connections: int = 64,
@@ -68,17 +71,18 @@ class ServerEngine:
     ) -> None:
         self._client, self._server = Client(url), server
         self._contents = contents_of(folder)
-        self._dtype: torch.dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
-        self._version, self._columns = version, proof_columns
+        self._dtype = dtype_of(dtype)
+        self._version, self._columns = -1, proof_columns
         self._seconds, self._connections, self._file_mb = seconds, connections, file_mb
         self._folder = folder_for_files or (SHARED_MEMORY if SHARED_MEMORY.is_dir() else None)
         self._marks: dict[str, str] | None = None
         (model,) = self._client.get("/v1/models", 30)["data"]
-        self._positions = min(self._contents.positions, model["max_model_len"])
+        self._positions = min(self._contents.positions, model["max_model_len"], max_model_len or math.inf)
         self._model = model["id"]
-        if self._held() is None:
+        self._held()
+        if server is not None:
             self._rpc("tulu_version", version)
-        self._check_version()
+            self._version = version
 
     @classmethod
     def started(
@@ -91,8 +95,7 @@ class ServerEngine:
         **settings: Any,
     ) -> Self:
         """Start a server and return its engine, which ends it on `close`; settings of `start_server`."""
-        name = str(dtype).removeprefix("torch.")
-        server = start_server(folder, name, **settings)
+        server = start_server(folder, str(dtype).removeprefix("torch."), **settings)
         try:
             return cls(server.url, folder, dtype, version=version, server=server, seconds=seconds)
         except BaseException:
@@ -162,8 +165,7 @@ class ServerEngine:
         """As `VLLMEngine.fingerprint`."""
         if self._marks is None:
             found = self._rpc("tulu_marks")
-            names = {**dict.fromkeys(self._contents.shapes), **self._contents.tied}
-            self._marks = {name: found[name if name in found else other] for name, other in names.items()}
+            self._marks = self._contents.complete(found)
         return dict(self._marks)
 
     def _rpc(self, method: str, *arguments: Any) -> Any:
@@ -172,11 +174,20 @@ class ServerEngine:
         return results[0]
 
     def _held(self) -> int | None:
-        return self._rpc("tulu_version")["version"]
+        """Version that the server says it holds; None since its start."""
+        try:
+            return self._rpc("tulu_version")["version"]
+        except RuntimeError as error:
+            if isinstance(error, EngineError):
+                raise
+            text = "was it started with --worker-extension-cls and VLLM_SERVER_DEV_MODE=1 (see rollout.server)?"
+            raise EngineError(f"{error}; {text}") from error
 
     def _check_version(self) -> None:
         if self._version < 0:
-            raise RuntimeError("the last weight refresh failed: the engine holds no known weights to sample from")
+            raise RuntimeError(
+                "the last weight refresh failed or never came: the engine holds no known weights to sample from"
+            )
         held = self._held()
         if held != self._version:
             self._version = -1

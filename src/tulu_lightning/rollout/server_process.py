@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import tulu_lightning
-from tulu_lightning.rollout.engine import EngineError
 from tulu_lightning.rollout.client import Client
+from tulu_lightning.rollout.engine import EngineError
 
 __all__ = ["Server", "start_server"]
 

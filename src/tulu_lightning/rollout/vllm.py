@@ -6,18 +6,18 @@ memory nodes this process takes its memory from one of them from then on.
 
 import importlib.util
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
 from tulu_lightning.errors import InputError
-from tulu_lightning.rollout.delivery import Contents, Delivery, contents_of
+from tulu_lightning.rollout.delivery import Contents, Delivery, contents_of, dtype_of
 from tulu_lightning.rollout.engine import Health, Progress, RefreshError
-from tulu_lightning.rollout.guard import ProcessGroup, guarded
-from tulu_lightning.rollout.requests import check_prompts, check_sequences, completion, seeds
+from tulu_lightning.rollout.guard import ProcessGroup, guarded, quiet_seed
+from tulu_lightning.rollout.requests import check_prompts, check_sequences, completion, reporter, seeds
 from tulu_lightning.types import Completion, Sampling
 
 __all__ = ["VLLMEngine"]
@@ -36,6 +36,8 @@ class VLLMEngine:
     embeddings are compared whole. That attention, norms and sampling compute rightly with them is for canary log-probs
     to say (`rollout.canary`).
 
+    A trainer that draws from torch's global random state while another thread samples here gets some numbers twice.
+
     In a distributed run, build it after Lightning has made its process group. Close it last.
 
     Args:
@@ -49,7 +51,8 @@ class VLLMEngine:
     def __init__(
         self, llm: Any, contents: Contents, dtype: torch.dtype, version: int = 0, proof_columns: int = 16
     ) -> None:
-        self._llm, self._contents, self._dtype = llm, contents, dtype
+        self._llm: Any = llm
+        self._contents, self._dtype = contents, dtype
         self._version, self._columns = version, proof_columns
         self._marks: dict[str, str] | None = None
         self._positions = min(contents.positions, llm.model_config.max_model_len)
@@ -82,9 +85,9 @@ class VLLMEngine:
             InputError: vLLM is not installed, the folder does not load, or vLLM refuses a setting.
         """
         contents = contents_of(folder)
-        dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+        kind = dtype_of(dtype)
         chosen = {
-            "dtype": str(dtype).removeprefix("torch."),
+            "dtype": str(kind).removeprefix("torch."),
             "max_model_len": max_model_len,
             "kv_cache_memory_bytes": None if kv_cache_mb is None else kv_cache_mb << 20,
             "seed": seed,
@@ -93,7 +96,7 @@ class VLLMEngine:
         }
         with guarded():
             llm = _build(str(folder), chosen)
-        return cls(llm, contents, dtype, version, proof_columns)
+        return cls(llm, contents, kind, version, proof_columns)
 
     @property
     def version(self) -> int:
@@ -136,7 +139,7 @@ class VLLMEngine:
         """See `Engine.refresh`; `expected` is `fingerprint.fingerprint(named, engine.dtype)` on the sender's side."""
         self._version, self._marks = -1, {}  # until proven
         delivery = Delivery(self._contents, self._dtype, named)
-        with guarded():
+        with quiet_seed():
             (report,) = self._llm.collective_rpc("tulu_load", args=(iter(delivery), self._columns, version))
             emptied = self._llm.reset_prefix_cache()
         marks = delivery.settle(report["received"], report["differ"], expected)
@@ -151,10 +154,9 @@ class VLLMEngine:
         the folder's.
         """
         if self._marks is None:
-            with guarded():
+            with quiet_seed():
                 (found,) = self._llm.collective_rpc("tulu_marks")
-            names = {**dict.fromkeys(self._contents.shapes), **self._contents.tied}
-            self._marks = {name: found[name if name in found else other] for name, other in names.items()}
+            self._marks = self._contents.complete(found)
         return dict(self._marks)
 
     # -- sampling --
@@ -170,13 +172,11 @@ class VLLMEngine:
         progress: Progress | None = None,
     ) -> list[list[Completion]]:
         """See `Engine.generate`."""
-        from vllm import SamplingParams, TokensPrompt
-
         self._ready()
         check_prompts(prompts, n, sampling, self._contents, self._positions)
         greedy = sampling.temperature == 0  # all samples are one
         wanted = [
-            SamplingParams(
+            _vllm().SamplingParams(
                 n=1 if greedy else n,
                 seed=own,
                 max_tokens=sampling.max_new_tokens,
@@ -190,8 +190,8 @@ class VLLMEngine:
             )
             for own in seeds(seed, len(prompts), keys)
         ]
-        given = [TokensPrompt(prompt_token_ids=list(prompt)) for prompt in prompts]
-        answers = self._ask(given, wanted, progress and _scaled(progress, n if greedy else 1), 1 if greedy else n)
+        given = [_vllm().TokensPrompt(prompt_token_ids=list(prompt)) for prompt in prompts]
+        answers = self._ask(given, wanted, reporter(progress, len(given), n, n if greedy else 1))
         result = []
         for answer in answers:
             group = []
@@ -208,13 +208,11 @@ class VLLMEngine:
         self, sequences: Sequence[tuple[Sequence[int], Sequence[int]]], temperature: float = 1.0
     ) -> list[Tensor]:
         """See `Engine.logprobs`. Other temperatures than 1 cost one request a token: vLLM has no scores for them."""
-        from vllm import SamplingParams, TokensPrompt
-
         check_sequences(sequences, temperature, self._contents, self._positions)
         if temperature != 1:
             return [self._one_by_one(prompt, response, temperature) for prompt, response in sequences]
-        given = [TokensPrompt(prompt_token_ids=[*prompt, *response]) for prompt, response in sequences]
-        wanted = SamplingParams(max_tokens=1, temperature=1.0, prompt_logprobs=0, detokenize=False, seed=0)
+        given = [_vllm().TokensPrompt(prompt_token_ids=[*prompt, *response]) for prompt, response in sequences]
+        wanted = _vllm().SamplingParams(max_tokens=1, temperature=1.0, prompt_logprobs=0, detokenize=False, seed=0)
         answers = self._ask(given, [wanted] * len(given))
         return [
             torch.tensor(
@@ -227,12 +225,10 @@ class VLLMEngine:
         ]
 
     def _one_by_one(self, prompt: Sequence[int], response: Sequence[int], temperature: float) -> Tensor:
-        from vllm import SamplingParams, TokensPrompt
-
         whole = [*prompt, *response]
-        given = [TokensPrompt(prompt_token_ids=whole[: len(prompt) + i]) for i in range(len(response))]
+        given = [_vllm().TokensPrompt(prompt_token_ids=whole[: len(prompt) + i]) for i in range(len(response))]
         wanted = [
-            SamplingParams(
+            _vllm().SamplingParams(
                 max_tokens=1, temperature=temperature, logprobs=1, logprob_token_ids=[token], detokenize=False, seed=0
             )
             for token in response
@@ -240,16 +236,22 @@ class VLLMEngine:
         answers = self._ask(given, wanted)
         return torch.tensor([a.outputs[0].logprobs[0][t].logprob for a, t in zip(answers, response, strict=True)])
 
-    def _ask(self, given: list[Any], wanted: list[Any], progress: Progress | None = None, n: int = 1) -> list[Any]:
+    def _ask(self, given: list[Any], wanted: list[Any], bar: Any = False) -> list[Any]:
         if not given:
             return []
-        bar: Any = False if progress is None else _reporter(progress, len(given) * n)
-        with guarded():
+        with quiet_seed():
             return self._llm.generate(given, wanted, use_tqdm=bar)
 
     def _ready(self) -> None:
         if self._version < 0:
-            raise RuntimeError("the last weight refresh failed: the engine holds no known weights to sample from")
+            raise RuntimeError(
+                "the last weight refresh failed or never came: the engine holds no known weights to sample from"
+            )
+
+
+def _vllm() -> Any:
+    """The package, imported when it is needed: it takes seconds."""
+    return importlib.import_module("vllm")
 
 
 def _build(folder: str, settings: dict[str, Any]) -> Any:
@@ -264,15 +266,13 @@ def _build(folder: str, settings: dict[str, Any]) -> Any:
     }
     os.environ.update({name: os.environ.get(name, value) for name, value in chosen.items()})
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    import vllm.v1.engine.core as core
-    from vllm import LLM
-
+    core: Any = importlib.import_module("vllm.v1.engine.core")
     if not hasattr(core, "_tulu_cleanup"):
-        core._tulu_cleanup = cleanup = core.cleanup_dist_env_and_memory  # type: ignore[attr-defined]
+        core._tulu_cleanup = cleanup = core.cleanup_dist_env_and_memory
         core.cleanup_dist_env_and_memory = lambda *_, **__: _group.clean(cleanup)
     _group.join()
     try:
-        return LLM(
+        return _vllm().LLM(
             folder,
             logprobs_mode="processed_logprobs",
             generation_config="vllm",
@@ -285,30 +285,3 @@ def _build(folder: str, settings: dict[str, Any]) -> Any:
         _group.leave()
         reason = str(error).strip().splitlines()[0]
         raise InputError(folder, f"vLLM does not start on it ({reason})", "See vLLM's documentation.") from error
-
-
-def _scaled(progress: Progress, by: int) -> Progress:
-    return lambda done, total: progress(done * by, total * by)
-
-
-def _reporter(progress: Progress, total: int) -> Any:
-    """What vLLM takes for tqdm: it is told of samples as their prompts finish."""
-
-    class Bar:
-        format_dict: ClassVar = {"elapsed": 1.0}
-
-        def __init__(self, rows: Iterable[Any] = (), **_: Any) -> None:
-            self.rows, self.n, self.postfix = rows, 0, ""
-
-        def __iter__(self) -> Iterator[Any]:  # vLLM shows the reading of prompts with it, too
-            return iter(self.rows)
-
-        def update(self, samples: int) -> None:
-            self.n += samples
-            progress(self.n, total)
-
-        def refresh(self) -> None: ...
-
-        def close(self) -> None: ...
-
-    return Bar

@@ -10,7 +10,7 @@ from torch import Tensor
 from tulu_lightning.core.advantages import explained_variance
 from tulu_lightning.core.kl import k1, k2, k3
 from tulu_lightning.core.policy import PolicyTerms, ValueTerms
-from tulu_lightning.rollout.experience import Experience, Group, has_signal, over_responses
+from tulu_lightning.rollout.experience import Experience, has_signal, over_responses
 from tulu_lightning.rollout.scoring import response_text
 from tulu_lightning.stages.collect import Collected
 from tulu_lightning.types import Outcome

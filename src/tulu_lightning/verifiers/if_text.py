@@ -1,12 +1,11 @@
 """What constraints count in a text: words, sentences, its language. nltk and langdetect are imported on first use."""
 
 import functools
-import importlib.metadata
 import re
 from collections.abc import Iterator
 from typing import Any
 
-__all__ = ["brackets", "language", "missing_data", "relaxed", "sentences", "tokens", "words"]
+__all__ = ["brackets", "language", "missing_data", "relaxed", "sentences", "tokens", "warm", "words"]
 
 DATA_HOLDER = "llama-index-core"
 """A distribution that ships nltk's tokenizer data; used where it happens to be installed."""
@@ -70,6 +69,13 @@ def tokens(text: str) -> list[str]:
     return [token for sentence in _punkt().tokenize(text) for token in tokenizer.tokenize(sentence)]
 
 
+def warm() -> None:
+    """Load what `language`, `sentences` and `tokens` need."""
+    language("Good morning to all of you.")
+    if missing_data() is None:
+        tokens("Good morning.")
+
+
 def missing_data() -> str | None:
     """What is missing for `sentences` and `tokens` and how to get it, or None."""
     try:
@@ -103,8 +109,10 @@ def _treebank(kind: Any) -> Any:
 
 def _data_folder() -> str | None:
     """The nltk data inside a package that is installed, found without importing it."""
+    from importlib import metadata  # twice as slow to import as all the rest of this
+
     try:
-        distribution = importlib.metadata.distribution(DATA_HOLDER)
-    except importlib.metadata.PackageNotFoundError:
+        distribution = metadata.distribution(DATA_HOLDER)
+    except metadata.PackageNotFoundError:
         return None
     return str(distribution.locate_file("llama_index/core/_static/nltk_cache"))

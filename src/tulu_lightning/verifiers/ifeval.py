@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from tulu_lightning.types import Verdict
+from tulu_lightning.verifiers import if_text
 from tulu_lightning.verifiers.if_text import relaxed
 from tulu_lightning.verifiers.ifeval_rules import RULES
 from tulu_lightning.verifiers.ifeval_schema import Rule, find_rule, read_arguments
@@ -30,6 +31,10 @@ class IFEval:
     partial: bool = False
     """The score of a wrong response is the share of instructions that it follows, not 0."""
     runs: ClassVar = "pool"
+
+    def warm(self) -> None:
+        """Import what a call needs: a second or two that no response's time limit should pay."""
+        if_text.warm()
 
     def __call__(self, response: str, target: str) -> Verdict:
         """Score 1 or 0, or the share that is followed.

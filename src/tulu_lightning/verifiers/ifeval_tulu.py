@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from tulu_lightning.types import Verdict
-from tulu_lightning.verifiers import ifeval_tulu_release, ifeval_tulu_rules
+from tulu_lightning.verifiers import if_text, ifeval_tulu_release, ifeval_tulu_rules
 from tulu_lightning.verifiers.ifeval import Asked, judge, read_json
 from tulu_lightning.verifiers.ifeval_schema import find_rule, read_arguments
 
@@ -29,6 +29,10 @@ class IFEvalTulu:
     release: bool = False
     """Judge as the release did, mistakes and all."""
     runs: ClassVar = "pool"
+
+    def warm(self) -> None:
+        """Import what a call needs: a second or two that no response's time limit should pay."""
+        if_text.warm()
 
     def __call__(self, response: str, target: str) -> Verdict:
         """Score 1 or 0, or the share that is followed.

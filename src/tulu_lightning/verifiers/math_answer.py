@@ -14,6 +14,7 @@ from tulu_lightning.types import Verdict
 from tulu_lightning.verifiers.math_equal import MAX_ANSWER, equal
 from tulu_lightning.verifiers.math_extract import Stated, sentence, stated
 from tulu_lightning.verifiers.math_normal import plain
+from tulu_lightning.verifiers.math_symbolic import symbolically_equal
 
 __all__ = ["Math", "MathStrict"]
 
@@ -47,6 +48,10 @@ class Math:
 
     runs: ClassVar = "pool"
 
+    def warm(self) -> None:
+        """Import what a call needs: a second or two that no response's time limit should pay."""
+        symbolically_equal("x + 1", "1 + x")
+
     def __call__(self, response: str, target: str) -> Verdict:
         """Score 1 or 0. Call it where it can be killed: no guard knows every text that sympy chokes on."""
         return _judge(response, target, stated)
@@ -61,6 +66,10 @@ class MathStrict:
     """As `Math`, but the answer must stand in "Final Answer: The final answer is ... I hope it is correct."."""
 
     runs: ClassVar = "pool"
+
+    def warm(self) -> None:
+        """Import what a call needs: a second or two that no response's time limit should pay."""
+        symbolically_equal("x + 1", "1 + x")
 
     def __call__(self, response: str, target: str) -> Verdict:
         """Score 1 or 0. Call it where it can be killed."""

@@ -125,6 +125,10 @@ class MathRelease:
 
     runs: ClassVar = "pool"
 
+    def warm(self) -> None:
+        """Import what a call needs: a second or two that no response's time limit should pay."""
+        _sympy_equal("x + 1", "1 + x")
+
     def __call__(self, response: str, target: str) -> Verdict:
         """Score 1 or 0. Unguarded, as the release: call it where it can be killed."""
         answers = _answers(response)

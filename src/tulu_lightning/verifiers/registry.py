@@ -5,6 +5,7 @@ from typing import Literal, Protocol, runtime_checkable
 
 from tulu_lightning.errors import InputError, nearest
 from tulu_lightning.types import Verdict
+from tulu_lightning.verifiers.code import Code
 from tulu_lightning.verifiers.exact import Exact
 from tulu_lightning.verifiers.gsm8k_release import Gsm8kRelease
 from tulu_lightning.verifiers.ifeval import IFEval
@@ -27,7 +28,8 @@ scoring pool that can be killed (anything else), or in a thread (waits for a ser
 class Verifier(Protocol):
     """Judges a response by its text alone: picklable, and deterministic unless a server answers for it.
 
-    A class may have `runs` (see `Runs`); without it, it is called in the pool.
+    A class may have `runs` (see `Runs`); without it, it is called in the pool. It may have `warm()`, which loads what
+    calls need (imports, word lists): the pool calls it once, so that no call pays for it out of its time limit.
     """
 
     def __call__(self, response: str, target: str) -> Verdict:
@@ -40,6 +42,7 @@ class Verifier(Protocol):
 
 
 VERIFIERS: dict[str, Verifier] = {
+    "code": Code(),
     "exact": Exact(),
     "gsm8k": LastNumber(),
     "gsm8k_release": Gsm8kRelease(),

@@ -1,0 +1,72 @@
+"""PPO on the tiny model with vLLM as its engine: what it samples from is what the trainer trains."""
+
+import lightning as L
+import pytest
+import torch
+from stage_runs import fit, ppo, prompt_data
+from transformers import AutoModelForCausalLM
+
+from tulu_lightning.models.weights import plain_weights
+
+
+class Snapshots(L.Callback):
+    """Weights as each step begins, and what the engine sampled in it."""
+
+    def __init__(self, engine):
+        self.weights, self.sampled = [], []
+        generate = engine.generate
+
+        def recorded(prompts, *args, **kwargs):
+            result = generate(prompts, *args, **kwargs)
+            self.sampled.append((prompts, result))
+            return result
+
+        engine.generate = recorded
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        weights = plain_weights(pl_module.model.lm)
+        # Without the second name of the tied embedding: functional_call takes one value for it.
+        kept = {name: tensor.detach().clone() for name, tensor in weights if name != "lm_head.weight"}
+        self.weights.append(kept)
+        if len(self.weights) == 4:
+            trainer.should_stop = True
+
+
+@pytest.fixture(params=["vllm", "server"])
+def engine(request, tiny):
+    if request.param == "vllm":
+        from tulu_lightning.rollout.vllm import VLLMEngine
+
+        engine = VLLMEngine.from_folder(tiny, max_model_len=512, max_num_seqs=16, kv_cache_mb=64)
+    else:
+        from tulu_lightning.rollout.server import ServerEngine
+
+        engine = ServerEngine.started(tiny, max_model_len=512, kv_cache_mb=64)
+    yield engine
+    engine.close()
+
+
+def test_every_step_samples_from_the_weights_that_it_trains(engine, tiny, tmp_path):
+    stage = ppo()
+    assert stage.engine is None
+    stage.engine = engine
+    snapshots = Snapshots(engine)
+    watch = fit(stage, prompt_data(), tmp_path, callbacks=[snapshots])
+    assert len(watch.history) >= 2
+    steps = [(p, groups) for p, groups in snapshots.sampled if len(p) == 4]  # the others are canaries'
+    reference = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32).eval()
+    for step, ((prompts, groups), weights) in enumerate(zip(steps, snapshots.weights, strict=True)):
+        gaps = []
+        for prompt, group in zip(prompts, groups, strict=True):
+            for completion in group:
+                assert completion.version == step
+                with torch.no_grad():
+                    ids = torch.tensor([[*prompt, *completion.ids_L.tolist()]])
+                    out = torch.func.functional_call(reference, weights, (ids,), {"use_cache": False})
+                logp = torch.log_softmax(out.logits[0, len(prompt) - 1 : -1], -1)
+                gaps.append((logp.gather(1, completion.ids_L[:, None])[:, 0] - completion.logprobs_L).abs())
+        assert torch.cat(gaps).max() < 1e-3
+    moved = [
+        (a[name] != b[name]).any() for a, b in zip(snapshots.weights, snapshots.weights[1:], strict=False) for name in a
+    ]
+    assert any(moved), "nothing was learned, so old weights would have passed"
