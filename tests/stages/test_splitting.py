@@ -4,7 +4,22 @@ import lightning as L
 import pytest
 import torch
 import torch.nn.functional as F
-from stage_runs import ROWS, TINY, dpo, fit, ppo, preference_data, prompt_data, reward, settings, sft, sft_data, weights
+from stage_runs import (
+    ROWS,
+    TINY,
+    dpo,
+    even_data,
+    fit,
+    grpo,
+    ppo,
+    preference_data,
+    prompt_data,
+    reward,
+    settings,
+    sft,
+    sft_data,
+    weights,
+)
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tulu_lightning.assets.arithmetic import sft_rows
@@ -20,7 +35,7 @@ from tulu_lightning.stages.sft import SFT
 
 SPLITS = (1, 200, 100_000)
 """Limits of a pass: every document alone, a few together, the whole step at once."""
-ROUNDING = {"sft": 1e-6, "dpo": 3e-6, "reward": 4e-5, "ppo": 1e-6}
+ROUNDING = {"sft": 1e-6, "dpo": 3e-6, "reward": 4e-5, "ppo": 1e-6, "grpo": 1e-6}
 """Relative to the gradient. On pairs it is the difference of two that nearly cancel: answers share all but a digit. A
 reward model's is 160 times smaller than either of the two, which differ by 2e-7 between splits."""
 LINEAR = {"eps": 1.0, "lr": 0.1}
@@ -34,6 +49,8 @@ def run(name, micro_tokens, folder):
         stage, data = dpo(**LINEAR), preference_data(micro_tokens=micro_tokens, max_steps=4)
     elif name == "reward":
         stage, data = reward(**LINEAR), preference_data(micro_tokens=micro_tokens, max_steps=4)
+    elif name == "grpo":
+        stage, data = grpo(optimizer=AdamW(**LINEAR), micro_tokens=micro_tokens), even_data(max_steps=4)
     else:
         settings = AdamW(**LINEAR)
         stage = ppo(optimizer=settings, critic=Critic(settings, layers=2), micro_tokens=micro_tokens)
@@ -53,7 +70,7 @@ def update(stage, watch):
     return {name: tensor - watch.start[name] for name, tensor in weights(stage).items()}
 
 
-@pytest.mark.parametrize("name", ["sft", "dpo", "reward", "ppo"])
+@pytest.mark.parametrize("name", ["sft", "dpo", "reward", "ppo", "grpo"])
 def test_any_split_of_a_step_gives_the_same_gradient_weights_and_curve(name, tmp_path):
     stage, reference = run(name, SPLITS[0], tmp_path / "0")
     learned = update(stage, reference)

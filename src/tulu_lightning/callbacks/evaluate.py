@@ -1,4 +1,4 @@
-"""When the held-out prompts are scored: before a stage's first step and after its last."""
+"""When the held-out prompts are scored: before a stage's first step, after its last, and in between if asked for."""
 
 import io
 from pathlib import Path
@@ -6,11 +6,14 @@ from typing import Any
 
 import lightning as L
 
+from tulu_lightning.core.settings import require
 from tulu_lightning.data.prompts import PromptData, PromptSource
 from tulu_lightning.errors import InputError
 from tulu_lightning.evaluation.heldout import HeldOut, Scores
 from tulu_lightning.progress import Progress
+from tulu_lightning.rollout.scoring import Scorer
 from tulu_lightning.types import Prompt, Sampling
+from tulu_lightning.verifiers.registry import Verifiers
 
 __all__ = ["Evaluate"]
 
@@ -24,15 +27,25 @@ class Evaluate(L.Callback):
         sources: prompt rows (`messages`, `ground_truth`, `verifier`) that no training row repeats.
         max_new_tokens: cap of an answer.
         max_tokens: longest prompt, in tokens.
+        every_n_steps: also score after so many steps each, to `scores/step_<n>.json` and, as `heldout_accuracy`, to the
+            Trainer's logger; 0 for only before and after.
+
+    Raises:
+        InputError: `every_n_steps` is below 0.
     """
 
-    def __init__(self, sources: list[PromptSource], max_new_tokens: int, max_tokens: int = 2048) -> None:
+    def __init__(
+        self, sources: list[PromptSource], max_new_tokens: int, max_tokens: int = 2048, every_n_steps: int = 0
+    ) -> None:
         super().__init__()
+        require(every_n_steps >= 0, "Evaluate.every_n_steps", every_n_steps, "Use 0 for only before and after the run.")
+        self.every_n_steps = every_n_steps
         self.sources, self.max_new_tokens, self.max_tokens = sources, max_new_tokens, max_tokens
         self.before: Scores | None = None
         self.after: Scores | None = None
         self._prompts: tuple[Prompt, ...] = ()
         self._stop_ids: tuple[int, ...] = ()
+        self._verifiers = Verifiers()
 
     def setup(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
         """Read and check the prompts before any weights load.
@@ -53,8 +66,10 @@ class Evaluate(L.Callback):
             max_tokens=self.max_tokens,
             examples_per_step=1,
             on_overflow="error",
+            verifiers=getattr(data, "own_verifiers", None),
         )
         prompts.setup()
+        self._verifiers = prompts.verifiers
         self._prompts, self._stop_ids = prompts.prompts, prompts.stop_ids
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: Any) -> None:
@@ -76,6 +91,14 @@ class Evaluate(L.Callback):
         elif trainer.is_global_zero:
             print(f"no scores of the start weights in {path}: this run cannot show a gain, so it will not be promoted")
 
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *_: object, **__: object) -> None:
+        """Score the present weights if it is time to; the final ones are scored when the run has ended."""
+        if not self.every_n_steps or pl_module.step % self.every_n_steps or pl_module.finished:
+            return
+        scores = self._score(trainer, pl_module, self._path(trainer, f"step_{pl_module.step:06d}"))
+        for logger in trainer.loggers:
+            logger.log_metrics({"heldout_accuracy": scores.accuracy}, step=pl_module.step)
+
     def on_fit_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Score the final weights, if the run came to its end."""
         if pl_module.finished:
@@ -92,8 +115,10 @@ class Evaluate(L.Callback):
         engine = pl_module.make_engine()
         tokenizer: Any = trainer.datamodule.tokenizer  # type: ignore[attr-defined]
         stream = None if trainer.is_global_zero else io.StringIO()  # one rank speaks for all
-        with Progress(f"{type(pl_module).__name__} {path.stem}", len(self._prompts), stream=stream) as progress:
-            scores = self._task.evaluate(engine, tokenizer, progress=lambda done, total: progress.update(done))
+        label = f"{type(pl_module).__name__} {path.stem}"
+        with Progress(label, len(self._prompts), stream=stream) as progress, Scorer(self._verifiers) as scorer:
+            told = lambda done, total: progress.update(done)  # noqa: E731
+            scores = self._task.evaluate(engine, tokenizer, progress=told, scorer=scorer)
         engine.close()
         if trainer.is_global_zero:
             scores.to_json(path)

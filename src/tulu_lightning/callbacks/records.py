@@ -1,7 +1,9 @@
 """The record of a run: one JSON line a step, the logger, the progress line, and rollouts for people to read."""
 
+import html
 import json
 import math
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,7 @@ import lightning as L
 from tulu_lightning.files import write_whole
 from tulu_lightning.progress import Progress
 
-__all__ = ["Records"]
+__all__ = ["Records", "rollout_table"]
 
 SHOWN = ("loss", "accuracy", "margin", "reward", "score", "kl", "length")
 """Metrics that the progress line shows, those that a stage has."""
@@ -19,6 +21,8 @@ SHOWN = ("loss", "accuracy", "margin", "reward", "score", "kl", "length")
 
 class Records(L.Callback):
     """Write `metrics.jsonl` (and `rollouts.jsonl`) in the run folder, the Trainer's logger, and a progress line.
+
+    `rollouts_per_step` rollouts of each step are kept, evenly spread; TensorBoard has them as a table (its Text tab).
 
     What a validation found goes to `validation.jsonl` and the logger, at the step after which it ran.
 
@@ -50,8 +54,10 @@ class Records(L.Callback):
         folder = Path(trainer.default_root_dir)
         _append(folder / "metrics.jsonl", [{**_head(pl_module), **pl_module.metrics}])
         shown = pl_module.samples[:: max(1, len(pl_module.samples) // max(1, self.rollouts_per_step))]
-        if shown and self.rollouts_per_step:
-            _append(folder / "rollouts.jsonl", [{**_head(pl_module), **row} for row in shown[: self.rollouts_per_step]])
+        shown = shown[: self.rollouts_per_step]
+        if shown:
+            _append(folder / "rollouts.jsonl", [{**_head(pl_module), **row} for row in shown])
+            _log_table(trainer, shown, pl_module.step)
         if self._progress is not None:
             note = "  ".join(f"{name} {pl_module.metrics[name]:.3g}" for name in SHOWN if name in pl_module.metrics)
             self._progress.update(pl_module.step, note)
@@ -78,6 +84,35 @@ class Records(L.Callback):
         if self._progress is not None:
             self._progress.__exit__(None, None, None)
             self._progress = None
+
+
+COLUMNS = ("source", "prompt", "response", "target", "outcome", "score", "reward", "advantage", "finish")
+CELL = 400
+"""Characters of a cell of the table of rollouts; the file has them whole."""
+
+
+def _log_table(trainer: L.Trainer, rows: list[dict[str, Any]], step: int) -> None:
+    """The rollouts as a table, for loggers that take text as TensorBoard does."""
+    for logger in trainer.loggers:
+        write = getattr(getattr(logger, "experiment", None), "add_text", None)
+        if write is not None:
+            write("rollouts", rollout_table(rows), step)
+
+
+def rollout_table(rows: list[dict[str, Any]]) -> str:
+    """Rollouts as a table in Markdown, long texts cut, and nothing in them that would be read as markup."""
+    columns = [name for name in COLUMNS if any(name in row for row in rows)]
+    lines = [columns, ["---"] * len(columns), *([_cell(row.get(name)) for name in columns] for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.3g}"
+    text = "" if value is None else str(value)
+    text = text if len(text) <= CELL else text[:CELL] + "…"
+    text = html.escape(text.encode("utf-8", "replace").decode())
+    return re.sub(r"([\\`*_|\[\]#~$])", r"\\\1", text).replace("\n", "<br>")
 
 
 def _head(stage: Any) -> dict[str, Any]:

@@ -5,11 +5,13 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 
 from tulu_lightning.core.settings import require
 from tulu_lightning.models.limits import read_limits
 from tulu_lightning.models.weights import plain_weights
 from tulu_lightning.rollout.canary import Proof, Sequences, Tolerance, canaries, prove, tolerance_of
+from tulu_lightning.rollout.engine import EngineError
 from tulu_lightning.rollout.fingerprint import fingerprint
 
 __all__ = ["RolloutRefresh"]
@@ -60,8 +62,17 @@ class RolloutRefresh(L.Callback):
         pl_module.refresh()
         self._pushes += 1
         if self.canary and (self._pushes - 1) % self.canary_every == 0:
-            pl_module.sync_proof = self.prove(trainer, pl_module)
+            pl_module.sync_proof = self._proved(trainer, pl_module)
         pl_module.sync_seconds = time.perf_counter() - start
+
+    def _proved(self, trainer: L.Trainer, pl_module: Any) -> Proof | None:
+        """`prove`, once more if the engine died over it: another push starts another engine."""
+        try:
+            return self.prove(trainer, pl_module)
+        except EngineError as error:
+            rank_zero_warn(f"the engine failed at the proof of step {pl_module.step} ({error}): pushing once more")
+            pl_module.refresh()
+            return self.prove(trainer, pl_module)
 
     def prove(self, trainer: L.Trainer, pl_module: Any) -> Proof | None:
         """Compare the fixed sequences' log-probs on both sides; None if the stage or the engine cannot score them.

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from tulu_lightning.core.stats import paired_bootstrap, wilson
 from tulu_lightning.errors import InputError
 from tulu_lightning.rollout.engine import Engine, Progress
-from tulu_lightning.rollout.scoring import response_text, score_all
+from tulu_lightning.rollout.scoring import Scorer, response_text, score_all
 from tulu_lightning.types import Finish, Outcome, Prompt, Sampling
 
 __all__ = ["Comparison", "HeldOut", "Item", "Scores", "compare", "evaluate"]
@@ -147,11 +147,18 @@ class HeldOut:
         return _settings(self.prompts, self.sampling, self.name, self.version, 0)
 
     def evaluate(
-        self, engine: Engine, tokenizer: PreTrainedTokenizerBase, seed: int = 0, progress: Progress | None = None
+        self,
+        engine: Engine,
+        tokenizer: PreTrainedTokenizerBase,
+        seed: int = 0,
+        progress: Progress | None = None,
+        scorer: Scorer | None = None,
     ) -> Scores:
-        """Score the engine's weights on this task."""
-        prompts, sampling = self.prompts, self.sampling
-        return evaluate(engine, tokenizer, prompts, sampling, self.name, self.version, seed, progress=progress)
+        """Score the engine's weights on this task, by a scorer of your own where it has verifiers of your own."""
+        prompts, sampling, name = self.prompts, self.sampling, self.name
+        return evaluate(
+            engine, tokenizer, prompts, sampling, name, self.version, seed, progress=progress, scorer=scorer
+        )
 
 
 def evaluate(
@@ -164,6 +171,7 @@ def evaluate(
     seed: int = 0,
     confidence: float = 0.95,
     progress: Progress | None = None,
+    scorer: Scorer | None = None,
 ) -> Scores:
     """Sample one response to each prompt and score it.
 
@@ -174,7 +182,8 @@ def evaluate(
         raise InputError(name, "the held-out set is empty", "Give at least one prompt.")
     sampled = engine.generate([p.ids for p in prompts], 1, sampling, seed, progress=progress)
     completions = [group[0] for group in sampled]
-    verdicts = score_all(zip(prompts, completions, strict=True), tokenizer)
+    pairs = zip(prompts, completions, strict=True)
+    verdicts = score_all(pairs, tokenizer) if scorer is None else scorer.score(pairs, tokenizer)
     items = tuple(
         Item(
             row=p.row,

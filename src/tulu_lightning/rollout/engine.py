@@ -9,6 +9,7 @@ from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
+from tulu_lightning.errors import RunStopped
 from tulu_lightning.types import Completion, Sampling
 
 __all__ = ["Engine", "EngineError", "Health", "Progress", "RefreshError"]
@@ -26,7 +27,7 @@ class Health(NamedTuple):
     """For people: which engine, where, and what is wrong with it if it is not alive."""
 
 
-class EngineError(RuntimeError):
+class EngineError(RunStopped):
     """The engine died or does not answer: a process that ended, a connection refused, a wait that went over its time.
 
     The step that met it has trained nothing yet, so it can be done again on a restarted engine. The message names who

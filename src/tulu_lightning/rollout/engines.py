@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import torch
 
-from tulu_lightning.core.settings import require
+from tulu_lightning.core.settings import require, require_kind
 from tulu_lightning.errors import InputError
 from tulu_lightning.rollout.engine import Engine
 
@@ -16,58 +16,78 @@ __all__ = ["EngineSettings", "build_engine"]
 
 @dataclass(frozen=True)
 class EngineSettings:
-    """The engine that samples for training."""
+    """The engine that samples for training.
+
+    Raises:
+        InputError: an unknown kind or dtype, a number out of its range, or a setting that the kind does not read.
+    """
 
     kind: Literal["local", "vllm", "server"] = "local"
-    """`local`: in this process, with the model's own forward. `vllm`: vLLM in this process. `server`: a vLLM server
-    that was started apart and answers at `url`."""
+    """`local`: in this process, without vLLM. `vllm`: vLLM in this process. `server`: a vLLM server in a process of its
+    own, on this machine."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the weights that it holds."""
     url: str | None = None
-    """Address of a server, e.g. http://127.0.0.1:8000."""
+    """Of `server`: where one answers that was started by hand, e.g. http://127.0.0.1:8000; null starts one."""
+    python: str | None = None
+    """Of a server that is started: the interpreter that has vLLM, e.g. .venv-vllm/bin/python; this one if null."""
     max_model_len: int | None = None
     """Longest prompt and response together that vLLM makes room for, in tokens; the model's own limit if null."""
+    kv_cache_mb: int | None = 256
+    """Memory that vLLM has for keys and values; null lets it take what it finds, as it should on a GPU."""
+    seconds: float = 600.0
+    """Of `server`: longest wait for its start, a refresh, or the samples of one prompt."""
 
     def __post_init__(self) -> None:
-        for name, known in (("kind", ("local", "vllm", "server")), ("dtype", ("float32", "bfloat16"))):
-            value, remedy = getattr(self, name), f"Use one of {', '.join(known)}."
-            require(value in known, f"rollout.engine.{name}", repr(value), remedy)
-        if (self.kind == "server") != (self.url is not None):
-            what = f"is {self.url}, and the engine is {self.kind}"
-            raise InputError("rollout.engine.url", what, "A server needs its address, and nothing else has one.")
-        if self.max_model_len is not None:
-            what = "does nothing: the in-process engine takes what the model takes"
-            if self.kind == "local":
-                raise InputError("rollout.engine.max_model_len", what, "Leave it out, or set kind to vllm.")
-            require(self.max_model_len >= 2, "rollout.engine.max_model_len", self.max_model_len, "Use at least 2.")
+        known = self.dtype in ("float32", "bfloat16")
+        require(known, "rollout.engine.dtype", repr(self.dtype), "Use 'float32' or 'bfloat16'.")
+        vllm = ("max_model_len", "kv_cache_mb")
+        require_kind(
+            self,
+            "rollout.engine",
+            {"local": ("dtype",), "vllm": ("dtype", *vllm), "server": ("dtype", "url", "python", *vllm, "seconds")},
+        )
+        if self.url is not None:
+            for name, neutral in (("python", None), ("max_model_len", None), ("kv_cache_mb", 256)):
+                remedy = "Leave it out, or leave out the url: then a server is started with it."
+                value = getattr(self, name)
+                require(
+                    value == neutral,
+                    f"rollout.engine.{name}",
+                    f"{value}, which a server that runs does not read",
+                    remedy,
+                )
+        for name, least in (("max_model_len", 2), ("kv_cache_mb", 1)):
+            value = getattr(self, name)
+            require(value is None or value >= least, f"rollout.engine.{name}", value, f"Use at least {least}, or null.")
+        require(0 < self.seconds < float("inf"), "rollout.engine.seconds", self.seconds, "It must be above 0.")
 
 
-def build_engine(settings: EngineSettings, local: Callable[[torch.dtype], Engine], folder: str, **more: Any) -> Engine:
+def build_engine(settings: EngineSettings, local: Callable[[torch.dtype], Engine], folder: str) -> Engine:
     """Start an engine.
 
     Args:
         settings: which.
         local: makes the in-process engine, with the policy's present weights, in a dtype.
-        folder: the policy's start weights, which the others begin with; `refresh` brings them up to date.
-        more: further options of their constructors.
+        folder: the policy's start weights, which the others begin with, as version 0; `refresh` brings them up to date.
 
     Raises:
-        InputError: vLLM is wanted and not installed.
-        EngineError: a server does not answer.
+        InputError: vLLM is wanted in this process and not installed.
+        EngineError: a server does not start, or does not answer.
     """
     if settings.kind == "local":
         return local(getattr(torch, settings.dtype))
-    if settings.max_model_len is not None:
-        more["max_model_len"] = settings.max_model_len
+    room: dict[str, Any] = {"max_model_len": settings.max_model_len, "kv_cache_mb": settings.kv_cache_mb}
     if settings.kind == "vllm":
         if find_spec("vllm") is None:
-            what = "is vllm, which is not installed here"
-            raise InputError(
-                "rollout.engine.kind", what, "Install it (pip install 'tulu-lightning[vllm]'), or use local."
-            )
+            what = "is vllm, and there is no vLLM in this environment"
+            remedy = "Install it, or use server with rollout.engine.python, or local."
+            raise InputError("rollout.engine.kind", what, remedy)
         from tulu_lightning.rollout.vllm import VLLMEngine
 
-        return VLLMEngine.from_folder(folder, dtype=settings.dtype, **more)
+        return VLLMEngine.from_folder(folder, settings.dtype, **room)
     from tulu_lightning.rollout.server import ServerEngine
 
-    return ServerEngine(settings.url, folder, dtype=settings.dtype, **more)
+    if settings.url is not None:
+        return ServerEngine(settings.url, folder, settings.dtype, seconds=settings.seconds)
+    return ServerEngine.started(folder, settings.dtype, seconds=settings.seconds, python=settings.python, **room)

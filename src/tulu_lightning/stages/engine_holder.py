@@ -1,7 +1,7 @@
 """The stage's side of an engine: which weights it gets, a second engine when it dies, and log-probs to prove a refresh."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -153,6 +153,29 @@ class EngineHolder(Stage):
             return None
         loader: Any = self.trainer.train_dataloader
         return loader.dataset[step + 1]
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> int | None:
+        """Start the step's clock when its refresh began: that is work of this step."""
+        result = super().on_train_batch_start(batch, batch_idx)
+        waited = 0.0 if self.rollouts is None else self.rollouts.seconds_wait
+        self._started -= self.sync_seconds + waited
+        return result
+
+    def phase_seconds(self, collecting: Mapping[str, float], clock: Sequence[float]) -> dict[str, float]:
+        """What each phase of the step took.
+
+        With staleness 1 `generate` and `score` ran beside the step before, and `wait` is what was left of them.
+
+        Args:
+            collecting: of the rollouts.
+            clock: before the log-probs, before the updates, after them.
+        """
+        assert self.rollouts is not None
+        result = {f"seconds_{name}": spent for name, spent in collecting.items()}
+        result |= {"seconds_logprobs": clock[1] - clock[0], "seconds_update": clock[2] - clock[1]}
+        result |= {"seconds_sync": self.sync_seconds, "seconds_wait": self.rollouts.seconds_wait}
+        self.sync_seconds = self.rollouts.seconds_wait = 0.0
+        return result
 
     # Checkpoints ------------------------------------------------------------------------------------------------
 

@@ -22,9 +22,10 @@ from tulu_lightning.models.backbone import Backbone, PackedLM
 from tulu_lightning.models.heads import PackedValue, has_reward_head
 from tulu_lightning.models.limits import check_prompts
 from tulu_lightning.rollout.engines import EngineSettings
+from tulu_lightning.rollout.pool import PoolLimits
 from tulu_lightning.rollout.scoring import Scorer
 from tulu_lightning.stages.checks import warn_of_bf16_weights
-from tulu_lightning.stages.collect import Collected, Collector
+from tulu_lightning.stages.collect import Collector
 from tulu_lightning.stages.engine_holder import EngineHolder
 from tulu_lightning.stages.guards import Watchman
 from tulu_lightning.stages.optimizer import AdamW
@@ -64,6 +65,7 @@ class PPO(Learner, EngineHolder):
         correction: what makes up for the engine not being quite the trainer.
         dynamic_sampling: replace groups that carry no signal.
         entropy_coefficient: weight of the entropy bonus.
+        scoring: limits of the processes that verifiers run in.
         guards: when the run stops itself.
         epochs: passes over each rollout batch (K).
         mini_batches: updates per pass.
@@ -91,6 +93,7 @@ class PPO(Learner, EngineHolder):
         correction: Correction | None = None,
         dynamic_sampling: DynamicSampling | None = None,
         entropy_coefficient: float = 0.0,
+        scoring: PoolLimits | None = None,
         guards: Guards | None = None,
         epochs: int = 4,
         mini_batches: int = 1,
@@ -107,7 +110,7 @@ class PPO(Learner, EngineHolder):
         self.epochs, self.mini_batches, self.micro_tokens = epochs, mini_batches, micro_tokens
         check_settings(self)
         self.kl_coefficient = self.kl.coefficient
-        self.watchman = Watchman(guards or Guards())
+        self.watchman, self.scoring = Watchman(guards or Guards()), scoring
         self.tokenizer = load_tokenizer(self.folder)
         self.critic_folder = self.folder
         if critic is not None:
@@ -196,7 +199,7 @@ class PPO(Learner, EngineHolder):
             reference.to(self.device)
         self.start_engine()
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
-        self.scorer = Scorer(getattr(data, "verifiers", None))
+        self.scorer = Scorer(data.verifiers, self.scoring)
         self.rollouts = Rollouts(
             self.collector(self.scorer, data.prompts, self.stop_ids()),
             lambda: self.engine,  # type: ignore[arg-type, return-value]
@@ -233,13 +236,6 @@ class PPO(Learner, EngineHolder):
 
     # The step ---------------------------------------------------------------------------------------------------
 
-    def on_train_batch_start(self, batch: Any, batch_idx: int) -> int | None:
-        """Start the step's clock when its refresh began: that is work of this step."""
-        result = super().on_train_batch_start(batch, batch_idx)
-        waited = 0.0 if self.rollouts is None else self.rollouts.seconds_wait
-        self._started -= self.sync_seconds + waited
-        return result
-
     def training_step(self, batch: PromptBatch, batch_idx: int) -> None:
         """One rollout batch: collect, score, estimate, learn."""
         try:
@@ -266,7 +262,7 @@ class PPO(Learner, EngineHolder):
             **rollout_metrics(collected),
             **token_metrics(experience),
             **(self.mismatch.metrics() if experience else {}),
-            **self._seconds(collected, clock),
+            **self.phase_seconds(collected.seconds, clock),
             "advantage_std": self.advantage_std,
             "kl_coefficient": self.kl_coefficient,
         }
@@ -276,16 +272,7 @@ class PPO(Learner, EngineHolder):
         rewards = tuple(reward for group in collected.raw for reward in group.rewards)
         self.halt = self.watchman.after(self.step, metrics, rewards)
 
-    def _seconds(self, collected: Collected, clock: Sequence[float]) -> dict[str, float]:
-        """By phase; with staleness 1 `generate` and `score` ran beside the step before, and `wait` is what is left."""
-        assert self.rollouts is not None
-        result = {f"seconds_{name}": spent for name, spent in collected.seconds.items()}
-        result |= {"seconds_logprobs": clock[1] - clock[0], "seconds_update": clock[2] - clock[1]}
-        result |= {"seconds_sync": self.sync_seconds, "seconds_wait": self.rollouts.seconds_wait}
-        self.sync_seconds = self.rollouts.seconds_wait = 0.0
-        return result
-
-    def on_train_batch_end(self, *_: Any) -> None:
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Stop where a guard says so; the callbacks have recorded and saved the step by now.
 
         Raises:
