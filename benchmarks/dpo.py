@@ -13,7 +13,6 @@ with the length-normalised loss (β = 5), clip at 1, and use fused AdamW on fp32
 """
 
 import argparse
-import inspect
 import json
 import math
 import sys
@@ -30,7 +29,6 @@ from turns import Setting, in_turns, median, ratios, say, sweep
 
 from tulu_lightning.assets.models import load_tokenizer, resolve_model
 from tulu_lightning.core.step_plan import StepPlan
-from tulu_lightning.data.preference import PreferenceData
 
 PEERS = Path(__file__).parent / "peers"
 MODEL, SEED, BETA = "smollm2-135m-instruct", 0, 5.0
@@ -144,14 +142,6 @@ class Bench:
         return sweep(self.run, side, settings, self.options.sweep_steps, rate, KEPT)
 
 
-def can_unshare() -> bool:
-    """Whether this version of the data module can compute prompts twice; says so if not."""
-    able = "share_prefix" in inspect.signature(PreferenceData).parameters
-    if not able:
-        say("no column without sharing: PreferenceData has no share_prefix here")
-    return able
-
-
 def check_same(bench: Bench, ours: dict[str, Any], trl: dict[str, Any]) -> dict[str, Any]:
     """Losses and gradient norms of both sides; stops when they are those of another computation."""
     found: dict[str, Any] = {
@@ -177,9 +167,7 @@ def check_same(bench: Bench, ours: dict[str, Any], trl: dict[str, Any]) -> dict[
 def compare(bench: Bench, ours: Setting, trl: Setting) -> dict[str, Any]:
     """All sides in turn, the first one changing from round to round."""
     shape, options = Shape.of(bench.model), bench.options
-    sides = {"ours": ours, "trl": trl}
-    if can_unshare():
-        sides["unshared"] = unshared(ours)
+    sides = {"ours": ours, "trl": trl, "unshared": unshared(ours)}
     results, peak = in_turns(bench.run, sides, options.rounds, options.steps, bench.dtype, shape)
     first = results["ours"][0]
     same = check_same(bench, first, results["trl"][0])
@@ -206,9 +194,7 @@ def compare(bench: Bench, ours: Setting, trl: Setting) -> dict[str, Any]:
         "cpu_ratio": ratios(results["ours"], results["trl"], "cpu_rate"),
         "reference_ratio": ratios(results["ours"], results["trl"], "reference_rate"),
         "memory_ratio": round(summary["ours"][memory] / summary["trl"][memory], 3),
-        "sharing": {key: ratios(results["ours"], results["unshared"], key) for key in ("rate", "cpu_rate")}
-        if "unshared" in results
-        else "this version cannot compute prompts twice",
+        "sharing": {key: ratios(results["ours"], results["unshared"], key) for key in ("rate", "cpu_rate")},
         "same": same,
         "sample": bench.sample(),
         "tokens": first["tokens"],

@@ -46,7 +46,7 @@ def test_no_config_is_left_out_here():
     tried = {layer.path for leaf in leaves for layer in compose(leaf)}
     assert tried == set(CONFIGS.rglob("*.yaml"))
     assert {path.stem for path in FITS} >= {
-        *(f"{stage}_{size}" for stage in ("sft", "dpo", "ppo") for size in ("tiny", "smol")),
+        *(f"{stage}_{size}" for stage in ("sft", "dpo", "ppo", "grpo") for size in ("tiny", "smol")),
         *(f"{stage}_{size}" for stage in ("sft", "dpo") for size in ("8b", "70b", "405b")),
         *(f"reward_{size}" for size in ("tiny", "8b")),
     }
@@ -90,7 +90,7 @@ def test_a_stage_records_saves_and_promotes(path):
     callbacks = composed(path.name)["trainer"]["callbacks"]
     names = [callback["class_path"].removeprefix(CALLBACKS) for callback in callbacks]
     assert {"records.Records", "checkpoints.Checkpoints", "promote.Promote"} <= set(names)
-    assert ("refresh.RolloutRefresh" in names) == path.stem.startswith("ppo")
+    assert ("refresh.RolloutRefresh" in names) == path.stem.startswith(("ppo", "grpo"))
     assert names[-1] == "promote.Promote", "it decides by what Evaluate found"
     if path.stem.endswith("smol"):
         (evaluate,) = (c["init_args"] for c in callbacks if c["class_path"].endswith("Evaluate"))
@@ -138,17 +138,44 @@ PAPER = {
         "model.rollout.temperature": 1.0,
         "model.rollout.max_new_tokens": 2048,
         "model.reward.right": 10.0,
-        "model.reward.no_stop": -10.0,
-        "model.reward.kl_coefficient": 0.05,
+        "model.overlong.kind": "penalty",
+        "model.overlong.penalty": -10.0,
+        "model.kl.coefficient": 0.05,
+        "model.kl.place": "reward",
+        "model.kl.estimator": "k1",
+        "model.correction.kind": "none",
         "model.policy_loss.clip_low": 0.2,
         "model.policy_loss.clip_high": 0.2,
         "model.value_loss.clip": 0.2,
         "model.value_coefficient": 0.1,
-        "model.gamma": 1.0,
-        "model.lam": 0.95,
+        "model.advantage.class_path": "tulu_lightning.core.estimators.GAE",
+        "model.advantage.init_args.gamma": 1.0,
+        "model.advantage.init_args.lam": 0.95,
         "model.epochs": 4,
         "model.mini_batches": 1,
         "data.examples_per_step": 224,
+        "data.max_tokens": 2048,
+    },
+    "grpo": {  # Tülu 3.1 8B, the original run
+        "model.optimizer.lr": 5e-7,
+        "model.optimizer.schedule": "constant",
+        "model.advantage.class_path": "tulu_lightning.core.groups.GRPO",
+        "model.advantage.init_args.eps": 1e-8,
+        "model.rollout.samples_per_prompt": 16,
+        "model.rollout.temperature": 1.0,
+        "model.rollout.max_new_tokens": 2048,
+        "model.reward.right": 10.0,
+        "model.overlong.kind": "penalty",
+        "model.overlong.penalty": 0.0,
+        "model.kl.coefficient": 0.01,
+        "model.kl.place": "loss",
+        "model.kl.estimator": "k3",
+        "model.correction.kind": "none",
+        "model.policy_loss.clip_low": 0.2,
+        "model.policy_loss.clip_high": 0.2,
+        "model.epochs": 1,
+        "model.mini_batches": 2,
+        "data.examples_per_step": 48,
         "data.max_tokens": 2048,
     },
 }

@@ -9,11 +9,12 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from tulu_lightning import __version__
-from tulu_lightning.errors import InputError, nearest
+from tulu_lightning.errors import InputError, RunStopped, nearest
 
 __all__ = ["main"]
 
 BAD_INPUT = 2
+STOPPED = 1
 INTERRUPTED = 130
 
 DISK_REMEDIES = {
@@ -46,6 +47,7 @@ COMMANDS = (
     Command("predict", "run the prediction loop of one stage", LIGHTNING, wants_name=True),
     Command("data", "see what the model will see: inspect rows, length statistics", "tulu_lightning.launch.data"),
     Command("pairs", "make on-policy preference pairs from a model's own samples", "tulu_lightning.recipes.pairs"),
+    Command("verify", "score responses offline; `verify audit` measures the verifiers", "tulu_lightning.launch.verify"),
     Command("report", "write a run as one HTML page", "tulu_lightning.recipes.report"),
 )
 
@@ -79,12 +81,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: arguments without the program's name; those of the process by default.
 
     Returns:
-        Exit status: 0, 2 for bad input or a disk that cannot be written, 130 after Ctrl-C.
+        Exit status: 0, 1 for a run that stopped itself, 2 for bad input or a disk that cannot be written, 130 after
+        Ctrl-C.
     """
     try:
         return _dispatch(list(sys.argv[1:] if argv is None else argv))
     except InputError as error:
         return _fail(str(error))
+    except RunStopped as error:
+        print(f"tulu: stopped: {error}", file=sys.stderr)
+        return STOPPED
     except KeyboardInterrupt:
         print("tulu: interrupted; run the same command again to go on", file=sys.stderr)
         return INTERRUPTED

@@ -1,4 +1,4 @@
-"""The one error that a user is meant to read.
+"""The errors that a user is meant to read.
 
 Everything that is wrong with what the user gave (a config, a file, a row, a folder) is raised as `InputError`
 before anything heavy runs. The command line prints its text on one line and exits with status 2; from a notebook
@@ -21,6 +21,14 @@ class InputError(ValueError):
     def __init__(self, where: str, what: str, remedy: str) -> None:
         self.where, self.what, self.remedy = where, what, remedy
         super().__init__(f"{where}: {what}. {remedy}")
+
+
+class RunStopped(RuntimeError):
+    """A run that stopped itself because going on would be of no use; the same command goes on from its checkpoint.
+
+    The message says what was found, in numbers, and what to try. The command line prints it on one line and exits with
+    status 1.
+    """
 
 
 def nearest(name: str, choices: Iterable[str]) -> str:

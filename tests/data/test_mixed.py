@@ -7,7 +7,6 @@ from dataclasses import replace
 import pytest
 
 from tulu_lightning.assets.tiny import byte_tokenizer
-from tulu_lightning.data.criteria import Keywords
 from tulu_lightning.data.preference import PreferenceData
 from tulu_lightning.data.prompts import PromptData
 from tulu_lightning.data.sft import SFTData
@@ -17,6 +16,7 @@ TOKENIZER = byte_tokenizer()
 SETTINGS = {"tokenizer": "tiny-random-llama", "template": "tulu", "max_tokens": 200, "examples_per_step": 4}
 
 PAIR = {"prompt": "q", "chosen": "a", "rejected": "b"}
+PROMPT = {"messages": [{"role": "user", "content": "q"}], "ground_truth": "1", "verifier": "last_number"}
 
 
 def chat(answer, **more):
@@ -98,17 +98,6 @@ def test_plain_text_has_no_template_and_is_trained_from_its_second_token_to_its_
 
 
 @pytest.mark.parametrize(
-    "setting", [{"read": "alpaca"}, {"filters": [Keywords(["OpenAI"])]}, {"keep_empty": True}], ids=str
-)
-def test_what_does_nothing_for_prompts_is_refused_there(write, setting):
-    row = {"messages": chat("")["messages"][:1], "ground_truth": "1", "verifier": "last_number"}
-    (name,) = setting
-    with pytest.raises(InputError, match=rf"source 'rows': {name} is .* does nothing for prompts"):
-        PromptData(sources=[replace(write([row]), **setting)], **SETTINGS).setup()
-    assert len(PromptData(sources=[write([row])], **SETTINGS).train_dataloader()) == 1
-
-
-@pytest.mark.parametrize(
     ("module", "row", "said"),
     [
         (SFTData, chat("a"), "there is no format 'ultrafeedback' for SFTData. Known: alpaca, messages, "),
@@ -118,6 +107,8 @@ def test_what_does_nothing_for_prompts_is_refused_there(write, setting):
             "there is no format 'alpaca' for PreferenceData. Known: messages, sharegpt, ultrafeedback.",
         ),
         (PreferenceData, PAIR, "there is no format 'sharegp'. Did you mean 'sharegpt'?"),
+        (PromptData, PROMPT, "there is no format 'alpaca' for PromptData. Known: gsm8k, math, messages."),
+        (PromptData, PROMPT, "there is no format 'gsmk'. Did you mean 'gsm8k'?"),
     ],
 )
 def test_a_format_that_a_data_module_does_not_have_is_refused_with_the_nearest(write, module, row, said):

@@ -8,11 +8,12 @@ import pytest
 
 from tulu_lightning.assets.tiny import byte_tokenizer
 from tulu_lightning.data.preference import PreferenceData
-from tulu_lightning.data.prompts import PromptData
+from tulu_lightning.data.prompts import PromptData, PromptSource
 from tulu_lightning.data.sft import SFTData
 from tulu_lightning.data.sources import Source
 from tulu_lightning.errors import InputError
 from tulu_lightning.stages.stage import Stage
+from tulu_lightning.types import Check
 
 TOKENIZER = byte_tokenizer()
 SETTINGS = {"tokenizer": "tiny-random-llama", "max_tokens": 200, "examples_per_step": 4}
@@ -191,7 +192,7 @@ def test_prompts_end_where_the_answer_begins_and_know_their_row(make):
     data = make(PromptData, [prompt("long" * 99), prompt("What is 1 + 1?", "2")])
     (only,) = data.prompts
     assert TOKENIZER.decode(only.ids).endswith("What is 1 + 1?<|im_end|>\n<|im_start|>assistant\n")
-    assert only[1:] == ("2", "last_number", "What is 1 + 1?", 0)
+    assert only[1:] == ((Check("last_number", "2"),), "What is 1 + 1?", 0, "rows")
     assert data.stop_ids == (258,)
     (batch,) = data.train_dataloader()
     assert batch.prompts == (only,)
@@ -331,5 +332,6 @@ def test_a_config_builds_the_module(module, write):
     }
     instantiate = getattr(parser, "instantiate", None) or parser.instantiate_classes  # the name before 4.49
     data = instantiate(parser.parse_object({"data": config})).data
-    assert data.sources == [Source(source.name, path=source.path, limit=8)]
+    kind = PromptSource if module is PromptData else Source
+    assert data.sources == [kind(source.name, path=source.path, limit=8)]
     assert data.total_steps == 2

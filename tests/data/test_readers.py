@@ -1,9 +1,8 @@
 import pytest
 
-from tulu_lightning.data.readers import read_chat, read_prompt
+from tulu_lightning.data.readers import read_chat
 from tulu_lightning.data.sources import Source
 from tulu_lightning.errors import InputError
-from tulu_lightning.verifiers.registry import check_target
 
 SOURCE = Source("s", path="rows.jsonl")
 USER = {"role": "user", "content": "q"}
@@ -106,37 +105,6 @@ def test_text_parts_are_joined():
 def test_a_misspelt_role_is_offered_its_nearest():
     with pytest.raises(InputError, match="Did you mean 'assistant'"):
         read_chat(SOURCE, 1, {"messages": [{"role": "asistant", "content": ""}]})
-
-
-def test_a_good_prompt_row():
-    row = {"messages": [USER], "ground_truth": "68", "verifier": "last_number"}
-    assert read_prompt(SOURCE, 1, row, check_target) == ([USER], "68", "last_number")
-
-
-PROMPT = {"messages": [USER], "ground_truth": "68", "verifier": "last_number"}
-
-
-@pytest.mark.parametrize(
-    ("change", "what"),
-    [
-        ({"messages": [USER, ANSWER]}, "messages does not end with a user turn"),
-        ({"ground_truth": 68}, "ground_truth is 68, not text"),
-        (
-            {"ground_truth": "sixty"},
-            "verifier 'last_number' cannot use ground_truth: 'sixty' is not a number",
-        ),
-        ({"verifier": "last_numbr"}, "there is no verifier 'last_numbr'"),
-        ({"verifier": None}, "verifier is None, not text"),
-    ],
-)
-def test_a_bad_prompt_row(change, what):
-    assert fault(read_prompt, {**PROMPT, **change}, check_target) == what
-
-
-@pytest.mark.parametrize("field", ["messages", "ground_truth", "verifier"])
-def test_a_prompt_row_that_lacks_a_field(field):
-    row = {name: value for name, value in PROMPT.items() if name != field}
-    assert fault(read_prompt, row, check_target).startswith(f"the row has no field {field!r}")
 
 
 def test_long_values_are_shortened_in_messages():

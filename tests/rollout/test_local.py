@@ -1,3 +1,4 @@
+from functools import partial
 from itertools import chain
 
 import pytest
@@ -5,7 +6,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tulu_lightning.errors import InputError
+from tulu_lightning.rollout.engine import RefreshError
 from tulu_lightning.rollout.local import LocalEngine
+from tulu_lightning.rollout.sampling import filtered
 from tulu_lightning.types import Completion, Sampling
 
 GENERATOR = torch.Generator().manual_seed(0)
@@ -22,9 +25,15 @@ def model(tiny):
     return model.eval()
 
 
+@pytest.fixture(scope="module", params=["auto", "transformers"])
+def build(request):
+    """Engines of each way to decode."""
+    return partial(LocalEngine.from_model, decode=request.param)
+
+
 @pytest.fixture(scope="module")
-def engine(model):
-    return LocalEngine.from_model(model)
+def engine(model, build):
+    return build(model)
 
 
 def teacher_forced(model, prompt, completion: Completion, temperature: float) -> torch.Tensor:
@@ -57,10 +66,10 @@ def test_greedy_equals_transformers_generate_on_ragged_prompts(engine, model):
         assert torch.allclose(completion.logprobs_L, teacher_forced(model, prompt, completion, 1.0), atol=1e-4)
 
 
-def test_a_row_depends_neither_on_its_neighbours_nor_on_chunks(model, engine):
+def test_a_row_depends_neither_on_its_neighbours_nor_on_chunks(model, engine, build):
     whole = engine.generate(PROMPTS, 4, Sampling(12), 5)
-    one_by_one = LocalEngine.from_model(model, max_rows=1).generate(PROMPTS, 4, Sampling(12), 5)
-    by_tokens = LocalEngine.from_model(model, batch_tokens=70).generate(PROMPTS, 4, Sampling(12), 5)
+    one_by_one = build(model, max_rows=1).generate(PROMPTS, 4, Sampling(12), 5)
+    by_tokens = build(model, batch_tokens=70).generate(PROMPTS, 4, Sampling(12), 5)
     assert same(whole, one_by_one)
     assert same(whole, by_tokens)
     alone = engine.generate(PROMPTS[3:4], 4, Sampling(12), 5, keys=[3])
@@ -82,21 +91,17 @@ def test_samples_differ_and_the_seed_decides(engine):
 
 
 def test_equal_prompts_are_computed_once_but_sampled_apart(engine, monkeypatch):
-    widths = []
-    forward = engine._lm.model.forward
-
-    def spy(*args, **kwargs):
-        widths.append(tuple(kwargs["input_ids"].shape))
-        return forward(*args, **kwargs)
-
-    monkeypatch.setattr(engine._lm.model, "forward", spy)
+    engine.generate([[1]], 1, Sampling(1), 0)  # the way is chosen
+    tokens, module = [], engine._model.get_input_embeddings()
+    monkeypatch.setattr(module, "forward", lambda ids, f=module.forward: tokens.append(ids.numel()) or f(ids))
     out = engine.generate([[5, 6, 7], [8, 9], [5, 6, 7]], 2, Sampling(3), 1)
-    assert widths == [(2, 3), (6, 1), (6, 1)]
+    prompts = 5 if engine._fast else 6  # without padding, and with
+    assert tokens == [prompts, 6, 6]
     assert len({tuple(c.ids_L.tolist()) for c in (*out[0], *out[2])}) == 4
 
 
 @pytest.mark.parametrize("shortest", [12, 13, 20])
-def test_a_prefix_shared_by_all_prompts_changes_nothing(engine, model, shortest):
+def test_a_prefix_shared_by_all_prompts_changes_nothing(engine, model, build, shortest):
     # The shortest prompt is a prefix of the others, or nearly.
     prefix = PROMPTS[5][:shortest]
     prompts = [prefix, [*prefix, 1, 2, 3, 4], [*prefix, 9], [*PROMPTS[5][:12], 77, 78, 79]]
@@ -104,7 +109,7 @@ def test_a_prefix_shared_by_all_prompts_changes_nothing(engine, model, shortest)
     for prompt, group in zip(prompts, out, strict=True):
         for completion in group:
             assert torch.allclose(completion.logprobs_L, teacher_forced(model, prompt, completion, 1.0), atol=1e-4)
-    assert same(out, LocalEngine.from_model(model, max_rows=1).generate(prompts, 2, Sampling(8), 3))
+    assert same(out, build(model, max_rows=1).generate(prompts, 2, Sampling(8), 3))
 
 
 def test_rows_stop_at_any_stop_id_and_keep_it(engine):
@@ -129,17 +134,17 @@ def test_a_stop_id_at_the_last_place_counts_as_stop(engine):
     assert (first.finish, stop.finish) == ("length", "stop")
 
 
-def test_bf16_stays_near_fp32(model):
-    engine = LocalEngine.from_model(model, torch.bfloat16)
+def test_bf16_stays_near_fp32(model, build):
+    engine = build(model, torch.bfloat16)
     (group,) = engine.generate(PROMPTS[1:2], 8, Sampling(12), 1)
     gap = torch.cat([c.logprobs_L - teacher_forced(model, PROMPTS[1], c, 1.0) for c in group]).abs()
     assert all(c.logprobs_L.dtype == torch.float32 for c in group)
     assert 0 < gap.mean() < 0.1
 
 
-def test_progress_counts_finished_rows(model):
+def test_progress_counts_finished_rows(model, build):
     seen = []
-    LocalEngine.from_model(model, max_rows=4).generate(
+    build(model, max_rows=4).generate(
         PROMPTS, 2, Sampling(3), 0, progress=lambda done, total: seen.append((done, total))
     )
     assert seen == [(4, 12), (8, 12), (12, 12)]
@@ -163,6 +168,9 @@ def test_a_folder_and_a_model_give_the_same_engine(tiny):
         ([[1]], 1, Sampling(0), "max_new_tokens is 0"),
         ([[1]], 1, Sampling(4, -1.0), "temperature is -1"),
         ([[1]], 1, Sampling(4, float("nan")), "temperature is nan"),
+        ([[1]], 1, Sampling(4, top_p=0.0), "top_p is 0"),
+        ([[1]], 1, Sampling(4, top_p=1.1), "top_p is 1.1"),
+        ([[1]], 1, Sampling(4, top_k=-1), "top_k is -1"),
     ],
 )
 def test_bad_requests_are_named(engine, prompts, n, sampling, what):
@@ -175,8 +183,11 @@ def test_as_many_keys_as_prompts(engine):
         engine.generate([[1], [2]], 1, Sampling(1), 0, keys=[0])
 
 
-def test_weights_that_are_not_numbers_are_reported(model):
-    engine = LocalEngine.from_model(model)
+@pytest.mark.parametrize("used", [False, True])
+def test_weights_that_are_not_numbers_are_reported(model, build, used):
+    engine = build(model)
+    if used:
+        engine.generate([[1]], 1, Sampling(1), 0)
     weights = {name: torch.full_like(tensor, float("nan")) for name, tensor in model.state_dict().items()}
     engine.refresh(weights.items(), 9)
     with pytest.raises(RuntimeError, match="version 9 give probabilities that are not finite"):
@@ -187,6 +198,61 @@ def test_weights_that_are_not_numbers_are_reported(model):
 def test_limits_are_at_least_one(model, limit):
     with pytest.raises(InputError, match=f"engine.{limit}: it is 0"):
         LocalEngine.from_model(model, **{limit: 0})
+
+
+@pytest.mark.parametrize(("top_p", "top_k"), [(0.8, 0), (1.0, 3), (0.9, 5)])
+def test_filters_give_the_log_probs_of_what_was_sampled_from(engine, model, top_p, top_k):
+    sampling = Sampling(8, 1.5, top_p=top_p, top_k=top_k)
+    for prompt, group in zip(PROMPTS, engine.generate(PROMPTS, 4, sampling, 1), strict=True):
+        for completion in group:
+            ids = torch.tensor([[*prompt, *completion.ids_L.tolist()]])
+            with torch.no_grad():
+                logits = model(ids).logits[0, len(prompt) - 1 : -1].float() / 1.5
+            expected = torch.log_softmax(filtered(logits, top_p, top_k), -1)
+            expected = expected.gather(1, completion.ids_L[:, None])[:, 0]
+            assert torch.allclose(completion.logprobs_L, expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_log_probs_of_given_tokens_equal_a_plain_forward(engine, model, temperature):
+    generator = torch.Generator().manual_seed(1)
+    sequences = [
+        (prompt, torch.randint(0, 256, (n,), generator=generator).tolist())
+        for prompt, n in zip(PROMPTS, (5, 1, 40, 2, 9, 3), strict=True)
+    ]
+    for (prompt, response), found in zip(sequences, engine.logprobs(sequences, temperature), strict=True):
+        done = Completion(torch.tensor(response), torch.zeros(len(response)), "length", 0)
+        assert torch.allclose(found, teacher_forced(model, prompt, done, temperature), atol=1e-4)
+        assert found.dtype == torch.float32
+    assert engine.logprobs([]) == []
+
+
+@pytest.mark.parametrize(
+    ("sequence", "temperature", "what"),
+    [
+        (([], [1]), 1.0, "sequence 0: its prompt is empty"),
+        (([1], []), 1.0, "sequence 0: its response is empty"),
+        (([1], [264]), 1.0, "its ids span"),
+        (([1], [2]), 0.0, "temperature is 0"),
+    ],
+)
+def test_bad_sequences_are_named(engine, sequence, temperature, what):
+    with pytest.raises(InputError, match=what):
+        engine.logprobs([sequence], temperature)
+
+
+def test_health_tells_version_failed_refreshes_and_the_end(model, build):
+    engine = build(model, version=3)
+    assert engine.health()[:2] == (True, 3)
+    with pytest.raises(RefreshError):
+        engine.refresh([], 4)
+    assert engine.health()[:2] == (False, -1)
+    with pytest.raises(RuntimeError, match="last weight refresh failed"):
+        engine.logprobs([([1], [2])])
+    engine.refresh(model.state_dict().items(), 5)
+    assert engine.health()[:2] == (True, 5)
+    engine.close()
+    assert engine.health() == (False, -1, "the engine in this process was closed")
 
 
 def test_the_real_model_answers_as_transformers_does(smol):

@@ -5,9 +5,13 @@ from pathlib import Path
 import lightning as L
 import torch
 
+from tulu_lightning.assets.arithmetic import prompt_rows
 from tulu_lightning.callbacks.checkpoints import Checkpoints
 from tulu_lightning.callbacks.records import Records
 from tulu_lightning.callbacks.refresh import RolloutRefresh
+from tulu_lightning.core.groups import GRPO
+from tulu_lightning.core.kl import Kl
+from tulu_lightning.core.overlong import Overlong
 from tulu_lightning.core.preference import DPO as DPOLoss
 from tulu_lightning.data.preference import PreferenceData
 from tulu_lightning.data.prompts import PromptData
@@ -19,6 +23,8 @@ from tulu_lightning.stages.optimizer import AdamW
 from tulu_lightning.stages.ppo import PPO, Critic, Rollout
 from tulu_lightning.stages.reward import RewardModel
 from tulu_lightning.stages.sft import SFT
+from tulu_lightning.types import Verdict
+from tulu_lightning.verifiers.registry import VERIFIERS
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 TINY = "tiny-random-llama"
@@ -45,6 +51,32 @@ def prompt_data(**changes):
     return PromptData(**settings(**{"sources": [rows], "examples_per_step": 4, **changes}))
 
 
+class EvenBytes:
+    """Score: share of the response's bytes that are even; even random weights get different ones."""
+
+    runs = "here"
+
+    def __call__(self, response, target):
+        data = response.encode("utf-8", "surrogatepass")
+        score = sum(byte % 2 == 0 for byte in data) / max(len(data), 1)
+        return Verdict("right" if score > 0.5 else "wrong", score)
+
+    def complaint(self, target):
+        return None
+
+
+VERIFIERS["even_bytes"] = EvenBytes()
+
+
+def even_rows(count):
+    """Sums whose responses are scored by their bytes."""
+    return [{**row, "verifier": "even_bytes"} for row in prompt_rows(count)]
+
+
+def even_data(**changes):
+    return prompt_data(**{"sources": [Source("even", rows="stage_runs.even_rows", args={"count": 40})], **changes})
+
+
 def sft(**optimizer):
     return SFT(Backbone(TINY), AdamW(**{"lr": 1e-3, **optimizer}))
 
@@ -68,11 +100,26 @@ def ppo(kind=PPO, **changes):
     return kind(Backbone(TINY), **{**common, **changes})
 
 
+def grpo(kind=PPO, **changes):
+    common = {
+        "optimizer": AdamW(lr=1e-4),
+        "advantage": GRPO(),
+        "rollout": Rollout(max_new_tokens=6, samples_per_prompt=4),
+        "overlong": Overlong(kind="none"),
+        "kl": Kl(coefficient=0.01, place="loss", estimator="k3"),
+        "epochs": 1,
+        "mini_batches": 2,
+        "micro_tokens": 256,
+    }
+    return kind(Backbone(TINY), **{**common, **changes})
+
+
 STAGES = {
     "sft": (sft, sft_data),
     "dpo": (dpo, preference_data),
     "reward": (reward, preference_data),
     "ppo": (ppo, prompt_data),
+    "grpo": (grpo, even_data),
 }
 
 

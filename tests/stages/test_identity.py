@@ -17,6 +17,7 @@ from tulu_lightning.callbacks.checkpoints import Checkpoints, checkpoint_path
 from tulu_lightning.callbacks.evaluate import Evaluate
 from tulu_lightning.callbacks.records import Records
 from tulu_lightning.checkpoints.identity import check_identity, flat, weights_digest
+from tulu_lightning.core.estimators import GAE
 from tulu_lightning.core.policy import ClippedPolicy
 from tulu_lightning.core.preference import DPO as DPOLoss
 from tulu_lightning.data.sources import Source
@@ -115,11 +116,11 @@ def test_the_loss_is_part_of_what_a_run_is(tmp_path):
 
 def test_ppos_settings_are_all_part_of_it_but_not_how_it_cuts(tmp_path):
     runs.fit(runs.ppo(), runs.prompt_data(max_steps=2), tmp_path, callbacks=[Interrupt(STOP)])
-    other = runs.ppo(gamma=0.9, policy_loss=ClippedPolicy(clip_high=0.3), micro_tokens=64)
+    other = runs.ppo(advantage=GAE(gamma=0.9), policy_loss=ClippedPolicy(clip_high=0.3), micro_tokens=64)
     with pytest.raises(InputError) as caught:
         go_on(tmp_path, other, runs.prompt_data(max_steps=2))
     said = str(caught.value)
-    assert "policy_loss.clip_high was 0.2 and is 0.3; gamma was 1.0 and is 0.9." in said
+    assert "advantage.gamma was 1.0 and is 0.9; policy_loss.clip_high was 0.2 and is 0.3." in said
     go_on(tmp_path, runs.ppo(micro_tokens=64), runs.prompt_data(max_steps=2))
 
 

@@ -8,6 +8,7 @@ from tulu_lightning.assets.models import load_tokenizer
 from tulu_lightning.callbacks.checkpoints import checkpoint_path
 from tulu_lightning.rollout.experience import Group
 from tulu_lightning.rollout.local import LocalEngine
+from tulu_lightning.rollout.scoring import Scorer
 from tulu_lightning.stages.optimizer import AdamW
 from tulu_lightning.stages.ppo import PPO, Critic, Rollout
 from tulu_lightning.types import Check, Completion, Prompt
@@ -64,7 +65,8 @@ def test_the_reported_ratio_error_is_of_all_packs_before_the_first_update(tmp_pa
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 def test_the_samplers_log_probs_are_the_trainers(temperature, tmp_path):
-    rollout = Rollout(max_new_tokens=12, samples_per_prompt=3, temperature=temperature)
+    allow = () if temperature == 1 else ("temperature",)
+    rollout = Rollout(max_new_tokens=12, samples_per_prompt=3, temperature=temperature, allow=allow)
     watch = fit(ppo(rollout=rollout), prompt_data(max_steps=3), tmp_path)
     assert max(step["mismatch_max"] for step in watch.history) < 1e-4
 
@@ -108,7 +110,7 @@ def test_a_right_answer_earns_ten_a_wrong_one_nothing_and_a_cut_one_costs_ten(te
     )
     completion = Completion(ids_L, torch.zeros(len(ids_L)), finish, 0)
     prompt = Prompt((1, 2), (Check("last_number", "59"),), "What is 31 + 28?", 0)
-    (group,) = ppo().score([Group(prompt, (completion,), (), ())])
+    (group,) = ppo().collector(Scorer()).score([Group(prompt, (completion,))])
     assert group.rewards == (expected,)
 
 

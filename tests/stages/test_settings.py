@@ -7,9 +7,10 @@ import stage_runs as runs
 from tulu_lightning.core.policy import ClippedPolicy, ClippedValue
 from tulu_lightning.errors import InputError
 from tulu_lightning.models.sharding import Fsdp2
+from tulu_lightning.rollout.engines import EngineSettings
 from tulu_lightning.rollout.local import LocalEngine
 from tulu_lightning.stages.optimizer import AdamW
-from tulu_lightning.stages.ppo import Critic, Reward, Rollout
+from tulu_lightning.stages.ppo import Critic, DynamicSampling, Guards, Reward, Rollout
 
 NAN, INF = float("nan"), float("inf")
 
@@ -31,16 +32,21 @@ NAN, INF = float("nan"), float("inf")
         (Critic, "warmup_steps", [-1], [0, 3]),
         (Rollout, "max_new_tokens", [0, -1], [1]),
         (Rollout, "samples_per_prompt", [0], [1]),
-        (Rollout, "temperature", [0.0, -1.0, NAN, INF], [0.7]),
-        (Rollout, "engine_dtype", ["float16"], ["bfloat16"]),
-        (Reward, "right", [NAN, INF], [1.0]),
-        (Reward, "no_stop", [NAN, -INF], [-1.0, 0.0]),
-        (Reward, "kl_coefficient", [-0.1, NAN, INF], [0.0]),
+        (Rollout, "temperature", [0.0, -1.0, NAN, INF], [1.0]),
+        (Rollout, "top_k", [-1], [0]),
+        (Rollout, "staleness", [-1, 2], [0, 1]),
+        (EngineSettings, "dtype", ["float16"], ["bfloat16"]),
+        (EngineSettings, "kind", ["sglang"], ["local", "vllm"]),
+        (Reward, "right", [NAN, INF, 0.0], [1.0]),
+        (DynamicSampling, "max_refills", [0], [1]),
+        (Guards, "mismatch_kl", [0.0, NAN, INF], [None, 0.01]),
+        (Guards, "mismatch_patience", [0], [1]),
+        (Guards, "equal_rewards", [0], [None, 1]),
         (runs.ppo, "epochs", [0], [1]),
         (runs.ppo, "mini_batches", [0], [2]),
         (runs.ppo, "micro_tokens", [0], [16]),
-        (runs.ppo, "gamma", [-0.1, 1.1, NAN], [0.0, 1.0]),
-        (runs.ppo, "lam", [-0.1, 1.1, NAN], [0.0, 1.0]),
+        (runs.ppo, "entropy_coefficient", [-0.1, NAN, INF], [0.0, 0.01]),
+        (runs.ppo, "aggregation", ["words"], ["token", "sequence", "constant"]),
         (runs.ppo, "value_coefficient", [0.0, -1.0, NAN, INF], [0.5]),
     ],
 )

@@ -108,7 +108,7 @@ class Checkpoints(L.Callback):
         """Save if it is time to. One rank's signal stops all of them, after the same step."""
         stop = trainer.strategy.reduce_boolean_decision(self.stop_requested, all=False)
         due = self.every_n_steps and pl_module.step % self.every_n_steps == 0
-        if due or pl_module.finished or stop:
+        if due or pl_module.finished or stop or pl_module.halt:
             self.save(trainer, pl_module.step)
         if stop:
             self.stop_requested = trainer.should_stop = True

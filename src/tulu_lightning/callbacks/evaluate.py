@@ -6,8 +6,7 @@ from typing import Any
 
 import lightning as L
 
-from tulu_lightning.data.prompts import PromptData
-from tulu_lightning.data.sources import Source
+from tulu_lightning.data.prompts import PromptData, PromptSource
 from tulu_lightning.errors import InputError
 from tulu_lightning.evaluation.heldout import HeldOut, Scores
 from tulu_lightning.progress import Progress
@@ -27,7 +26,7 @@ class Evaluate(L.Callback):
         max_tokens: longest prompt, in tokens.
     """
 
-    def __init__(self, sources: list[Source], max_new_tokens: int, max_tokens: int = 2048) -> None:
+    def __init__(self, sources: list[PromptSource], max_new_tokens: int, max_tokens: int = 2048) -> None:
         super().__init__()
         self.sources, self.max_new_tokens, self.max_tokens = sources, max_new_tokens, max_tokens
         self.before: Scores | None = None

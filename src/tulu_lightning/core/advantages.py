@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["Moments", "explained_variance", "gae", "moments", "token_rewards", "whiten"]
+__all__ = ["Moments", "explained_variance", "gae", "moments", "response_rewards", "token_rewards", "whiten"]
 
 
 def token_rewards(
@@ -31,16 +31,45 @@ def token_rewards(
 
     Returns:
         rewards_N.
+
+    Raises:
+        ValueError: a response has no token, so that its score would land on another's.
     """
+    if not all(lengths_R):
+        raise ValueError("a response has no token: it has to leave the batch before")
     rewards_N = -kl_coefficient * (logp_N - reference_N)
     last_R = torch.as_tensor(lengths_R).cumsum(0).to(scores_R.device) - 1
     return rewards_N.index_add(0, last_R, scores_R.to(rewards_N.dtype))
 
 
+def response_rewards(
+    scores_R: Tensor, logp_N: Tensor, reference_N: Tensor, lengths_R: Sequence[int], kl_coefficient: float
+) -> Tensor:
+    """The same reward per response: its score less β times the sum of k1 over its tokens, for rules without a critic.
+
+    Args:
+        scores_R: one score per response.
+        logp_N: log-probs of the sampled tokens under the policy that made them (the trainer's own).
+        reference_N: the same under the reference.
+        lengths_R: tokens of each response.
+        kl_coefficient: β.
+
+    Returns:
+        rewards_R.
+    """
+    kl_R = torch.stack([kl_L.sum() for kl_L in (logp_N - reference_N).split(list(lengths_R))])
+    return scores_R - kl_coefficient * kl_R.to(scores_R.dtype)
+
+
 def gae(
-    rewards_N: Tensor, values_N: Tensor, lengths_R: Sequence[int], gamma: float = 1.0, lam: float = 0.95
+    rewards_N: Tensor,
+    values_N: Tensor,
+    lengths_R: Sequence[int],
+    gamma: float = 1.0,
+    lam: float = 0.95,
+    mask_N: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Generalised advantage estimation (Schulman et al. 2016, eq. 16), backwards over each response, in fp32.
+    """Generalised advantage estimation (Schulman et al. 2016, eq. 16), backwards over each response.
 
     `δ_t = r_t + γ V_{t+1} - V_t`, `A_t = δ_t + γ λ A_{t+1}`; after the last token both V and A are 0, for a response
     that stopped and for one that was cut alike (all peers do so; a cut response carries its penalty in the score).
@@ -51,14 +80,20 @@ def gae(
         lengths_R: tokens of each response.
         gamma: discount γ.
         lam: λ.
+        mask_N: bool, the tokens that the policy chose; all if left out. V and A are carried across the others as if they
+            were not there. Nothing at those is read: not the critic's value, and no reward either.
 
     Returns:
-        advantages_N and returns_N = advantages + values, both before any whitening.
+        advantages_N and returns_N = advantages + values, both before any whitening; 0 where the mask is false. fp32, or
+        fp64 where the rewards are.
 
     Example: one response, rewards [0, 1], values [0.5, 0.5], γ = λ = 1: δ = [0, 0.5], A = [0.5, 0.5], returns [1, 1].
     """
-    rewards, values = (_rows(x_N.float(), lengths_R) for x_N in (rewards_N, values_N))
-    carry_R = torch.zeros(len(lengths_R), device=rewards_N.device)
+    if mask_N is not None:
+        return _gae_of_chosen(rewards_N, values_N, lengths_R, gamma, lam, mask_N.bool())
+    dtype = torch.float64 if rewards_N.dtype == torch.float64 else torch.float32
+    rewards, values = (_rows(x_N.to(dtype), lengths_R) for x_N in (rewards_N, values_N))
+    carry_R = torch.zeros(len(lengths_R), dtype=dtype, device=rewards_N.device)
     next_R = torch.zeros_like(carry_R)
     advantages = torch.zeros_like(rewards)
     inside = _inside(lengths_R, rewards_N.device)
@@ -69,7 +104,22 @@ def gae(
         next_R = torch.where(inside[:, t], values[:, t], 0.0)
         advantages[:, t] = carry_R
     advantages_N = advantages[inside]
-    return advantages_N, advantages_N + values_N.float()
+    return advantages_N, advantages_N + values_N.to(dtype)
+
+
+def _gae_of_chosen(
+    rewards_N: Tensor, values_N: Tensor, lengths_R: Sequence[int], gamma: float, lam: float, mask_N: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Carrying across a token is leaving it out: the ragged layout has no place that would have to stay."""
+    chosen_R = [int(part_L.sum()) for part_L in mask_N.split(list(lengths_R))]
+    if not any(chosen_R):
+        zero_N = torch.zeros_like(rewards_N, dtype=torch.promote_types(rewards_N.dtype, torch.float32))
+        return zero_N, zero_N.clone()
+    short = gae(rewards_N[mask_N], values_N[mask_N], chosen_R, gamma, lam)
+    advantages_N, returns_N = (
+        torch.zeros(mask_N.shape, dtype=x.dtype, device=x.device).masked_scatter(mask_N, x) for x in short
+    )
+    return advantages_N, returns_N
 
 
 def _inside(lengths_R: Sequence[int], device: torch.device) -> Tensor:

@@ -63,6 +63,7 @@ def encode_many(
     template: ChatTemplate,
     conversations: Sequence[Sequence[Message]],
     train: Train = "all",
+    generation_prompt: bool = False,
 ) -> list[Encoded]:
     """Token ids and loss weights of many conversations; the ids are those of `chat.encode`.
 
@@ -72,6 +73,7 @@ def encode_many(
         conversations: at least one message each. An assistant message's `weight` is that of its words and its end
             token.
         train: `last` trains the last assistant turn only.
+        generation_prompt: end each with the header of an answer to come.
 
     Raises:
         InputError: the model's own template refuses a conversation.
@@ -81,7 +83,7 @@ def encode_many(
     with _restored(tokenizer), _uncollected():
         for at in range(0, len(conversations), CHUNK):
             chunk = conversations[at : at + CHUNK]
-            rows = [_runs(rendered(template, messages)) for messages in chunk]
+            rows = [_runs(rendered(template, messages, generation_prompt)) for messages in chunk]
             runs = [run for row in rows for run in row]
             for text in {run.text for run in runs if run.control} - controls.keys():
                 controls[text] = _ids(tokenizer, text, control=True)

@@ -1,8 +1,7 @@
 """Rows to typed forms. Every complaint names the file, the row, what was found and what would do."""
 
 import math
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 from tulu_lightning.data.chat import Message
 from tulu_lightning.data.sources import Row, Source
@@ -10,24 +9,14 @@ from tulu_lightning.errors import InputError, nearest
 
 __all__ = [
     "ROLES",
-    "PromptRow",
     "field",
     "messages_of",
     "read_chat",
-    "read_prompt",
     "shown",
     "text_of",
 ]
 
 ROLES = ("system", "user", "assistant")
-
-
-class PromptRow(NamedTuple):
-    """A question for a verifier."""
-
-    messages: list[Message]
-    ground_truth: str
-    verifier: str
 
 
 def read_chat(source: Source, number: int, row: Row) -> list[Message]:
@@ -44,41 +33,6 @@ def read_chat(source: Source, number: int, row: Row) -> list[Message]:
     if not any(message["role"] == "assistant" for message in messages):
         raise InputError(where, "messages has no assistant turn to learn from", "Add one, or remove the row.")
     return messages
-
-
-def read_prompt(source: Source, number: int, row: Row, complaint: Callable[[str, str], str | None]) -> PromptRow:
-    """A prompt row.
-
-    Args:
-        source: where the row is from.
-        number: its number there, from 1.
-        row: its fields: `messages` (ending with a user turn), `ground_truth`, `verifier`.
-        complaint: why a verifier (by name) cannot use a target, or None; raises InputError for an unknown verifier.
-
-    Raises:
-        InputError: a field is missing or malformed, or the verifier cannot use the target.
-    """
-    where = source.row_name(number)
-    _refuse_sft_settings(source)
-    messages = messages_of(where, "messages", field(where, row, "messages"))
-    if messages[-1]["role"] != "user":
-        raise InputError(where, "messages does not end with a user turn", "Leave the answer to the model.")
-    target = text_of(where, "ground_truth", field(where, row, "ground_truth"))
-    verifier = text_of(where, "verifier", field(where, row, "verifier"))
-    try:
-        found = complaint(verifier, target)
-    except InputError as error:
-        raise InputError(where, error.what, error.remedy) from None
-    if found:
-        raise InputError(where, f"verifier {verifier!r} cannot use ground_truth: {found}", "Correct the target.")
-    return PromptRow(messages, target, verifier)
-
-
-def _refuse_sft_settings(source: Source) -> None:
-    for name, default in (("read", "messages"), ("filters", []), ("keep_empty", False)):
-        if (value := getattr(source, name)) != default:
-            what = f"{name} is {value}, which does nothing for prompts"
-            raise InputError(f"source {source.name!r}", what, f"Leave {name} out.")
 
 
 def field(where: str, row: Row, name: str) -> Any:

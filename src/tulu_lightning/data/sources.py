@@ -14,6 +14,7 @@ from tulu_lightning.errors import InputError, nearest
 __all__ = [
     "FORMATS",
     "PAIR_FORMATS",
+    "PROMPT_FORMATS",
     "SFT_FORMATS",
     "Row",
     "Source",
@@ -26,8 +27,9 @@ __all__ = [
 
 SFT_FORMATS = ("messages", "sharegpt", "alpaca", "prompt_completion", "text")
 PAIR_FORMATS = ("messages", "sharegpt", "ultrafeedback")
-FORMATS = tuple(dict.fromkeys((*SFT_FORMATS, *PAIR_FORMATS)))
-"""What `Source.read` may say, beside an import path: for SFT, for preferences, and all of it."""
+PROMPT_FORMATS = ("messages", "gsm8k", "math")
+FORMATS = tuple(dict.fromkeys((*SFT_FORMATS, *PAIR_FORMATS, *PROMPT_FORMATS)))
+"""What `Source.read` may say, beside an import path: for SFT, for preferences, for prompts, and all of it."""
 READER_EXAMPLE = "my_package.readers.read_row"
 
 
@@ -60,8 +62,9 @@ class Source:
     """Commit, tag or branch of the hub set."""
     read: str = "messages"
     """How a row is written. For SFT: messages, sharegpt, alpaca, prompt_completion, text (plain text, all of it trained).
-    For preferences: messages, sharegpt, ultrafeedback. Or the import path of a function from a row to a row with
-    `messages` (for preferences `chosen` and `rejected`), or to None to leave it out."""
+    For preferences: messages, sharegpt, ultrafeedback. For prompts: messages, gsm8k, math. Or the import path of a
+    function from a row to a row with `messages` (for preferences `chosen` and `rejected`), or to None to leave it
+    out."""
     columns: dict[str, str] = field(default_factory=dict)
     """Where the fields are that the reader wants, if under other names: {messages: conversation}."""
     match: dict[str, str | list[str]] = field(default_factory=dict)

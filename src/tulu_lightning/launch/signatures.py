@@ -11,7 +11,13 @@ from typing import Any, NamedTuple
 
 __all__ = ["Parameters", "import_class", "item_hints", "known_classes", "members", "parameters"]
 
-HOMES = ("tulu_lightning.stages", "tulu_lightning.data", "tulu_lightning.callbacks", "lightning.pytorch.callbacks")
+HOMES = (
+    "tulu_lightning.stages",
+    "tulu_lightning.data",
+    "tulu_lightning.callbacks",
+    "tulu_lightning.verifiers",
+    "lightning.pytorch.callbacks",
+)
 """Packages whose classes a config may name; imported only to offer the nearest name after a misspelt one."""
 
 
@@ -102,15 +108,24 @@ def import_class(path: str) -> Any:
 
 
 def known_classes(base: type) -> dict[str, type]:
-    """Dotted path to class, of all subclasses of `base` that our own packages define or the process has loaded."""
+    """Dotted path to class, of all subclasses of `base` that our own packages define or the process has loaded.
+
+    Classes that only have what a protocol asks for are no subclasses: of those, what our own packages define.
+    """
+    modules = []
     for home in HOMES:
         package = importlib.import_module(home)
         for module in pkgutil.iter_modules(package.__path__, f"{home}."):
             try:
-                importlib.import_module(module.name)
+                modules.append(importlib.import_module(module.name))
             except ImportError:  # an extra that is not installed: nothing of it can be offered
                 continue
     found: dict[str, type] = {}
+    if getattr(base, "_is_protocol", False):
+        own = (cls for module in modules for cls in vars(module).values() if isinstance(cls, type))
+        found = {
+            f"{cls.__module__}.{cls.__qualname__}": cls for cls in own if cls is not base and issubclass(cls, base)
+        }
     stack = [base]
     while stack:
         for cls in stack.pop().__subclasses__():

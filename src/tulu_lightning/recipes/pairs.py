@@ -19,9 +19,10 @@ from tulu_lightning.callbacks.promote import peak_memory_bytes
 from tulu_lightning.checkpoints.identity import weights_digest
 from tulu_lightning.core.step_plan import mix_seed
 from tulu_lightning.data.intake import LeftOut
-from tulu_lightning.data.prompts import PromptData
+from tulu_lightning.data.prompt_formats import PromptRow
+from tulu_lightning.data.prompts import PromptData, PromptSource
 from tulu_lightning.data.rows import Mixed
-from tulu_lightning.data.sources import Row, Source
+from tulu_lightning.data.sources import Source
 from tulu_lightning.errors import InputError
 from tulu_lightning.files import write_whole
 from tulu_lightning.progress import Progress
@@ -45,8 +46,8 @@ class PairsConfig:
     """Model folder, or a known name."""
     output: str
     """Folder for samples.jsonl, pairs.jsonl and summary.json."""
-    sources: list[Source]
-    """Prompts with `ground_truth` and `verifier`."""
+    sources: list[PromptSource]
+    """Prompts with `ground_truth` and what judges their answers."""
     samples_per_prompt: int = 8
     max_new_tokens: int = 512
     temperature: float = 1.0
@@ -125,10 +126,10 @@ class _PromptsAsWritten(PromptData):
         self.messages: list[Any] = []
         self._kept: dict[str, list[Any]] = {source.name: [] for source in self.sources}
 
-    def _prompt(self, source: Source, number: int, row: Row) -> Prompt | LeftOut:
-        outcome = super()._prompt(source, number, row)
+    def _prompt(self, source: Source, number: int, row: PromptRow, ids: list[int]) -> Prompt | LeftOut:
+        outcome = super()._prompt(source, number, row, ids)
         if isinstance(outcome, Prompt):
-            self._kept[source.name].append(row["messages"])
+            self._kept[source.name].append(row.messages)
         return outcome
 
     def _collect(self, mixed: Mixed) -> list[Prompt]:

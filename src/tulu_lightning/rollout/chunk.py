@@ -1,26 +1,19 @@
 """A chunk of rows, sampled token by token: prompts once, then all rows that still run, one token a step."""
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from tulu_lightning.rollout.decoding import CachedLM
+from tulu_lightning.rollout.plan import Row, common
 from tulu_lightning.rollout.sampling import pick
 from tulu_lightning.types import Completion, Sampling
 
-__all__ = ["Chunk", "Row"]
+__all__ = ["Chunk", "chunks"]
 
 MIN_PREFIX = 8
 """Tokens that all prompts of a chunk must begin with before it pays to compute them apart."""
-
-
-class Row(NamedTuple):
-    """One completion to make: sample `sample` of prompt `prompt`."""
-
-    prompt: int
-    sample: int
 
 
 class Chunk:
@@ -57,7 +50,7 @@ class Chunk:
         distinct = list(dict.fromkeys(prompts))
         widest = max(map(len, distinct))
         self.cache = self.lm.new_cache(widest + self.sampling.max_new_tokens)
-        start = _common(distinct) if self.lm.can_share_prefix(self.cache) else 0
+        start = common(distinct) if self.lm.can_share_prefix(self.cache) else 0
         if len(distinct) > 1 and start >= MIN_PREFIX:
             ids, mask, positions = self._padded([distinct[0][:start]], start)
             self.lm(ids, mask, positions, self.cache)
@@ -87,7 +80,8 @@ class Chunk:
         """Decode until no row is left, handing out rows as they finish."""
         for step in range(self.sampling.max_new_tokens):
             last = step + 1 == self.sampling.max_new_tokens
-            token_B, logp_B = pick(self.logits_BV, self.sampling.temperature, self.uniform_RL[self.alive_B, step])
+            luck_B, how = self.uniform_RL[self.alive_B, step], self.sampling
+            token_B, logp_B = pick(self.logits_BV, how.temperature, luck_B, how.top_p, how.top_k)
             self.ids_RL[self.alive_B, step], self.logp_RL[self.alive_B, step] = token_B, logp_B
             stop_B = torch.isin(token_B, self.stop_ids)
             done_B = stop_B | last
@@ -117,8 +111,24 @@ class Chunk:
         self.logits_BV = self.lm(token_B[:, None], self.mask_BS, self.position_B[:, None], self.cache)
 
 
-def _common(prompts: Sequence[tuple[int, ...]]) -> int:
-    """Tokens that all prompts begin with; at least one token of each stays out, as its hidden state is needed."""
-    low, high, longest = min(prompts), max(prompts), min(map(len, prompts)) - 1
-    # What the first and the last in lexicographic order share, all share.
-    return next((i for i in range(longest) if low[i] != high[i]), longest)
+def chunks(prompts: Sequence[Sequence[int]], n: int, new: int, max_rows: int, batch_tokens: int) -> Iterator[list[Row]]:
+    """Rows to decode together: neighbours in length, samples of equal prompts side by side, longest first.
+
+    Args:
+        prompts: token ids.
+        n: samples of each.
+        new: tokens that a row may grow by.
+        max_rows: rows of a chunk at most.
+        batch_tokens: prompt and new tokens of a chunk at most, padding counted; one row is always allowed.
+    """
+    order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), tuple(prompts[i])))
+    chunk: list[Row] = []
+    for i in order:
+        for j in range(n):
+            longest = len(prompts[chunk[0].prompt]) if chunk else 0
+            if chunk and (len(chunk) == max_rows or (len(chunk) + 1) * (longest + new) > batch_tokens):
+                yield chunk
+                chunk = []
+            chunk.append(Row(i, j))
+    if chunk:
+        yield chunk

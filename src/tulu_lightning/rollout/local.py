@@ -1,15 +1,15 @@
 """The engine that needs nothing but transformers: its own copy of the policy, sampled in this process.
 
-Rows are sorted by prompt length and cut into chunks. In a chunk each distinct prompt is computed once, its keys and
-values are handed to all of its samples, and rows that finish leave the batch. The model's own forward is used, so any
-causal LM that transformers knows will do.
+Each distinct prompt is computed once for all of its samples, and rows that finish leave the batch. Llama-shaped models
+(`rollout.llama`) run through a forward of our own over packed weights, where rows that wait take the slots of those that
+finished (`rollout.batch`); all others through the model's own forward, chunk by chunk (`rollout.chunk`).
 """
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Self
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor
@@ -20,11 +20,16 @@ from transformers.utils import logging as transformers_logging
 from tulu_lightning.errors import InputError
 from tulu_lightning.models.loading import load_causal_lm
 from tulu_lightning.models.weights import full, plain_weights
-from tulu_lightning.rollout.chunk import Chunk, Row
+from tulu_lightning.rollout.batch import Batch
+from tulu_lightning.rollout.checks import check_sampling, check_sequences, check_tokens
+from tulu_lightning.rollout.chunk import Chunk, chunks
 from tulu_lightning.rollout.decoding import CachedLM, use_fast_attention
-from tulu_lightning.rollout.engine import Progress, RefreshError
+from tulu_lightning.rollout.engine import Health, Progress, RefreshError
 from tulu_lightning.rollout.fingerprint import mark
+from tulu_lightning.rollout.llama import LlamaLM, recognise
+from tulu_lightning.rollout.plan import Row, sections
 from tulu_lightning.rollout.sampling import uniforms
+from tulu_lightning.rollout.token_logprobs import by_forward, by_llama
 from tulu_lightning.types import Completion, Sampling
 
 __all__ = ["LocalEngine"]
@@ -37,11 +42,19 @@ class LocalEngine:
         model: a causal LM that the engine may keep and overwrite; `from_folder` and `from_model` make one.
         version: version of its weights.
         max_rows: rows decoded together at most. Bounds the logits: rows x vocabulary x 4 bytes, three times over.
-        batch_tokens: prompt and new tokens of the rows decoded together, at most. Bounds the cache of keys and values.
+        batch_tokens: prompt and new tokens of the rows decoded together, at most (one row is always decoded). Bounds
+            the cache of keys and values; a prompt that rows share counts once.
+        decode: "auto" takes the fast path for models that it fits, "transformers" the model's own forward for all. The
+            fast path keeps a packed copy of the matrices on a CPU.
     """
 
     def __init__(
-        self, model: PreTrainedModel, version: int = 0, max_rows: int = 256, batch_tokens: int = 16384
+        self,
+        model: PreTrainedModel,
+        version: int = 0,
+        max_rows: int = 256,
+        batch_tokens: int = 16384,
+        decode: Literal["auto", "transformers"] = "auto",
     ) -> None:
         for name, value in (("max_rows", max_rows), ("batch_tokens", batch_tokens)):
             if value < 1:
@@ -50,10 +63,12 @@ class LocalEngine:
         self._version = version
         self.max_rows, self.batch_tokens = max_rows, batch_tokens
         self._lm = CachedLM(model)
+        self._fast: LlamaLM | None = None
+        self._chosen = decode == "transformers"
 
     @classmethod
     def from_folder(
-        cls, path: str | Path, dtype: torch.dtype | None = None, device: str | torch.device = "cpu", **limits: int
+        cls, path: str | Path, dtype: torch.dtype | None = None, device: str | torch.device = "cpu", **options: Any
     ) -> Self:
         """An engine with the weights of a Hugging Face folder, in `dtype` (float32 if left out).
 
@@ -64,7 +79,7 @@ class LocalEngine:
             model = load_causal_lm(path, dtype or torch.float32)
         use_fast_attention(model)
         model.to(device)  # type: ignore[arg-type]
-        return cls(model, **limits)
+        return cls(model, **options)
 
     @classmethod
     def from_model(
@@ -73,7 +88,7 @@ class LocalEngine:
         dtype: torch.dtype | None = None,
         device: str | torch.device | None = None,
         version: int = 0,
-        **limits: int,
+        **options: Any,
     ) -> Self:
         """An engine with a copy of the model's weights, in `dtype` on `device` (both the model's own if left out).
 
@@ -89,7 +104,7 @@ class LocalEngine:
             own = AutoModelForCausalLM.from_config(config, dtype=dtype or model.dtype, trust_remote_code=False)
         own.tie_weights()  # left out together with the initial weights
         use_fast_attention(own)
-        engine = cls(own.to(device or model.device), **limits)
+        engine = cls(own.to(device or model.device), **options)
         # Uninitialised memory until here: refresh proves that every tensor was written.
         engine.refresh(plain_weights(model), version)
         return engine
@@ -106,13 +121,25 @@ class LocalEngine:
 
     def close(self) -> None:
         """Give the weights' memory back; no other call may follow."""
+        self._version, self._fast, self._chosen = -1, None, True
         del self._model, self._lm
+
+    def health(self) -> Health:
+        """See `Engine.health`."""
+        if not hasattr(self, "_model"):
+            return Health(False, -1, "the engine in this process was closed")
+        where = f"{type(self._model).__name__} in this process, {self.dtype} on {self._model.device}"
+        if self._version < 0:
+            return Health(False, -1, f"{where}: its last weight refresh failed, it holds no known weights")
+        return Health(True, self._version, where)
 
     # -- weights --
 
     def fingerprint(self) -> dict[str, str]:
-        """Dtype, shape and checksum of each tensor that the engine computes with."""
-        return {name: mark(tensor) for name, tensor in self._model.state_dict().items()}
+        """Dtype, shape and checksum of each tensor that the engine computes with, packed ones read back."""
+        held = self._model.state_dict()
+        used = {} if self._fast is None else {name: mark(tensor) for name, tensor in self._fast.used()}
+        return {name: used[name] if name in used else mark(tensor) for name, tensor in held.items()}
 
     @torch.no_grad()
     def refresh(
@@ -132,6 +159,8 @@ class LocalEngine:
                 source = source.to(held[name].device, held[name].dtype)
                 sent[name] = mark(source)
                 self._store(held[name], source)
+        if self._fast is not None:
+            self._fast.repack()
         # Tied tensors are one piece of memory under several names: any of them delivers it, and where several were
         # sent, each must equal what is held in the end.
         written = {held[name].data_ptr() for name in sent}
@@ -165,59 +194,57 @@ class LocalEngine:
         progress: Progress | None = None,
     ) -> list[list[Completion]]:
         """See `Engine.generate`."""
-        if self._version < 0:
-            raise RuntimeError("the last weight refresh failed: the engine holds no known weights to sample from")
-        self._check(prompts, n, sampling)
+        self._must_hold_weights()
+        check_sampling(n, sampling)
+        check_tokens(prompts, sampling.max_new_tokens, self._model.config)
         if keys is not None and len(keys) != len(prompts):
             raise InputError("generate", f"{len(keys)} keys for {len(prompts)} prompts", "Give one key a prompt.")
-        made: dict[Row, Completion] = {}
-        for rows in self._chunks(prompts, n, sampling.max_new_tokens):
+
+        def luck(rows: Sequence[Row]) -> Tensor:
             names = [(row.prompt if keys is None else keys[row.prompt], row.sample) for row in rows]
-            chunk = Chunk(
-                self._lm, self._version, prompts, rows, sampling, uniforms(seed, names, sampling.max_new_tokens)
-            )
-            for finished in chunk.run():
-                made.update(finished)
-                if progress is not None:
-                    progress(len(made), len(prompts) * n)
+            return uniforms(seed, names, sampling.max_new_tokens)
+
+        made: dict[Row, Completion] = {}
+        for finished in self._run(prompts, n, sampling, luck):
+            made.update(finished)
+            if progress is not None:
+                progress(len(made), len(prompts) * n)
         return [[made[Row(i, j)] for j in range(n)] for i in range(len(prompts))]
 
-    def _check(self, prompts: Sequence[Sequence[int]], n: int, sampling: Sampling) -> None:
-        where = "generate"
-        if n < 1 or sampling.max_new_tokens < 1:
-            raise InputError(
-                where, f"n is {n}, max_new_tokens is {sampling.max_new_tokens}", "Give at least 1 of each."
-            )
-        if not 0 <= sampling.temperature < float("inf"):
-            raise InputError(where, f"temperature is {sampling.temperature}", "Give 0 (greedy) or more.")
-        text_config = self._model.config.get_text_config(decoder=True)
-        positions = getattr(text_config, "max_position_embeddings", None) or float("inf")
-        for i, prompt in enumerate(prompts):
-            total = len(prompt) + sampling.max_new_tokens
-            if not len(prompt):
-                raise InputError(f"{where}, prompt {i}", "it is empty", "Give at least one token, e.g. BOS.")
-            if total > positions:
-                what = (
-                    f"{len(prompt)} tokens and {sampling.max_new_tokens} new ones, the model has {positions} positions"
-                )
-                raise InputError(f"{where}, prompt {i}", what, "Shorten the prompt or max_new_tokens.")
-            if not (min(prompt) >= 0 and max(prompt) < text_config.vocab_size):
-                what = f"its ids span [{min(prompt)}, {max(prompt)}], the model knows {text_config.vocab_size} tokens"
-                raise InputError(f"{where}, prompt {i}", what, "Use the model's own tokenizer.")
+    def _run(
+        self, prompts: Sequence[Sequence[int]], n: int, sampling: Sampling, luck: Callable[[Sequence[Row]], Tensor]
+    ) -> Iterator[dict[Row, Completion]]:
+        """Rows as they finish."""
+        limits = (sampling.max_new_tokens, self.max_rows, self.batch_tokens)
+        fast = self._fast_path()
+        if fast is not None:
+            for section in sections(prompts, n, *limits):
+                yield from Batch(fast, self._version, section, sampling, luck).run()
+            return
+        for rows in chunks(prompts, n, *limits):
+            yield from Chunk(self._lm, self._version, prompts, rows, sampling, luck(rows)).run()
 
-    def _chunks(self, prompts: Sequence[Sequence[int]], n: int, new: int) -> Iterator[list[Row]]:
-        """Rows to decode together: neighbours in length, samples of equal prompts side by side, longest first."""
-        order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), tuple(prompts[i])))
-        chunk: list[Row] = []
-        for i in order:
-            for j in range(n):
-                longest = len(prompts[chunk[0].prompt]) if chunk else 0
-                if chunk and (len(chunk) == self.max_rows or (len(chunk) + 1) * (longest + new) > self.batch_tokens):
-                    yield chunk
-                    chunk = []
-                chunk.append(Row(i, j))
-        if chunk:
-            yield chunk
+    @torch.no_grad()
+    def logprobs(
+        self, sequences: Sequence[tuple[Sequence[int], Sequence[int]]], temperature: float = 1.0
+    ) -> list[Tensor]:
+        """See `Engine.logprobs`; computed with the weights that decoding uses, the packed ones on the fast path."""
+        self._must_hold_weights()
+        check_sequences(sequences, temperature, self._model.config)
+        fast = self._fast_path()
+        if fast is not None:
+            return by_llama(fast, sequences, temperature)
+        return by_forward(self._model, sequences, temperature)
+
+    def _must_hold_weights(self) -> None:
+        if self._version < 0:
+            raise RuntimeError("the last weight refresh failed: the engine holds no known weights to sample from")
+
+    def _fast_path(self) -> LlamaLM | None:
+        """Chosen when weights are first used: the choice compares logits, and an engine may be built without weights."""
+        if not self._chosen:
+            self._fast, self._chosen = recognise(self._model), True
+        return self._fast
 
 
 @contextmanager

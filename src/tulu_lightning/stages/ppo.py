@@ -1,4 +1,4 @@
-"""PPO with verifiable rewards (Tülu 3, section 6): collect, score, estimate, K epochs of two clipped losses."""
+"""PPO with verifiable rewards (Tülu 3, section 6), and GRPO and its kin: collect, score, estimate, K epochs of updates."""
 
 import os
 import time
@@ -6,39 +6,42 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_info
-from torch import Tensor
 
 from tulu_lightning.assets.models import load_tokenizer, resolve_model
-from tulu_lightning.core.advantages import moments, whiten
+from tulu_lightning.core.aggregate import Aggregation
+from tulu_lightning.core.correction import Correction
+from tulu_lightning.core.estimators import GAE, Advantage, needs_critic
+from tulu_lightning.core.kl import Kl, adapted
+from tulu_lightning.core.overlong import Overlong
 from tulu_lightning.core.policy import ClippedPolicy, ClippedValue
-from tulu_lightning.core.settings import require
-from tulu_lightning.core.step_plan import mix_seed
 from tulu_lightning.data.prompts import PromptData
-from tulu_lightning.errors import InputError
+from tulu_lightning.errors import InputError, RunStopped
 from tulu_lightning.models.backbone import Backbone, PackedLM
 from tulu_lightning.models.heads import PackedValue, has_reward_head
 from tulu_lightning.models.limits import check_prompts
-from tulu_lightning.models.lora import without_adapters
-from tulu_lightning.models.weights import plain_weights
-from tulu_lightning.rollout.engine import Engine
-from tulu_lightning.rollout.experience import Experience, Group, Micro, estimate, micro_batches, reward
-from tulu_lightning.rollout.scoring import score_all
+from tulu_lightning.rollout.engines import EngineSettings
+from tulu_lightning.rollout.scoring import Scorer
 from tulu_lightning.stages.checks import warn_of_bf16_weights
+from tulu_lightning.stages.collect import Collected, Collector
+from tulu_lightning.stages.engine_holder import EngineHolder
+from tulu_lightning.stages.guards import Watchman
 from tulu_lightning.stages.optimizer import AdamW
-from tulu_lightning.stages.ppo_metrics import Epochs, step_metrics, table
-from tulu_lightning.stages.ppo_settings import Critic, Reward, Rollout
-from tulu_lightning.stages.stage import Stage
-from tulu_lightning.types import PromptBatch, Sampling
+from tulu_lightning.stages.ppo_checks import check_critic, check_settings
+from tulu_lightning.stages.ppo_learning import Learner
+from tulu_lightning.stages.ppo_metrics import rollout_metrics, table, token_metrics
+from tulu_lightning.stages.ppo_settings import Critic, DynamicSampling, Guards, Reward, Rollout
+from tulu_lightning.stages.rollouts import Rollouts
+from tulu_lightning.types import Prompt, PromptBatch
 
-__all__ = ["PPO", "Critic", "Reward", "Rollout"]
+__all__ = ["PPO", "Critic", "DynamicSampling", "Guards", "Reward", "Rollout"]
 
 
-class PPO(Stage):
-    """One step: n responses to each prompt from an engine that provably holds the present weights, a verdict on each,
-    then `epochs` passes of critic and policy updates over them.
+class PPO(Learner, EngineHolder):
+    """One step: n responses to each prompt from an engine that provably holds the right weights, a verdict on each,
+    then `epochs` passes of critic and policy updates over them. With an advantage of `core.groups` (GRPO, ...) there is
+    no critic.
 
     The policy's learning rate is a function of the step, the critic's warm-up included: with `critic.warmup_steps` its
     first update runs at the rate which its schedule has reached by then, not at the peak.
@@ -46,101 +49,129 @@ class PPO(Stage):
     Args:
         backbone: the policy's start, and the frozen reference.
         optimizer: the policy's.
-        critic: the value network.
         rollout: sampling.
+        critic: the value network; GAE needs one, and nothing else does.
+        advantage: GAE if left out, or one of `core.groups`.
         reward: what a verdict is worth.
+        overlong: what becomes of a response that was cut; -10 in place of its reward if left out.
+        kl: how the policy is held near the reference; with coefficient 0 there is none.
         policy_loss: clipped surrogate.
         value_loss: clipped squared error.
         value_coefficient: weight of the value loss (the paper's c1; it matters only together with clipping, since the
-            critic has its own optimiser).
-        gamma: discount.
-        lam: λ of GAE.
+            critic has its own optimiser); 0.1 if left out.
+        aggregation: what the policy's loss is a mean of: `token`s, `sequence`s (first within each), or sums over a
+            `constant` length, `rollout.max_new_tokens`.
+        correction: what makes up for the engine not being quite the trainer.
+        dynamic_sampling: replace groups that carry no signal.
+        entropy_coefficient: weight of the entropy bonus.
+        guards: when the run stops itself.
         epochs: passes over each rollout batch (K).
         mini_batches: updates per pass.
         micro_tokens: limit of one pack, in tokens.
 
     Raises:
-        InputError: a number out of its range, a critic with another tokenizer, or one that starts from a classifier
-            that is no reward model (`models.heads.has_reward_head`).
+        InputError: a number out of its range, settings that clash (`stages.ppo_checks`), a critic with another
+            tokenizer, or one that starts from a classifier that is no reward model (`models.heads.has_reward_head`).
     """
 
     def __init__(
         self,
         backbone: Backbone,
         optimizer: AdamW,
-        critic: Critic,
         rollout: Rollout,
+        critic: Critic | None = None,
+        advantage: Advantage | None = None,
         reward: Reward | None = None,
+        overlong: Overlong | None = None,
+        kl: Kl | None = None,
         policy_loss: ClippedPolicy | None = None,
         value_loss: ClippedValue | None = None,
-        value_coefficient: float = 0.1,
-        gamma: float = 1.0,
-        lam: float = 0.95,
+        value_coefficient: float | None = None,
+        aggregation: Aggregation = "token",
+        correction: Correction | None = None,
+        dynamic_sampling: DynamicSampling | None = None,
+        entropy_coefficient: float = 0.0,
+        guards: Guards | None = None,
         epochs: int = 4,
         mini_batches: int = 1,
         micro_tokens: int = 4096,
     ) -> None:
-        for name, count in (("epochs", epochs), ("mini_batches", mini_batches), ("micro_tokens", micro_tokens)):
-            require(count >= 1, f"model.{name}", count, "Use at least 1.")
-        for name, share in (("gamma", gamma), ("lam", lam)):
-            require(0 <= share <= 1, f"model.{name}", share, "It lies between 0 and 1.")
-        remedy = "It must be above 0."
-        require(0 < value_coefficient < float("inf"), "model.value_coefficient", value_coefficient, remedy)
         super().__init__(backbone, optimizer)
-        self.critic_config, self.rollout, self.reward = critic, rollout, reward or Reward()
+        self.rollout, self.critic_config, self.advantage = rollout, critic, advantage or GAE()  # type: ignore[assignment]
+        self.reward, self.overlong, self.kl = reward or Reward(), overlong or Overlong(), kl or Kl()
         self.policy_loss, self.value_loss = policy_loss or ClippedPolicy(), value_loss or ClippedValue()
-        self.value_coefficient, self.gamma, self.lam = value_coefficient, gamma, lam
+        self.value_coefficient = 0.1 if value_coefficient is None else value_coefficient
+        self.of_the_critic = {"value_loss": value_loss, "value_coefficient": value_coefficient}
+        self.aggregation, self.correction = aggregation, correction or Correction()
+        self.dynamic_sampling, self.entropy_coefficient = dynamic_sampling, entropy_coefficient
         self.epochs, self.mini_batches, self.micro_tokens = epochs, mini_batches, micro_tokens
-        self.critic_folder = os.path.realpath(resolve_model(critic.path)) if critic.path else self.folder
+        check_settings(self)
+        self.kl_coefficient = self.kl.coefficient
+        self.watchman = Watchman(guards or Guards())
         self.tokenizer = load_tokenizer(self.folder)
-        self._check_critic_tokenizer()
-        self._critic_goes_on = has_reward_head(self.critic_folder, critic.layers)
+        self.critic_folder = self.folder
+        if critic is not None:
+            self.critic_folder = os.path.realpath(resolve_model(critic.path)) if critic.path else self.folder
+            check_critic(self)
+            self._critic_goes_on = has_reward_head(self.critic_folder, critic.layers)
         self.critic: PackedValue | None = None
-        self.engine: Engine | None = None
+        self.scorer: Scorer | None = None
+        self._restored: dict[str, Any] = {}
         self._reference: list[PackedLM] = []  # in a list: not a submodule, so neither trained nor checkpointed
-
-    def _check_critic_tokenizer(self) -> None:
-        if self.critic_folder == self.folder:
-            return
-        if load_tokenizer(self.critic_folder).get_vocab() != self.tokenizer.get_vocab():
-            raise InputError(
-                "critic.path",
-                f"{self.critic_folder} has another tokenizer than the policy {self.folder}",
-                "The critic reads the policy's token ids: give one with the same tokenizer.",
-            )
 
     # Building ---------------------------------------------------------------------------------------------------
 
     def configure_model(self) -> None:
-        """Policy, critic and the frozen reference."""
+        """Policy, critic and the frozen reference, those that there are."""
+        fresh = self.policy is None
         super().configure_model()
-        if self.critic is None:
-            config = replace(self.backbone, path=self.critic_folder, layers=self.critic_config.layers)
+        if not fresh:
+            return
+        if (settings := self.critic_config) is not None:
+            config = replace(self.backbone, path=self.critic_folder, layers=settings.layers)
             head = "the reward model's head goes on" if self._critic_goes_on else "a language model, with a fresh head"
             rank_zero_info(f"PPO's critic starts from {self.critic_folder}: {head}")
             self.critic = self.sharded(PackedValue(config, self.critic_folder), config)
-            if self.backbone.lora is None:  # else the policy without its adapters is the reference
-                self._reference = [PackedLM(self.backbone, self.folder).requires_grad_(False)]
+        if self.kl.coefficient and self.backbone.lora is None:  # else the policy without its adapters is the reference
+            self._reference = [PackedLM(self.backbone, self.folder).requires_grad_(False)]
 
     def settings(self) -> dict[str, Any]:
-        """Critic, sampling, reward, losses; `micro_tokens` only cuts."""
-        names = ("rollout", "reward", "policy_loss", "value_loss", "value_coefficient", "gamma", "lam", "epochs")
-        own = {name: getattr(self, name) for name in (*names, "mini_batches")}
-        critic = replace(self.critic_config, path=None)  # a path says nothing of the weights behind it
-        return {**own, "critic": critic, "critic start weights": self.digest_of(self.critic_folder)}
+        """Everything but what only cuts (`micro_tokens`), what samples (`rollout.engine`), and when to stop."""
+        names = (
+            "advantage",
+            "reward",
+            "overlong",
+            "kl",
+            "policy_loss",
+            "aggregation",
+            "correction",
+            "dynamic_sampling",
+        )
+        own = {name: getattr(self, name) for name in (*names, "entropy_coefficient", "epochs", "mini_batches")}
+        own["rollout"] = replace(self.rollout, engine=EngineSettings())
+        own["refresh every_n_steps"] = self._refresh_interval()
+        if self.critic_config is not None:
+            own |= {"value_loss": self.value_loss, "value_coefficient": self.value_coefficient}
+            own["critic"] = replace(self.critic_config, path=None)  # a path says nothing of the weights behind it
+            own["critic start weights"] = self.digest_of(self.critic_folder)
+        return own
+
+    def _refresh_interval(self) -> int:
+        callbacks: Any = self.trainer.callbacks  # type: ignore[attr-defined]
+        return next((getattr(c, "every_n_steps", 1) for c in callbacks if type(c).__name__ == "RolloutRefresh"), 1)
 
     def configure_optimizers(self) -> Any:
-        """Two: the policy's and the critic's."""
-        assert self.critic is not None
-        return [
-            self.optimizer.build(self.model.parameters()),
-            self.critic_config.optimizer.build(self.critic.parameters()),
-        ]
+        """The policy's, and the critic's if there is one."""
+        own = self.optimizer.build(self.model.parameters())
+        if self.critic is None or self.critic_config is None:
+            return own
+        return [own, self.critic_config.optimizer.build(self.critic.parameters())]
 
     def setup(self, stage: str) -> None:
         """Refuse several processes, too."""
         super().setup(stage)
-        warn_of_bf16_weights(self.backbone, self.critic_config.optimizer.lr)
+        if self.critic_config is not None:
+            warn_of_bf16_weights(self.backbone, self.critic_config.optimizer.lr)
         if self.trainer.world_size > 1:
             raise InputError("trainer.devices", f"is {self.trainer.world_size}", "PPO runs in one process for now.")
 
@@ -157,129 +188,121 @@ class PPO(Stage):
             raise InputError("data", f"is {type(data).__name__}", "PPO samples from prompts: use PromptData.")
         for folder in dict.fromkeys((self.folder, self.critic_folder)):
             check_prompts(data.prompts, self.rollout.max_new_tokens, folder)
+        self.check_engine()
 
     def on_fit_start(self) -> None:
-        """Build the engine; the `RolloutRefresh` callback keeps it current."""
+        """Start what samples and scores."""
         for reference in self._reference:
             reference.to(self.device)
-        if self.engine is None:
-            self.engine = self.make_engine(getattr(torch, self.rollout.engine_dtype))
+        self.start_engine()
+        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+        self.scorer = Scorer(getattr(data, "verifiers", None))
+        self.rollouts = Rollouts(
+            self.collector(self.scorer, data.prompts, self.stop_ids()),
+            lambda: self.engine,  # type: ignore[arg-type, return-value]
+            self.restart_engine,
+            self.rollout.staleness,
+        )
+        self.rollouts.every_n_steps = self._refresh_interval()
+        self.restore_engine(self._restored)
 
-    def refresh(self) -> None:
-        """Hand the present weights to the engine, stamped with the number of finished steps."""
-        assert self.engine is not None
-        self.engine.refresh(plain_weights(self.model.lm), self.step)
+    def collector(self, scorer: Scorer, prompts: Sequence[Prompt] = (), stop_ids: tuple[int, ...] = ()) -> Collector:
+        """What samples and scores a step under these settings."""
+        return Collector(
+            rollout=self.rollout,
+            reward=self.reward,
+            overlong=self.overlong,
+            dynamic=self.dynamic_sampling,
+            scorer=scorer,
+            tokenizer=self.tokenizer,
+            stop_ids=stop_ids,
+            prompts=prompts,
+            least=1 if needs_critic(self.advantage) else 2,
+        )
+
+    def teardown(self, stage: str) -> None:
+        """End what samples and scores."""
+        self._close()
+        super().teardown(stage)
+
+    def _close(self, wait: bool = True) -> None:
+        self.close_engine(wait)
+        if self.scorer is not None:
+            self.scorer.close()
+            self.scorer = None
 
     # The step ---------------------------------------------------------------------------------------------------
 
-    def training_step(self, batch: PromptBatch, batch_idx: int) -> None:
-        """One rollout batch: collect, score, estimate, learn."""
-        clock = [time.perf_counter()]
-        groups = self.collect(batch)
-        clock.append(time.perf_counter())
-        groups = self.score(groups)
-        clock.append(time.perf_counter())
-        experience = self.estimate(groups)
-        clock.append(time.perf_counter())
-        epochs = self.learn(experience)
-        clock.append(time.perf_counter())
-        phases = ("generate", "score", "logprobs", "update")
-        seconds = {f"seconds_{name}": clock[i + 1] - clock[i] for i, name in enumerate(phases)}
-        everything = [e for part in experience for e in part]
-        self.samples = table(groups, everything, self.tokenizer)
-        self.finish_step(
-            {
-                **step_metrics(groups, everything, epochs),
-                **seconds,
-                "advantage_std": self._advantage_std,
-                "version": float(self.engine.version if self.engine else -1),
-            }
-        )
-
-    def collect(self, batch: PromptBatch) -> list[Group]:
-        """Sample responses, and refuse weights that are not the present ones.
-
-        Raises:
-            RuntimeError: the engine's version is not the number of finished steps.
-        """
-        assert self.engine is not None
-        if self.engine.version != self.step:
-            raise RuntimeError(
-                f"the engine holds the weights of step {self.engine.version}, training is at step {self.step}: "
-                "add the RolloutRefresh callback to the Trainer"
-            )
-        sampling = Sampling(self.rollout.max_new_tokens, self.rollout.temperature, self.stop_ids())
-        seed = mix_seed(self.rollout.seed, self.step)
-        prompts = [p.ids for p in batch.prompts]
-        sampled = self.engine.generate(prompts, self.rollout.samples_per_prompt, sampling, seed)
-        return [Group(p, tuple(c), (), ()) for p, c in zip(batch.prompts, sampled, strict=True)]
-
-    def score(self, groups: Sequence[Group]) -> list[Group]:
-        """A verdict and a terminal reward for each response."""
-        result = []
-        for group in groups:
-            verdicts = tuple(score_all([(group.prompt, c) for c in group.completions], self.tokenizer))
-            pairs = zip(verdicts, group.completions, strict=True)
-            rewards = tuple(reward(v, c, self.reward.right, self.reward.no_stop) for v, c in pairs)
-            result.append(group._replace(verdicts=verdicts, rewards=rewards))
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> int | None:
+        """Start the step's clock when its refresh began: that is work of this step."""
+        result = super().on_train_batch_start(batch, batch_idx)
+        waited = 0.0 if self.rollouts is None else self.rollouts.seconds_wait
+        self._started -= self.sync_seconds + waited
         return result
 
-    @torch.no_grad()
-    def estimate(self, groups: Sequence[Group]) -> list[list[Experience]]:
-        """Per mini-batch its micro-batches, with old and reference log-probs, values and whitened advantages.
+    def training_step(self, batch: PromptBatch, batch_idx: int) -> None:
+        """One rollout batch: collect, score, estimate, learn."""
+        try:
+            self._train(batch)
+        except BaseException as error:
+            self._close(wait=isinstance(error, Exception))
+            raise
 
-        The packs are made here and used unchanged in every epoch, so that the first ratio is exactly 1.
+    def _train(self, batch: PromptBatch) -> None:
+        assert self.rollouts is not None
+        self.keep_weights()
+        collected = self.rollouts.take(batch)
+        if self.rollout.staleness and (following := self.following(batch.step)) is not None:
+            self.rollouts.begin(following)
+        clock = [time.perf_counter()]
+        parts = self.estimate(collected.groups)
+        clock.append(time.perf_counter())
+        epochs = self.learn(parts)
+        clock.append(time.perf_counter())
+        experience = [e for part in parts for e in part]
+        self.samples = table(collected, experience, self.tokenizer)
+        metrics = {
+            **epochs.metrics(),
+            **rollout_metrics(collected),
+            **token_metrics(experience),
+            **(self.mismatch.metrics() if experience else {}),
+            **self._seconds(collected, clock),
+            "advantage_std": self.advantage_std,
+            "kl_coefficient": self.kl_coefficient,
+        }
+        measured = metrics.get("kl_response", float("nan"))
+        self.kl_coefficient = adapted(self.kl_coefficient, measured, int(metrics["trained_responses"]), self.kl)
+        self.finish_step(metrics)
+        rewards = tuple(reward for group in collected.raw for reward in group.rewards)
+        self.halt = self.watchman.after(self.step, metrics, rewards)
+
+    def _seconds(self, collected: Collected, clock: Sequence[float]) -> dict[str, float]:
+        """By phase; with staleness 1 `generate` and `score` ran beside the step before, and `wait` is what is left."""
+        assert self.rollouts is not None
+        result = {f"seconds_{name}": spent for name, spent in collected.seconds.items()}
+        result |= {"seconds_logprobs": clock[1] - clock[0], "seconds_update": clock[2] - clock[1]}
+        result |= {"seconds_sync": self.sync_seconds, "seconds_wait": self.rollouts.seconds_wait}
+        self.sync_seconds = self.rollouts.seconds_wait = 0.0
+        return result
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        """Stop where a guard says so; the callbacks have recorded and saved the step by now.
+
+        Raises:
+            RunStopped: sampler and trainer disagree, or there is nothing to learn from.
         """
-        parts = [range(i, len(groups), self.mini_batches) for i in range(min(self.mini_batches, len(groups)))]
-        parts = [[self._estimate(m) for m in micro_batches(groups, part, self.micro_tokens)] for part in parts]
-        over = moments(torch.cat([e.advantages_N for part in parts for e in part]), self.reduce_sum)
-        self._advantage_std = over.std
-        return [[e._replace(advantages_N=whiten(e.advantages_N, over)) for e in part] for part in parts]
+        if self.halt:
+            raise RunStopped(self.halt)
 
-    def _estimate(self, micro: Micro) -> Experience:
-        assert self.critic is not None
-        micro = self.trainer.strategy.batch_to_device(micro)
-        old = self.model(micro.pack, self.rollout.temperature, entropy=True)
-        reference_N = self._reference_logps(micro)
-        values_N = self.critic(micro.pack)
-        assert old.entropy_N is not None
-        beta = self.reward.kl_coefficient
-        return estimate(micro, old.logp_N, reference_N, values_N, old.entropy_N, beta, self.gamma, self.lam)
+    # Checkpoints ------------------------------------------------------------------------------------------------
 
-    def _reference_logps(self, micro: Micro) -> Tensor:
-        if self._reference:
-            return self._reference[0](micro.pack, self.rollout.temperature).logp_N
-        with without_adapters(self.model.lm):
-            return self.model(micro.pack, self.rollout.temperature).logp_N
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the adaptive β, the batch that is sampled ahead, and the engine's weights if they are older."""
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["tulu_ppo"] = {"kl_coefficient": self.kl_coefficient, **self.engine_state()}
 
-    def learn(self, experience: Sequence[Sequence[Experience]]) -> Epochs:
-        """K epochs of mini-batches: the critic's update, then the policy's."""
-        epochs = Epochs()
-        optimizer, critic_optimizer = self.optimizers()  # type: ignore[misc]
-        for epoch in range(self.epochs):
-            for part in self._shuffled(experience, epoch):
-                tokens = float(self.reduce_sum(torch.tensor([float(sum(e.old_N.numel() for e in part))])))
-                epochs.critic_grad_norms.append(self._critic_update(part, tokens, critic_optimizer, epochs))
-                if self.step >= self.critic_config.warmup_steps:
-                    epochs.grad_norms.append(self._policy_update(part, tokens, optimizer, epochs))
-        return epochs
-
-    def _shuffled(self, parts: Sequence[Sequence[Experience]], epoch: int) -> list[Sequence[Experience]]:
-        generator = torch.Generator().manual_seed(mix_seed(self.rollout.seed, self.step, epoch))
-        return [parts[i] for i in torch.randperm(len(parts), generator=generator).tolist()]
-
-    def _critic_update(self, part: Sequence[Experience], tokens: float, optimizer: Any, epochs: Epochs) -> float:
-        assert self.critic is not None
-        for e in part:
-            terms = self.value_loss(self.critic(e.micro.pack), e.values_N, e.returns_N)
-            self.backward_sum(self.value_coefficient * terms.loss_N.sum(), tokens)
-            epochs.add_value(terms)
-        return self.update(self.critic_config.optimizer, optimizer, self.critic.parameters(), "critic")
-
-    def _policy_update(self, part: Sequence[Experience], tokens: float, optimizer: Any, epochs: Epochs) -> float:
-        for e in part:
-            logp_N = self.model(e.micro.pack, self.rollout.temperature).logp_N
-            terms = self.policy_loss(logp_N, e.old_N, e.advantages_N)
-            self.backward_sum(terms.loss_N.sum(), tokens)
-            epochs.add_policy(terms)
-        return self.update(self.optimizer, optimizer, self.model.parameters())
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Go on with them."""
+        super().on_load_checkpoint(checkpoint)
+        self._restored = checkpoint.get("tulu_ppo", {})
+        self.kl_coefficient = self._restored.get("kl_coefficient", self.kl_coefficient)

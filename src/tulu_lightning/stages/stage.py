@@ -52,6 +52,7 @@ class Stage(L.LightningModule):
     keeps_rows: ClassVar[bool] = False
     """Whether its checkpoints hold numbers about single rows, which are wrong for any others."""
     without_rows: ClassVar[str] = ""  # what would do without them, for a message; begins with a space
+    halt: str = ""  # why the run has to stop after the step that just ended; `Checkpoints` saves it first
     speaks: ClassVar[bool] = True
     """Whether what it trains is a language model, which can be sampled from; a reward model cannot."""
 
@@ -257,9 +258,8 @@ class Stage(L.LightningModule):
         """
         state = checkpoint.get("tulu_stage", {})
         if state.get("class") != type(self).__name__:
-            raise InputError(
-                "ckpt_path", f"is a checkpoint of {state.get('class')}", f"Give one of {type(self).__name__}."
-            )
+            what = f"is a checkpoint of {state.get('class')}"
+            raise InputError("ckpt_path", what, f"Give one of {type(self).__name__}.")
         if self._trainer is not None and self._trainer.state.fn == "fit":
             check_run("ckpt_path", state.get("identity", {}), self)
             reopen_epoch(checkpoint)

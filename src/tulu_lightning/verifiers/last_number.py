@@ -13,17 +13,19 @@ from tulu_lightning.types import Verdict
 
 __all__ = ["LastNumber", "last_number"]
 
-_DIGITS = r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+"
+_DIGITS = r"(?:[0-9]{1,3}(?:(?:,|\{,\})[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+"
 # A hyphen after a digit, letter, closing bracket or hyphen joins or subtracts ("12-7", "step-3", "--3"): no sign.
 # No alternative can match again what another one gave up, so the scan is linear in the text.
-_NUMBER = re.compile(rf"((?<![\w.)\]}}\-\u2212])[-+\u2212])?[$€£]?({_DIGITS})")
+# A space behind the sign makes it a subtraction, but for what comes right after "=", ":" or "is".
+_SIGN = r"(?<![\w.)\]}\-\u2212])[-+\u2212]|(?:(?<==)|(?<== )|(?<=: )|(?<=\bis ))[-\u2212] "
+_NUMBER = re.compile(rf"({_SIGN})?(?:\\?[$€£])?(?:(?<=[$€£])([-\u2212]))?({_DIGITS})")
 
 
 def last_number(text: str) -> Decimal | None:
-    """The last number in the text, or None.
+    r"""The last number in the text, or None.
 
-    Reads a sign that touches the number (hyphen, plus or U+2212), a currency sign between the two, thousands commas
-    and decimals. Digits of other scripts, exponents and fractions are not read.
+    Reads a sign that touches the number (hyphen, plus or U+2212; with a space only in "= - 5", ": - 5", "is - 5"), a currency sign after or before it ("-$5", "$-5",
+    also `\$`), thousands commas (also LaTeX's `{,}`) and decimals. Digits of other scripts, exponents and fractions are not read.
 
     Example: `last_number("12 - 60 = -48, so we lose $1,250.50.")` is `Decimal("1250.50")`.
     """
@@ -34,11 +36,12 @@ def last_number(text: str) -> Decimal | None:
 
 
 def _decimal(match: re.Match[str]) -> Decimal:
-    sign, digits = match.groups()
+    before, after, digits = match.groups()
+    before = before and before.strip()
     # Decimal takes any number of digits in linear time; int() would not.
-    number = Decimal(digits.replace(",", ""))
+    number = Decimal(digits.replace("{,}", "").replace(",", ""))
     # copy_negate, because the unary minus rounds to the context's 28 digits.
-    return number.copy_negate() if sign in ("-", "\u2212") else number
+    return number.copy_negate() if {before, after} & {"-", "\u2212"} else number
 
 
 @dataclass(frozen=True)

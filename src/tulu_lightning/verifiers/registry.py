@@ -1,12 +1,21 @@
 """Verifiers by name. To add one: write its file in this folder, and one line here."""
 
 from collections.abc import Iterator, Mapping
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 from tulu_lightning.errors import InputError, nearest
 from tulu_lightning.types import Verdict
+from tulu_lightning.verifiers.code import Code
 from tulu_lightning.verifiers.exact import Exact
+from tulu_lightning.verifiers.gsm8k_release import Gsm8kRelease
+from tulu_lightning.verifiers.ifeval import IFEval
+from tulu_lightning.verifiers.ifeval_tulu import IFEvalTulu
 from tulu_lightning.verifiers.last_number import LastNumber
+from tulu_lightning.verifiers.math_answer import Math, MathStrict
+from tulu_lightning.verifiers.math_release import MathRelease
+from tulu_lightning.verifiers.multiple_choice import MultipleChoice
+from tulu_lightning.verifiers.regex import Regex
+from tulu_lightning.verifiers.string_f1 import StringF1
 
 __all__ = ["VERIFIERS", "Runs", "Verifier", "Verifiers", "check_target", "get", "runs_in"]
 
@@ -15,10 +24,12 @@ Runs = Literal["here", "pool", "thread"]
 scoring pool that can be killed (anything else), or in a thread (waits for a server)."""
 
 
+@runtime_checkable  # a config that names a class of one is checked against it
 class Verifier(Protocol):
     """Judges a response by its text alone: picklable, and deterministic unless a server answers for it.
 
-    A class may have `runs` (see `Runs`); without it, it is called in the pool.
+    A class may have `runs` (see `Runs`); without it, it is called in the pool. It may have `warm()`, which loads what
+    calls need (imports, word lists): the pool calls it once, so that no call pays for it out of its time limit.
     """
 
     def __call__(self, response: str, target: str) -> Verdict:
@@ -30,7 +41,24 @@ class Verifier(Protocol):
         ...
 
 
-VERIFIERS: dict[str, Verifier] = {"exact": Exact(), "last_number": LastNumber()}
+VERIFIERS: dict[str, Verifier] = {
+    "code": Code(),
+    "exact": Exact(),
+    "gsm8k": LastNumber(),
+    "gsm8k_release": Gsm8kRelease(),
+    "ifeval": IFEval(),
+    "ifeval_loose": IFEval(loose=True),
+    "ifeval_tulu": IFEvalTulu(),
+    "ifeval_tulu_loose": IFEvalTulu(loose=True),
+    "ifeval_tulu_release": IFEvalTulu(release=True),
+    "last_number": LastNumber(),
+    "math": Math(),
+    "math_release": MathRelease(),
+    "math_strict": MathStrict(),
+    "multiple_choice": MultipleChoice(),
+    "regex": Regex(),
+    "string_f1": StringF1(),
+}
 
 
 class Verifiers(Mapping[str, Verifier]):

@@ -1,0 +1,264 @@
+"""The forward pass of a Llama-shaped model over a flat axis of tokens, for decoding: few operations a layer, few rows.
+
+Llama-shaped: RMS norms before attention and MLP, rotary positions, grouped keys, a gated MLP, all tokens visible.
+`recognise` decides by structure, then by comparing logits with the model's own forward.
+"""
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from tulu_lightning.rollout.packed_weights import Matrix, fuse
+
+__all__ = ["Attend", "Causal", "LlamaLM", "recognise"]
+
+Attend = Callable[[int, Tensor], Tensor]
+"""(layer, queries, keys and values [T, H + K + K, d]) -> what they attend to, [T, H x d]. The queries are scaled."""
+
+TOLERANCE = {torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 6e-2}
+"""Largest difference from the model's own logits, relative to the largest logit. Rounding leaves 1e-5 in fp32 and 1e-2 in bf16."""
+
+_log = logging.getLogger(__name__)
+
+
+class _Norm:
+    """RMS norm as the model's own, in two thirds of its operations."""
+
+    def __init__(self, module: Any) -> None:
+        self.weight_D: Tensor = module.weight
+        self.eps = torch.tensor(module.variance_epsilon, device=module.weight.device)
+
+    def __call__(self, x_TD: Tensor) -> Tensor:
+        wide_TD = x_TD.float()
+        norm_T1 = torch.linalg.vector_norm(wide_TD, dim=-1, keepdim=True)
+        rms_T1 = torch.addcmul(self.eps, norm_T1, norm_T1, value=1 / x_TD.shape[-1]).rsqrt_()
+        return (wide_TD * rms_T1).to(x_TD.dtype) * self.weight_D
+
+
+class _Layer(NamedTuple):
+    norm: _Norm
+    qkv: Matrix
+    out: Matrix
+    mlp_norm: _Norm
+    gate_up: Matrix
+    down: Matrix
+    act: Any
+
+
+class LlamaLM:
+    """The weights of a recognised model, fused and packed, and its forward pass.
+
+    Args:
+        model: its linear layers' weights become views of the fused matrices.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        decoder: Any = model.get_decoder()
+        names = {id(module): name for name, module in model.named_modules()}
+
+        def fused(*linears: Any) -> Matrix:
+            return fuse([(names[id(each)], each) for each in linears])
+
+        first = decoder.layers[0].self_attn
+        self.model, self.decoder, self.head = model, decoder, fused(model.get_output_embeddings())
+        self.norm, self.width = _Norm(decoder.norm), int(first.head_dim)
+        self.heads = first.q_proj.out_features // self.width
+        self.key_heads = first.k_proj.out_features // self.width
+        self.scale: float = getattr(first, "scaling", self.width**-0.5)
+        self.layers = [
+            _Layer(
+                _Norm(layer.input_layernorm),
+                fused(layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj),
+                fused(layer.self_attn.o_proj),
+                _Norm(layer.post_attention_layernorm),
+                fused(layer.mlp.gate_proj, layer.mlp.up_proj),
+                fused(layer.mlp.down_proj),
+                layer.mlp.act_fn,
+            )
+            for layer in decoder.layers
+        ]
+        self._cos_Sd = self._sin_Sd = torch.empty(0, self.width)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.model.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights."""
+        return self.model.dtype
+
+    # -- weights --
+
+    def _matrices(self) -> Iterator[Matrix]:
+        yield self.head
+        for layer in self.layers:
+            yield from (layer.qkv, layer.out, layer.gate_up, layer.down)
+
+    def repack(self) -> None:
+        """Make the packed copies anew, after the model's weights were written."""
+        for matrix in self._matrices():
+            matrix.pack()
+
+    def used(self) -> Iterator[tuple[str, Tensor]]:
+        """Name and weight of all matrices, read back from what products are made with; one matrix alive at a time."""
+        for matrix in self._matrices():
+            yield from matrix.used()
+
+    # -- forward --
+
+    def _rotary(self, positions_T: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosines and signed sines [T, H + K, d], from a table that the model's own rotary module fills.
+
+        Those of the queries are multiplied by the scale of the scores.
+        """
+        need = int(positions_T.max()) + 1
+        if len(self._cos_Sd) < need:
+            size = max(need, 2 * len(self._cos_Sd), 256)
+            like = self.head.weight_NK[:1, :1]
+            cos, sin = self.decoder.rotary_emb(like, torch.arange(size, device=like.device)[None])
+            # The module turns halves: (x1, x2) -> (-x2, x1). With its sign in the sines that is a flip.
+            sign = torch.ones(self.width, device=sin.device, dtype=sin.dtype)
+            sign[: self.width // 2] = -1
+            self._cos_Sd, self._sin_Sd = cos[0], sin[0] * sign
+        scale = self._cos_Sd.new_ones(self.heads + self.key_heads, 1)
+        scale[: self.heads] = self.scale
+        return self._cos_Sd[positions_T][:, None] * scale, self._sin_Sd[positions_T][:, None] * scale
+
+    def hidden(self, ids_T: Tensor, positions_T: Tensor, attend: Attend) -> Tensor:
+        """Hidden states [T, D] before the last norm; `attend` decides who sees whom."""
+        turned = self.heads + self.key_heads
+        cos, sin = self._rotary(positions_T)
+        x_TD = self.decoder.embed_tokens(ids_T)
+        for index, layer in enumerate(self.layers):
+            qkv = layer.qkv(layer.norm(x_TD)).view(len(ids_T), -1, self.width)
+            qk = qkv[:, :turned]
+            torch.addcmul(qk * cos, qk.unflatten(-1, (2, -1)).flip(-2).flatten(-2), sin, out=qk)
+            x_TD = x_TD + layer.out(attend(index, qkv))
+            gate, up = layer.gate_up(layer.mlp_norm(x_TD)).chunk(2, -1)
+            x_TD = x_TD + layer.down(layer.act(gate) * up)
+        return x_TD
+
+    def logits(self, hidden_TD: Tensor) -> Tensor:
+        """[T, V] in the weights' dtype."""
+        return self.head(self.norm(hidden_TD))
+
+
+class Causal:
+    """Attention of whole sequences that lie end to end, each after a prefix that all of them share.
+
+    Args:
+        lm: the model.
+        lengths: of the sequences, prefix not counted.
+        prefix: keys and values [layers, 2, K, S, d] that all sequences see.
+        keep: whether to keep keys and values, in `kv` [layers, 2, T, K, d].
+    """
+
+    def __init__(self, lm: LlamaLM, lengths: Sequence[int], prefix: Tensor | None = None, keep: bool = False) -> None:
+        self.lm, self.prefix = lm, prefix
+        ends = torch.tensor(lengths).cumsum(0).tolist()
+        self.bounds = [(end - length, end) for end, length in zip(ends, lengths, strict=True)]
+        shape = (len(lm.layers), 2, ends[-1], lm.key_heads, lm.width)
+        self.kv = torch.empty(shape, dtype=lm.dtype, device=lm.device) if keep else None
+        self._masks: dict[int, Tensor] = {}
+
+    def __call__(self, layer: int, qkv: Tensor) -> Tensor:
+        """See `Attend`."""
+        q, k, v = qkv.split([self.lm.heads, self.lm.key_heads, self.lm.key_heads], 1)
+        if self.kv is not None:
+            self.kv[layer, 0], self.kv[layer, 1] = k, v
+        out = torch.empty_like(q)
+        for start, end in self.bounds:
+            query, key, value = (x[start:end].transpose(0, 1)[None] for x in (q, k, v))
+            mask = None
+            if self.prefix is not None:
+                past = self.prefix[layer][:, None]
+                key, value = torch.cat([past[0], key], 2), torch.cat([past[1], value], 2)
+                mask = self._mask(end - start, key.shape[2])
+            seen = F.scaled_dot_product_attention(
+                query, key, value, mask, is_causal=mask is None, scale=1.0, enable_gqa=True
+            )
+            out[start:end] = seen[0].transpose(0, 1)
+        return out.flatten(1)
+
+    def _mask(self, queries: int, keys: int) -> Tensor:
+        if queries not in self._masks:
+            ones = torch.ones(queries, keys, dtype=torch.bool, device=self.lm.device)
+            self._masks[queries] = ones.tril(keys - queries)
+        return self._masks[queries]
+
+
+_PARTS = {
+    "": {"embed_tokens", "layers", "norm", "rotary_emb"},
+    "layers.0": {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"},
+    "layers.0.self_attn": {"q_proj", "k_proj", "v_proj", "o_proj"},
+    "layers.0.mlp": {"gate_proj", "up_proj", "down_proj", "act_fn"},
+}
+
+
+@torch.no_grad()
+def recognise(model: PreTrainedModel) -> LlamaLM | None:
+    """The model for fast decoding, or None if its architecture is another one; says so in the log.
+
+    The weights must be loaded: the first 24 positions are computed both ways and compared.
+    """
+    reason = _unlike(model)
+    if reason is None:
+        lm = LlamaLM(model)
+        difference = _difference(lm)
+        if difference <= TOLERANCE[lm.dtype]:
+            return lm
+        reason = f"its logits are off by {difference:.1g} of the largest one"
+    _log.info("decoding with transformers' own forward of %s: %s", type(model).__name__, reason)
+    return None
+
+
+def _unlike(model: PreTrainedModel) -> str | None:
+    if model.dtype not in TOLERANCE:
+        return f"its weights are {model.dtype}"
+    decoder: Any = model.get_decoder()
+    for path, parts in _PARTS.items():
+        try:
+            found = {name for name, _ in decoder.get_submodule(path).named_children()}
+        except AttributeError:
+            found = set()
+        if found != parts:
+            return f"its parts {'of ' + path if path else ''} are not Llama's"
+    config: Any = model.config.get_text_config(decoder=True)
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    if kinds != {"full_attention"} or getattr(config, "sliding_window", None):
+        return "not every layer sees all tokens"
+    if getattr(decoder.rotary_emb, "rope_type", "default") in ("dynamic", "longrope"):
+        return "its rotary frequencies depend on the length"
+    head: Any = model.get_output_embeddings()
+    if head is None or getattr(config, "final_logit_softcapping", None):
+        return "its head is more than a matrix"
+    if not all(hasattr(norm, "variance_epsilon") for norm in (decoder.norm, decoder.layers[0].input_layernorm)):
+        return "its norms are not Llama's"
+    attention = decoder.layers[0].self_attn
+    if not hasattr(attention, "head_dim") or any(
+        (attention.q_proj.bias is None) != (each.bias is None) for each in (attention.k_proj, attention.v_proj)
+    ):
+        return "its attention is not Llama's"
+    return None
+
+
+def _difference(lm: LlamaLM) -> float:
+    """From the model's own forward, on random tokens (of an own generator: the run's random state stays as it was)."""
+    generator = torch.Generator().manual_seed(0)
+    size = lm.decoder.embed_tokens.num_embeddings
+    ids_T = torch.randint(0, size, (24,), generator=generator).to(lm.device)
+    try:
+        expected_TV = lm.model(input_ids=ids_T[None], use_cache=False).logits[0].float()
+        positions_T = torch.arange(len(ids_T), device=lm.device)
+        found_TV = lm.logits(lm.hidden(ids_T, positions_T, Causal(lm, [len(ids_T)]))).float()
+    except (RuntimeError, ValueError, TypeError, AttributeError):
+        return float("inf")
+    difference = float((found_TV - expected_TV).abs().max() / expected_TV.abs().max())
+    return difference if difference == difference else float("inf")  # weights that are not numbers say nothing

@@ -1,0 +1,187 @@
+"""The stage's side of an engine: which weights it gets, a second engine when it dies, and log-probs to prove a refresh."""
+
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import Any
+
+import torch
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
+
+from tulu_lightning.core.packing import length, pack
+from tulu_lightning.core.step_plan import cut
+from tulu_lightning.errors import InputError, RunStopped
+from tulu_lightning.models.weights import full, plain_weights
+from tulu_lightning.rollout.engine import Engine, EngineError
+from tulu_lightning.rollout.engines import build_engine
+from tulu_lightning.stages.ppo_settings import Rollout
+from tulu_lightning.stages.rollouts import Rollouts, expected_version
+from tulu_lightning.stages.stage import Stage
+from tulu_lightning.types import Document, PromptBatch, Segment
+
+__all__ = ["EngineHolder"]
+
+
+class EngineHolder(Stage):
+    """The part of `PPO` that keeps an engine.
+
+    Attributes:
+        engine: samples for training; give your own before `fit`, or the stage builds one by `rollout.engine`.
+        sync_seconds: what the last refresh took, proof included; whoever makes it may set it.
+    """
+
+    rollout: Rollout
+    micro_tokens: int
+    engine: Engine | None = None
+    rollouts: Rollouts | None = None
+    sync_seconds = 0.0
+    _own_engine = False
+    _kept: tuple[int, dict[str, Tensor]] | None = None
+
+    def check_engine(self) -> None:
+        """Refuse an engine that cannot hold the policy.
+
+        Raises:
+            InputError: vLLM reads the model's folder, and the policy has only some of its layers.
+        """
+        if self.backbone.layers is not None and self.rollout.engine.kind != "local":
+            what = f"is {self.rollout.engine.kind}, which loads whole models, and backbone.layers cuts the policy"
+            raise InputError("rollout.engine.kind", what, "Use local, or leave backbone.layers out.")
+
+    def start_engine(self) -> None:
+        """Build the engine, unless one was given; the `RolloutRefresh` callback keeps it current."""
+        if self.engine is None:
+            self.engine, self._own_engine = self.build_engine(), True
+
+    def build_engine(self) -> Engine:
+        """A new engine by `rollout.engine`; a subclass may build another."""
+        return build_engine(self.rollout.engine, self.make_engine, self.folder)
+
+    def wanted_version(self, every_n_steps: int = 1) -> int:
+        """Version that the engine has to hold when the present step begins, if weights are pushed every n steps.
+
+        Waits for a batch that is still being sampled ahead: after this call the engine may take new weights.
+        """
+        if self.rollouts is not None:
+            self.rollouts.every_n_steps = every_n_steps
+            self.rollouts.wait()
+        return expected_version(self.step, every_n_steps)
+
+    def refresh(self) -> None:
+        """Hand the present weights to the engine, stamped with the number of finished steps.
+
+        Raises:
+            RefreshError: the engine does not hold what it was sent.
+            RunStopped: the engine died, and so did the one in its place.
+        """
+        assert self.engine is not None
+        started = time.perf_counter()
+        if self.rollouts is not None:
+            self.rollouts.wait()
+        try:
+            self._push(self.engine, self.step)
+        except EngineError as error:
+            rank_zero_warn(f"the engine failed at the refresh of step {self.step} ({error}): starting another one")
+            try:
+                self.restart_engine(self.step)
+            except EngineError as second:
+                raise RunStopped(
+                    f"the engine failed twice at the refresh of step {self.step}: {error}; then {second}. Nothing of that "
+                    "step was trained. When it can run again, the same command goes on from the last checkpoint."
+                ) from second
+        self.sync_seconds = time.perf_counter() - started
+
+    def _push(self, engine: Engine, version: int) -> None:
+        if version == self.step:
+            engine.refresh(plain_weights(self.model.lm), version)
+            return
+        if self._kept is None or self._kept[0] != version:
+            held = "none" if self._kept is None else f"those of step {self._kept[0]}"
+            raise EngineError(f"the weights of step {version} are wanted and gone; kept are {held}")
+        engine.refresh(self._kept[1].items(), version)
+
+    def restart_engine(self, version: int) -> Engine:
+        """Another engine in place of the present one, with the weights of a version: the present, or the kept ones.
+
+        Raises:
+            EngineError: it does not start.
+        """
+        with suppress(Exception):  # it is dead; what it still holds should go before the next one comes
+            assert self.engine is not None
+            self.engine.close()
+        self.engine, self._own_engine = self.build_engine(), True
+        if self.engine.version != version:
+            self._push(self.engine, version)
+        return self.engine
+
+    def keep_weights(self) -> None:
+        """Keep a copy of the engine's weights on the host where the present ones will not do for long.
+
+        With a refresh every n steps a resumed run needs those of up to n - 1 steps ago, and a batch that is sampled
+        ahead may have to be sampled again after the update.
+        """
+        assert self.engine is not None
+        assert self.rollouts is not None
+        ages = self.rollouts.every_n_steps > 1 or self.rollout.staleness
+        if ages and self.engine.version == self.step and (self._kept is None or self._kept[0] != self.step):
+            weights = ((name, full(tensor.detach()).cpu().clone()) for name, tensor in plain_weights(self.model.lm))
+            self._kept = (self.step, dict(weights))
+
+    @torch.no_grad()
+    def canary_logprobs(self, sequences: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[Tensor]:
+        """The trainer's own log-probs of given tokens, at the rollout's temperature: what an engine's are held against.
+
+        Args:
+            sequences: (prompt, response) token ids; neither is empty.
+
+        Returns:
+            For each sequence float32 `[L]`, on the host: one per response token, in nats.
+        """
+        documents = [_document(prompt, response) for prompt, response in sequences]
+        result: list[Tensor] = [torch.empty(0)] * len(documents)
+        for items in cut([length(document) for document in documents], self.micro_tokens)[0]:
+            packed: Any = self.trainer.strategy.batch_to_device(pack([documents[i] for i in items]))
+            logp_N = self.model(packed, self.rollout.temperature).logp_N.cpu()
+            for i, logp_L in zip(items, logp_N.split([len(sequences[i][1]) for i in items]), strict=True):
+                result[i] = logp_L
+        return result
+
+    def following(self, step: int) -> PromptBatch | None:
+        """The prompts of the step after this one; None after the last."""
+        if step + 1 >= min(self.total_steps, self.trainer.num_training_batches):
+            return None
+        loader: Any = self.trainer.train_dataloader
+        return loader.dataset[step + 1]
+
+    # Checkpoints ------------------------------------------------------------------------------------------------
+
+    def engine_state(self) -> dict[str, Any]:
+        """The batch that is sampled ahead, and the engine's weights where they are not those of the checkpoint."""
+        ahead = None if self.rollouts is None else self.rollouts.state()
+        older = self._kept is not None and self._kept[0] != self.step
+        needed = older and self.rollouts is not None and self.rollouts.every_n_steps > 1
+        return {"ahead": ahead, "engine": self._kept if needed else None}
+
+    def restore_engine(self, state: dict[str, Any]) -> None:
+        """Go on with what `engine_state` gave, once engine and rollouts are there."""
+        assert self.engine is not None
+        assert self.rollouts is not None
+        self.rollouts.restore(state.get("ahead"))
+        if state.get("engine") is not None:
+            version, weights = state["engine"]
+            self._kept = (version, weights)
+            self._push(self.engine, version)
+
+    def close_engine(self, wait: bool = True) -> None:
+        """End what samples ahead, and close the engine if the stage built it."""
+        if self.rollouts is not None:
+            self.rollouts.close(wait)
+        if self.engine is not None and self._own_engine and wait:
+            self.engine.close()
+            self.engine = None
+
+
+def _document(prompt: Sequence[int], response: Sequence[int]) -> Document:
+    prompt_L, response_L = torch.tensor(list(prompt)), torch.tensor(list(response))
+    return Document((Segment(prompt_L, torch.zeros(len(prompt))), Segment(response_L, torch.ones(len(response)), 0)))

@@ -1,0 +1,63 @@
+"""When a PPO run stops itself: the sampler drifted away from the trainer, or there is nothing to learn from."""
+
+from collections.abc import Mapping
+
+from tulu_lightning.stages.ppo_settings import Guards
+
+__all__ = ["Watchman"]
+
+CAUSES = (
+    "likely causes: an engine in another dtype than the trainer (model.init_args.rollout.engine.dtype), weights that are "
+    "not the trainer's (RolloutRefresh with its canary says so), sampling filters (rollout.temperature, top_p, top_k), "
+    "another model folder or tokenizer behind the engine, or an engine that computes the architecture in another way"
+)
+REMEDY = (
+    "Try rollout.engine.dtype: float32 or rollout.engine.kind: local for a step, RolloutRefresh with every_n_steps 1, or "
+    "raise guards.mismatch_kl if the numbers are as they should be; the same command goes on from the checkpoint."
+)
+
+
+class Watchman:
+    """Counts the steps in a row at which something is wrong."""
+
+    def __init__(self, guards: Guards) -> None:
+        self.guards = guards
+        self.apart = self.equal = 0
+
+    def after(self, step: int, metrics: Mapping[str, float], rewards: tuple[float, ...]) -> str:
+        """Why the run has to stop after this step; empty if it need not.
+
+        Args:
+            step: finished steps.
+            metrics: of the step.
+            rewards: of all responses that were sampled.
+        """
+        guards = self.guards
+        if guards.mismatch_kl is not None and "mismatch_kl" in metrics:
+            self.apart = self.apart + 1 if not metrics["mismatch_kl"] <= guards.mismatch_kl else 0  # nan is apart, too
+        self.equal = self.equal + 1 if len(set(rewards)) <= 1 else 0
+        if self.apart >= guards.mismatch_patience:
+            return self._apart(step, metrics)
+        if guards.equal_rewards is not None and self.equal >= guards.equal_rewards:
+            return self._equal(step, metrics, rewards)
+        return ""
+
+    def _apart(self, step: int, metrics: Mapping[str, float]) -> str:
+        names = ("mismatch_kl", "mismatch_mean", "mismatch_max", "ess", "correction_clipped")
+        numbers = ", ".join(f"{name} {metrics[name]:.3g}" for name in names if name in metrics)
+        return (
+            f"sampler and trainer disagree: mismatch_kl was above {self.guards.mismatch_kl} for {self.apart} steps in a "
+            f"row, up to step {step} ({numbers}; sampled by weights of version {metrics.get('version', -1):.0f}). "
+            f"{CAUSES[0].upper()}{CAUSES[1:]}. {REMEDY}"
+        )
+
+    def _equal(self, step: int, metrics: Mapping[str, float], rewards: tuple[float, ...]) -> str:
+        outcomes = {k.removeprefix("outcome_"): int(v) for k, v in metrics.items() if k.startswith("outcome_")}
+        said = ", ".join(f"{name} {count}" for name, count in outcomes.items() if count)
+        stopped = metrics.get("stop_share", 0.0)
+        return (
+            f"all rewards were equal ({next(iter(rewards), 0.0):g}) for {self.equal} steps in a row, up to step {step}: "
+            f"there is nothing to learn from. The last step's outcomes: {said or 'none'}; {stopped:.0%} of its responses "
+            "stopped by themselves. Check the prompts' verifiers and ground truths (`tulu verify`), their difficulty, "
+            "max_new_tokens and the stop tokens; guards.equal_rewards sets the limit (null: none)."
+        )
