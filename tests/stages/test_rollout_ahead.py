@@ -203,7 +203,7 @@ def test_an_engine_that_dies_twice_stops_the_run_which_can_be_gone_on_with(what,
     with pytest.raises(RunStopped, match=rf"failed twice at the \w+ of step 2: no answer to {what} .*last checkpoint"):
         fit(hit, even_data(max_steps=4), tmp_path / "hit", every_n_steps=1)
     assert hit.step == 2
-    go_on = grpo(rollout=rollout)
+    go_on = grpo(mortal(set()), rollout=rollout)
     fit(go_on, even_data(max_steps=4), tmp_path / "hit", ckpt_path=checkpoint_path(tmp_path / "hit", 2))
     assert_same(weights(calm), weights(go_on))
 
