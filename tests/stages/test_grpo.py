@@ -145,7 +145,9 @@ def test_every_token_of_a_response_has_its_advantage(rule, tmp_path):
     stage = grpo(Watched, advantage=rule)
     watch = fit(stage, even_data(max_steps=1), tmp_path)
     expected = [by_hand(type(rule).__name__, g.rewards) for g in stage.collected.groups]
-    every_N = torch.tensor([a for e in stage.experience for g, i in e.micro.places for a in [expected[g][i]] * length(e, g, i)])
+    every_N = torch.tensor(
+        [a for e in stage.experience for g, i in e.micro.places for a in [expected[g][i]] * length(e, g, i)]
+    )
     mean, std = every_N.mean(), every_N.std()
     assert watch.history[0]["advantage_std"] == pytest.approx(float(std), rel=1e-4), "before any whitening"
     for e in stage.experience:
@@ -170,7 +172,11 @@ def test_a_penalty_in_the_reward_is_taken_off_a_response_before_the_baseline(tmp
             reward = stage.collected.groups[place[0]].rewards[place[1]]
             scores.setdefault(place[0], []).append(reward - 0.5 * float((old_L - reference_L).sum()))
             found.setdefault(place[0], []).append(float(advantage_L[0]))
-    assert any(abs(s - r) > 1e-3 for g, group in enumerate(stage.collected.groups) for s, r in zip(scores[g], group.rewards, strict=True))
+    assert any(
+        abs(s - r) > 1e-3
+        for g, group in enumerate(stage.collected.groups)
+        for s, r in zip(scores[g], group.rewards, strict=True)
+    )
     for index, own in scores.items():
         assert found[index] == pytest.approx(by_hand("DrGRPO", own), abs=1e-4)
 
@@ -179,7 +185,9 @@ def test_a_penalty_in_the_reward_is_taken_off_a_response_before_the_baseline(tmp
 
 
 def group(rewards, lengths, finishes, row=0):
-    completions = [Completion(torch.arange(1, n + 1), torch.zeros(n), f, 0) for n, f in zip(lengths, finishes, strict=True)]
+    completions = [
+        Completion(torch.arange(1, n + 1), torch.zeros(n), f, 0) for n, f in zip(lengths, finishes, strict=True)
+    ]
     return Group(Prompt((5, 6), (Check("exact", "x", 0.5), Check("exact", "y", 1.5)), "x", row), tuple(completions)), [
         Verdict("right", r) for r in rewards
     ]
@@ -203,7 +211,10 @@ def test_masked_responses_leave_before_the_baseline():
     assert has_signal(result)
     made, verdicts = group([1.0, 1.0, 0.0], [2, 2, 3], ["stop", "stop", "length"])
     assert not has_signal(judged(made, verdicts, 10.0, Overlong(kind="mask"), 3)), "what differs is not trained on"
-    assert micro_batches([judged(made, verdicts, 10.0, Overlong(kind="mask"), 3)._replace(trained=(False,) * 3)], [0], 9) == []
+    assert (
+        micro_batches([judged(made, verdicts, 10.0, Overlong(kind="mask"), 3)._replace(trained=(False,) * 3)], [0], 9)
+        == []
+    )
 
 
 @pytest.mark.parametrize("build", [ppo, grpo])
@@ -268,7 +279,9 @@ def test_further_prompts_are_a_function_of_the_seed_without_those_taken():
 
 
 def test_when_all_groups_are_dead_after_the_refills_nothing_is_trained(tmp_path):
-    data = prompt_data(max_steps=1, sources=[Source("sums", rows="tulu_lightning.assets.arithmetic.prompt_rows", args={"count": 40})])
+    data = prompt_data(
+        max_steps=1, sources=[Source("sums", rows="tulu_lightning.assets.arithmetic.prompt_rows", args={"count": 40})]
+    )
     stage = dynamic(Watched, rollout=Rollout(max_new_tokens=1, samples_per_prompt=2), overlong=Overlong())
     watch = fit(stage, data, tmp_path)
     assert watch.history[0]["refills"] == 3
