@@ -79,7 +79,7 @@ def test_tensors_that_differ_are_named_in_the_place_of_suspects():
     with pytest.raises(RefreshError) as caught:
         prove(Engine(0.5), own, SEQUENCES, Tolerance(None, 0.1), differing=lambda: {"not held": ["a.weight"], "x": []})
     assert list(caught.value.problems) == ["not held", "log-probs of given tokens differ"]
-    assert "0.5 at most and 0.5 on average, allowed 0.3 on average" in str(caught.value)
+    assert "0.5 at most and 0.5 on average, allowed 0.1 on average" in str(caught.value)
 
 
 def test_bfloat16_is_judged_by_the_mean():
