@@ -8,6 +8,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from tulu_lightning.errors import InputError
+from tulu_lightning.models.lora import Lora, adapt
+from tulu_lightning.models.weights import plain_weights
 from tulu_lightning.rollout.canary import canaries, prove, tolerance_of
 from tulu_lightning.rollout.engine import RefreshError
 from tulu_lightning.rollout.fingerprint import fingerprint
@@ -220,6 +222,23 @@ def test_after_a_refresh_the_engine_is_on_the_new_weights(engine, trainer):
     (before,) = scores(trainer, [(prompt, new.ids_L.tolist())])
     assert (before - expected).abs().max() > 0.1  # else the test could not see old weights
     assert engine.fingerprint() == fingerprint(weights.items())
+
+
+def test_adapters_arrive_merged(engine, tiny):
+    model = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32).eval()
+    adapt(model, Lora(r=4), tiny)
+    generator = torch.Generator().manual_seed(4)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if ".lora_" in name:
+                weight.copy_(0.3 * torch.randn(weight.shape, generator=generator))
+    engine.refresh(plain_weights(model), 8)
+    completion = engine.generate([PROMPTS[1]], 1, Sampling(6), 0)[0][0]
+    given = [(PROMPTS[1], completion.ids_L.tolist())]
+    (expected,) = scores(model, given)
+    assert torch.allclose(completion.logprobs_L, expected, atol=1e-3)
+    (without,) = scores(AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32).eval(), given)
+    assert (without - expected).abs().max() > 0.1
 
 
 @pytest.mark.parametrize("left_out", [EMBED, HEAD])

@@ -2,6 +2,9 @@
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 from transformers import AutoModelForCausalLM
 
 from tulu_lightning.errors import InputError
@@ -85,6 +88,26 @@ def test_the_senders_own_marks_are_held_against_it(contents, weights):
     with pytest.raises(RefreshError) as caught:
         delivery.settle(received, expected=expected)
     assert caught.value.problems == {"not held as expected": (NORM,)}
+
+
+def test_shards_are_gathered_tensor_by_tensor(contents, weights, tmp_path):
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        alive = []
+
+        def sharded():
+            for name, tensor in weights.items():
+                alive.append(name)  # made only when it is asked for
+                yield name, distribute_tensor(tensor, mesh, [Shard(0)])
+
+        delivery = Delivery(contents, torch.float32, sharded())
+        for count, (_, tensor) in enumerate(delivery, 1):
+            assert type(tensor) is torch.Tensor
+            assert len(alive) == count
+        assert delivery.marks() == fingerprint(weights.items())
+    finally:
+        dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("dtype", ["float16", "nonsense", torch.int8])

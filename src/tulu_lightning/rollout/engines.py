@@ -70,4 +70,5 @@ def build_engine(settings: EngineSettings, local: Callable[[torch.dtype], Engine
         return VLLMEngine.from_folder(folder, dtype=settings.dtype, **more)
     from tulu_lightning.rollout.server import ServerEngine
 
+    assert settings.url is not None
     return ServerEngine(settings.url, folder, dtype=settings.dtype, **more)
