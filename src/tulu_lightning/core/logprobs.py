@@ -72,6 +72,7 @@ class _TokenLogprobs(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         up_N, up_entropy_N = grad_outputs
         hidden_ND, head_VD, target_N, lse_N, entropy_N = ctx.saved_tensors
+        ctx.entropy = ctx.entropy and bool(up_entropy_N.any())  # asked for as a number only: no work for its gradient
         live_N = (up_N != 0) | (up_entropy_N != 0) if ctx.entropy else up_N != 0
         grad_hidden, grad_head = None, None
         if bool(live_N.all()):
