@@ -132,6 +132,16 @@ def test_greedy_takes_the_most_likely_token(engine, trainer):
         assert torch.allclose(group[0].logprobs_L, expected, atol=1e-3)
 
 
+def test_truncated_sampling_keeps_to_the_most_likely_tokens(engine):
+    prompt = [PROMPTS[1]]
+    ((greedy,),) = engine.generate(prompt, 1, Sampling(1, 0.0), 0)
+    (two,) = engine.generate(prompt, 48, Sampling(1, 1.5, top_k=2), 0)
+    (nucleus,) = engine.generate(prompt, 8, Sampling(1, 1.5, top_p=1e-6), 0)
+    assert len({int(c.ids_L) for c in two}) == 2
+    assert int(greedy.ids_L) in {int(c.ids_L) for c in two}
+    assert {int(c.ids_L) for c in nucleus} == {int(greedy.ids_L)}
+
+
 def test_samples_are_distinct_and_the_seed_decides(engine):
     first = ids(engine.generate(PROMPTS[:2], 4, Sampling(8), 5))
     assert all(len({tuple(sample) for sample in group}) == 4 for group in first)

@@ -15,19 +15,15 @@ from tulu_lightning.rollout.server_process import start_server
 from tulu_lightning.rollout.transport import Broadcast, Files
 from tulu_lightning.types import Sampling
 
-SETTINGS = {"max_model_len": 1024, "kv_cache_mb": 64}
-
 
 @pytest.fixture(scope="module")
 def weights(tiny):
     return AutoModelForCausalLM.from_pretrained(tiny).state_dict()
 
 
-@pytest.fixture(scope="module")
-def engine(tiny):
-    engine = ServerEngine.started(tiny, **SETTINGS)
-    yield engine
-    engine.close()
+@pytest.fixture
+def engine(tiny_server):
+    return tiny_server
 
 
 def test_a_server_of_somebody_else_is_not_sampled_from_before_its_first_refresh(engine, tiny, weights):
