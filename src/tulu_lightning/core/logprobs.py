@@ -104,9 +104,8 @@ def _backward(
     # fp32: tiles are summed, and a bf16 running sum would lose small ones.
     grad_ND = torch.zeros_like(hidden_ND, dtype=torch.float32) if need_hidden else None
     grad_VD = torch.zeros_like(head_VD) if need_head else None
-    if not len(hidden_ND):
-        return grad_ND, grad_VD
-    for part, weight_KD, logits_NK, product_NK in _tiles(hidden_ND, head_VD, ctx.temperature, ctx.tile):
+    tiles = _tiles(hidden_ND, head_VD, ctx.temperature, ctx.tile) if len(hidden_ND) else ()
+    for part, weight_KD, logits_NK, product_NK in tiles:
         logits_NK.sub_(lse_N[:, None])  # log p
         if ctx.entropy:
             slope_NK = logits_NK.add(entropy_N[:, None]).mul_(up_entropy_N[:, None]).add_(up_N[:, None])
