@@ -72,7 +72,7 @@ test-slow: setup $(TEST_DATA) ## the tests that take minutes
 
 # One thread: vLLM's spin at every barrier, and with a neighbour on the machine two are slower than one.
 test-vllm: setup-vllm ## the tests of the engines that run on vLLM, with vLLM
-	OMP_NUM_THREADS=1 .venv-vllm/bin/python -m pytest -m vllm
+	OMP_NUM_THREADS=1 .venv-vllm/bin/python -m pytest -m vllm tests/vllm tests/rollout/test_contract.py
 
 check: setup ## lint, format and types, as in continuous integration
 	$(BIN)/ruff check .

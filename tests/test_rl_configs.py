@@ -127,6 +127,11 @@ def check(config: dict, numbers: dict):
     return callbacks["Checkpoints"]["every_n_steps"], config["trainer"]["devices"] * config["trainer"]["num_nodes"]
 
 
+def test_there_is_a_config_of_every_size():
+    sizes = [("ppo", size) for size in ("tiny", "smol", *PPO)] + [("grpo", size) for size in ("tiny", "smol", "8b")]
+    assert {path.name for path in CONFIGS.glob("*po_*.yaml")} >= {f"{stage}_{size}.yaml" for stage, size in sizes}
+
+
 @pytest.mark.parametrize("size", PPO)
 def test_a_full_size_ppo_config_holds_the_papers_numbers(size):
     config, numbers = composed(f"ppo_{size}.yaml"), PPO[size]

@@ -101,3 +101,15 @@ def test_no_scored_token_at_all_gives_no_log_prob_and_no_gradient():
     stats.logp_N.sum().backward()
     assert hidden.grad is not None
     assert hidden.grad.shape == (0, 4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_tokens_without_any_gradient_give_zeros_of_the_right_dtype(dtype):
+    hidden_ND, head_VD = torch.randn(5, 8).to(dtype).requires_grad_(), torch.randn(11, 8, requires_grad=True)
+    stats = token_logprobs(hidden_ND, head_VD, torch.arange(5), entropy=True)
+    (stats.logp_N * 0).sum().backward()
+    assert hidden_ND.grad is not None
+    assert hidden_ND.grad.dtype == dtype
+    assert not hidden_ND.grad.any()
+    assert head_VD.grad is not None
+    assert not head_VD.grad.any()

@@ -7,6 +7,7 @@ import pytest
 from tulu_lightning.assets.tiny import byte_tokenizer
 from tulu_lightning.data import chat, prompts
 from tulu_lightning.data.criteria import Keywords, Predicate
+from tulu_lightning.data.mixture import order
 from tulu_lightning.data.prompt_source import prompt_source
 from tulu_lightning.data.prompts import FewShot, PassRate, PromptData, PromptSource
 from tulu_lightning.errors import InputError
@@ -86,11 +87,13 @@ def test_chunks_change_nothing_and_what_lies_behind_the_last_row_needed_is_not_r
     with pytest.raises(InputError, match="row 18: messages is 'none'"):
         questions(source)
     assert questions(write(rows)) == kept
-    found = data(replace(write(rows), cap=5))
-    assert sorted(each.text for each in found.prompts) == sorted(set(kept) & {each.text for each in found.prompts})
-    counts = found.manifest()["sources"]["rows"]
+    capped = replace(write(rows), cap=5)
+    counts = data(capped).manifest()["sources"]["rows"]
     assert counts["kept"] == 5
     assert counts["tried"] == 5 + counts["left_out"].get("longer than 200 tokens", 0)
+    needed = set(order(capped, 17, seed=0)[: counts["tried"]])
+    write([row if i in needed else {"messages": "none"} for i, row in enumerate(rows)])
+    assert set(questions(capped)) == {f"q{i}" for i in needed if i % 3 != 1}
 
 
 def test_a_cap_draws_the_same_rows_whatever_the_chunk(write, monkeypatch):

@@ -7,7 +7,6 @@ import pytest
 import yaml
 
 from tulu_lightning import cli
-from tulu_lightning.errors import InputError
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 OWN = {"class_path": "tulu_lightning.verifiers.last_number.LastNumber"}
@@ -59,11 +58,9 @@ def test_a_run_on_such_prompts_ends_and_goes_on_with_the_same_verifiers_only(con
     assert "data rows was" in capsys.readouterr().err
 
 
-def test_a_broken_own_verifier_is_said_by_its_own_words(config, capsys, monkeypatch):
-    monkeypatch.setattr("tulu_lightning.verifiers.last_number.LastNumber.__init__", _refuse)
-    assert cli.main(["data", "inspect", "--config", config()]) == 2
-    assert "digits.rubric: is empty. Write one." in capsys.readouterr().err
-
-
-def _refuse(self):
-    raise InputError("digits.rubric", "is empty", "Write one.")
+@pytest.mark.parametrize("command", [["fit"], ["data", "inspect"], ["data", "stats"]], ids=" ".join)
+def test_what_an_own_verifier_refuses_is_said_in_its_own_words(command, config, capsys):
+    judge = {"url": "http://127.0.0.1:9", "model": "m", "rubric": "Is this kind?"}
+    own = {"digits": {"class_path": "tulu_lightning.verifiers.judge.Judge", "init_args": judge}}
+    assert cli.main([*command, "--config", config(verifiers=own)]) == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith("tulu: error: judge.rubric: has no {response}. Write")

@@ -8,6 +8,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from tulu_lightning.errors import InputError
+from tulu_lightning.models.lora import Lora, adapt
+from tulu_lightning.models.weights import plain_weights
 from tulu_lightning.rollout.canary import canaries, prove, tolerance_of
 from tulu_lightning.rollout.engine import RefreshError
 from tulu_lightning.rollout.fingerprint import fingerprint
@@ -130,6 +132,16 @@ def test_greedy_takes_the_most_likely_token(engine, trainer):
         assert torch.allclose(group[0].logprobs_L, expected, atol=1e-3)
 
 
+def test_truncated_sampling_keeps_to_the_most_likely_tokens(engine):
+    prompt = [PROMPTS[1]]
+    ((greedy,),) = engine.generate(prompt, 1, Sampling(1, 0.0), 0)
+    (two,) = engine.generate(prompt, 48, Sampling(1, 1.5, top_k=2), 0)
+    (nucleus,) = engine.generate(prompt, 8, Sampling(1, 1.5, top_p=1e-6), 0)
+    assert len({int(c.ids_L) for c in two}) == 2
+    assert int(greedy.ids_L) in {int(c.ids_L) for c in two}
+    assert {int(c.ids_L) for c in nucleus} == {int(greedy.ids_L)}
+
+
 def test_samples_are_distinct_and_the_seed_decides(engine):
     first = ids(engine.generate(PROMPTS[:2], 4, Sampling(8), 5))
     assert all(len({tuple(sample) for sample in group}) == 4 for group in first)
@@ -220,6 +232,23 @@ def test_after_a_refresh_the_engine_is_on_the_new_weights(engine, trainer):
     (before,) = scores(trainer, [(prompt, new.ids_L.tolist())])
     assert (before - expected).abs().max() > 0.1  # else the test could not see old weights
     assert engine.fingerprint() == fingerprint(weights.items())
+
+
+def test_adapters_arrive_merged(engine, tiny):
+    model = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32).eval()
+    adapt(model, Lora(r=4), tiny)
+    generator = torch.Generator().manual_seed(4)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if ".lora_" in name:
+                weight.copy_(0.3 * torch.randn(weight.shape, generator=generator))
+    engine.refresh(plain_weights(model), 8)
+    completion = engine.generate([PROMPTS[1]], 1, Sampling(6), 0)[0][0]
+    given = [(PROMPTS[1], completion.ids_L.tolist())]
+    (expected,) = scores(model, given)
+    assert torch.allclose(completion.logprobs_L, expected, atol=1e-3)
+    (without,) = scores(AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32).eval(), given)
+    assert (without - expected).abs().max() > 0.1
 
 
 @pytest.mark.parametrize("left_out", [EMBED, HEAD])

@@ -53,6 +53,7 @@ LEFT = {
     "norms of queries": Qwen3Config(**SHAPE, head_dim=8),
     "fused already": Phi3Config(**SHAPE),
     "other parts": GPT2Config(vocab_size=300, n_embd=32, n_layer=2, n_head=4),
+    "another gate": LlamaConfig(**SHAPE, hidden_act="gelu"),
     "dynamic positions": LlamaConfig(
         **SHAPE, rope_parameters={"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
     ),
@@ -160,7 +161,7 @@ def test_rows_that_share_a_long_prompt_get_what_they_would_alone(model, limits):
 def test_a_beginning_that_all_prompts_share_is_computed_once(model, monkeypatch):
     prompts = [[*LONG[:120], *LONG[i : i + 3 + i % 2]] for i in range(6)]
     engine = fast(model)
-    tokens, embed = [], engine._fast.decoder.embed_tokens
+    tokens, embed = [], engine._model.get_input_embeddings()
     monkeypatch.setattr(embed, "forward", lambda x, f=embed.forward: tokens.append(x.numel()) or f(x))
     out = engine.generate(prompts, 1, Sampling(5), 2)
     assert tokens == [120, sum(len(prompt) - 120 for prompt in prompts), 6, 6, 6, 6]
@@ -168,19 +169,27 @@ def test_a_beginning_that_all_prompts_share_is_computed_once(model, monkeypatch)
     agree(model, prompts, engine.generate(prompts, 3, Sampling(5, stop_ids=tuple(range(0, 300, 9))), 2))
 
 
+@pytest.mark.parametrize("packs", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_packed_products_are_those_of_the_plain_matrix(dtype, monkeypatch):
-    weight, bias = torch.randn(24, 16).to(dtype), torch.randn(24).to(dtype)
-    x = torch.randn(7, 16).to(dtype)
+def test_products_and_what_follows_them_are_those_of_the_plain_matrix(dtype, packs, monkeypatch):
+    if not packs:
+        monkeypatch.setattr(packed_weights, "packs", lambda dtype: False)
+    weight, bias, x, other = (torch.randn(*shape).to(dtype) for shape in ((24, 16), (24,), (7, 16), (7, 24)))
     expected = x.float() @ weight.float().T + bias.float()
     matrix = packed_weights.Matrix([("a", 20), ("b", 4)], weight, bias)
-    tolerance = 1e-5 if dtype == torch.float32 else 0.05
-    assert torch.allclose(matrix(x).float(), expected, atol=tolerance, rtol=tolerance)
-    assert [(name, part.shape) for name, part in matrix.used()] == [("a", (20, 16)), ("b", (4, 16))]
-    monkeypatch.setattr(packed_weights, "packs", lambda dtype: False)
-    matrix.pack()
-    assert matrix.packed is None
-    assert torch.allclose(matrix(x).float(), expected, atol=tolerance, rtol=tolerance)
+    assert (matrix.packed is not None) == packed_weights.packs(dtype)
+    tolerance = {"atol": 1e-5, "rtol": 1e-5} if dtype == torch.float32 else {"atol": 0.05, "rtol": 0.02}
+    for found, right in (
+        (matrix(x), expected),
+        (matrix.silu(x), expected * expected.sigmoid()),
+        (matrix.times(x, other), expected * other.float()),
+        (matrix.plus(x, other), expected + other.float()),
+    ):
+        assert found.dtype == dtype
+        assert torch.allclose(found.float(), right, **tolerance)
+    names, parts = zip(*matrix.used(), strict=True)
+    assert names == ("a", "b")
+    assert torch.equal(torch.cat(parts), weight)
 
 
 def test_without_packing_the_numbers_stay(model, monkeypatch):
@@ -227,6 +236,7 @@ def test_packed_copies_that_were_not_made_anew_are_caught(model, monkeypatch):
 def test_one_stale_packed_copy_shows_in_the_canary_and_in_the_fingerprint(model):
     engine, canary = fast(model), [(LONG[:9], LONG[9:20])]
     right, marks = engine.logprobs(canary)[0], engine.fingerprint()
+    assert engine._fast is not None
     matrix = engine._fast.layers[1].down
     true, matrix.weight_NK = matrix.weight_NK, matrix.weight_NK.roll(1, 0)
     matrix.pack()

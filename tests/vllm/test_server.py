@@ -8,12 +8,12 @@ import time
 import pytest
 from transformers import AutoModelForCausalLM
 
-from tulu_lightning.rollout.engine import EngineError
+from tulu_lightning.rollout.engine import EngineError, RefreshError
+from tulu_lightning.rollout.fingerprint import fingerprint
 from tulu_lightning.rollout.server import ServerEngine
 from tulu_lightning.rollout.server_process import start_server
+from tulu_lightning.rollout.transport import Broadcast, Files
 from tulu_lightning.types import Sampling
-
-SETTINGS = {"max_model_len": 1024, "kv_cache_mb": 64}
 
 
 @pytest.fixture(scope="module")
@@ -21,11 +21,9 @@ def weights(tiny):
     return AutoModelForCausalLM.from_pretrained(tiny).state_dict()
 
 
-@pytest.fixture(scope="module")
-def engine(tiny):
-    engine = ServerEngine.started(tiny, **SETTINGS)
-    yield engine
-    engine.close()
+@pytest.fixture
+def engine(tiny_server):
+    return tiny_server
 
 
 def test_a_server_of_somebody_else_is_not_sampled_from_before_its_first_refresh(engine, tiny, weights):
@@ -44,8 +42,7 @@ def test_a_server_of_somebody_else_is_not_sampled_from_before_its_first_refresh(
 
 
 def test_weights_travel_in_several_files_and_leave_none_behind(engine, weights, tmp_path, monkeypatch):
-    monkeypatch.setattr(engine, "_folder", tmp_path)
-    monkeypatch.setattr(engine, "_file_mb", 1)
+    monkeypatch.setattr(engine, "_transport", Files(tmp_path, file_mb=1))
     seen = []
     rpc = engine._rpc
     monkeypatch.setattr(engine, "_rpc", lambda *a: seen.append(len(list(tmp_path.glob("*/*.safetensors")))) or rpc(*a))
@@ -54,12 +51,36 @@ def test_weights_travel_in_several_files_and_leave_none_behind(engine, weights, 
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_answer_that_takes_too_long_names_who_waited_for_whom(engine, tiny):
-    impatient = ServerEngine(engine._client.url, tiny, seconds=0.001)
+def test_weights_travel_by_broadcast_and_a_broken_one_is_begun_anew(engine, weights):
+    def breaking():
+        yield from list(weights.items())[:5]
+        raise ValueError("the trainer's own fault")
+
+    name = "model.norm.weight"
+    engine._transport, files = Broadcast(seconds=60), engine._transport
+    try:
+        for version in (20, 21):  # the second goes through the open channel
+            changed = {**weights, name: weights[name] + version}
+            engine.refresh(changed.items(), version)
+            assert engine.fingerprint() == fingerprint(changed.items())
+        with pytest.raises(ValueError, match="own fault"):
+            engine.refresh(breaking(), 22)
+        assert engine.version == -1
+        with pytest.raises(RefreshError, match=f"not delivered: {name}"):
+            engine.refresh(((n, w) for n, w in weights.items() if n != name), 23)
+        engine.refresh(weights.items(), 24)
+        assert engine.generate([[1]], 1, Sampling(1), 0)[0][0].version == 24
+    finally:
+        engine._transport = files
+
+
+def test_an_answer_that_takes_too_long_names_who_waited_for_whom(engine, tiny, weights):
+    impatient = ServerEngine(engine._client.url, tiny)
+    impatient._seconds = 0.005  # loading takes twenty times as long
     with pytest.raises(
         EngineError, match=r"the trainer waited .* s for POST /collective_rpc of the server at http://127"
     ):
-        impatient.refresh([], 1)
+        impatient.refresh(weights.items(), 1)
     assert impatient.version == -1
 
 

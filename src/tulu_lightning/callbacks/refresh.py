@@ -31,7 +31,7 @@ class RolloutRefresh(L.Callback):
         canary: score the fixed sequences after a push.
         canary_every: after every so manyth push only; the first is always checked.
         tolerance: largest mean gap of their log-probs, in nats a token. By the engine's dtype if left out: float32
-            1e-3 at most for any token, bfloat16 0.1 on average.
+            1e-3 at most for any token, bfloat16 0.3 on average.
 
     Raises:
         InputError: a number out of its range.

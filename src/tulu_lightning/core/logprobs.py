@@ -72,6 +72,7 @@ class _TokenLogprobs(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         up_N, up_entropy_N = grad_outputs
         hidden_ND, head_VD, target_N, lse_N, entropy_N = ctx.saved_tensors
+        ctx.entropy = ctx.entropy and bool(up_entropy_N.any())  # asked for as a number only: no work for its gradient
         live_N = (up_N != 0) | (up_entropy_N != 0) if ctx.entropy else up_N != 0
         grad_hidden, grad_head = None, None
         if bool(live_N.all()):
@@ -103,9 +104,8 @@ def _backward(
     # fp32: tiles are summed, and a bf16 running sum would lose small ones.
     grad_ND = torch.zeros_like(hidden_ND, dtype=torch.float32) if need_hidden else None
     grad_VD = torch.zeros_like(head_VD) if need_head else None
-    if not len(hidden_ND):
-        return grad_ND, grad_VD
-    for part, weight_KD, logits_NK, product_NK in _tiles(hidden_ND, head_VD, ctx.temperature, ctx.tile):
+    tiles = _tiles(hidden_ND, head_VD, ctx.temperature, ctx.tile) if len(hidden_ND) else ()
+    for part, weight_KD, logits_NK, product_NK in tiles:
         logits_NK.sub_(lse_N[:, None])  # log p
         if ctx.entropy:
             slope_NK = logits_NK.add(entropy_N[:, None]).mul_(up_entropy_N[:, None]).add_(up_N[:, None])

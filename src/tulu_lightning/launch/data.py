@@ -22,6 +22,7 @@ from tulu_lightning.data.pairs import side_lengths
 from tulu_lightning.data.preference import PreferenceData
 from tulu_lightning.errors import InputError, nearest
 from tulu_lightning.launch.fit import TuluCLI
+from tulu_lightning.launch.parser import in_own_words
 from tulu_lightning.launch.quiet import without_noise
 from tulu_lightning.types import Document, Prompt, Segment
 
@@ -52,7 +53,8 @@ class _DataOnly(TuluCLI):
             raise InputError("data", "the config has none", "Give data with a class_path, as a stage's config does.")
         parser = ArgumentParser(exit_on_error=False)
         parser.add_subclass_arguments(pl.LightningDataModule, "data")
-        built: Any = parser.instantiate_classes(parser.parse_object({"data": settings.as_dict()}))
+        with in_own_words():
+            built: Any = parser.instantiate_classes(parser.parse_object({"data": settings.as_dict()}))
         self.datamodule = built.data
 
     def _run_subcommand(self, subcommand: str) -> None:

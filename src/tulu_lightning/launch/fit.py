@@ -29,7 +29,7 @@ from tulu_lightning.launch.arguments import (
     with_nulls_as_files,
 )
 from tulu_lightning.launch.compose import Layer, merge, origin
-from tulu_lightning.launch.parser import IncludingConfigFile, TuluParser, causes
+from tulu_lightning.launch.parser import IncludingConfigFile, TuluParser, in_own_words
 from tulu_lightning.launch.quiet import without_noise
 from tulu_lightning.launch.run_folder import ensure_writable, resolve_checkpoint, step_of
 from tulu_lightning.launch.schema import check_keys
@@ -139,13 +139,8 @@ class TuluCLI(LightningCLI):
 
     def instantiate_classes(self) -> None:
         """Build data, model and trainer; what their constructors refuse reaches the user as they said it."""
-        try:
+        with in_own_words():
             super().instantiate_classes()
-        except (TypeError, ValueError) as error:
-            said = next((e for e in causes(error) if isinstance(e, InputError)), None)
-            if said is None or said is error:
-                raise
-            raise said from None
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         """A Trainer that logs below the run folder; one folder for all starts, so that curves go on after a resume.

@@ -3,6 +3,7 @@
 import argparse
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NoReturn
 
 from jsonargparse import ActionConfigFile  # pyright: ignore[reportPrivateImportUsage]  its documented home
@@ -21,7 +22,7 @@ from tulu_lightning.launch.compose import (
 )
 from tulu_lightning.launch.schema import suggest
 
-__all__ = ["IncludingConfigFile", "TuluParser", "causes", "explain"]
+__all__ = ["IncludingConfigFile", "TuluParser", "causes", "explain", "in_own_words"]
 
 
 class IncludingConfigFile(ActionConfigFile):
@@ -114,6 +115,18 @@ def causes(ex: BaseException | None) -> Iterator[BaseException]:
         seen.add(id(ex))
         yield ex
         ex = ex.__cause__ or ex.__context__
+
+
+@contextmanager
+def in_own_words() -> Iterator[None]:
+    """What a constructor refuses reaches the user as it said it, not as one of the parser's alternatives."""
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        said = next((e for e in causes(error) if isinstance(e, InputError)), None)
+        if said is None or said is error:
+            raise
+        raise said from None
 
 
 def _keys(texts: Sequence[str]) -> list[str]:

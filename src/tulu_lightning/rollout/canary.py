@@ -38,9 +38,13 @@ class Proof(NamedTuple):
 
 
 def tolerance_of(dtype: torch.dtype) -> Tolerance:
-    """For engines of that dtype. Measured between vLLM and transformers: 1e-4 at most for float32 on both sides, 0.05
-    on average (0.4 at most) where one side or both compute in bfloat16."""
-    return Tolerance(1e-3, None) if dtype == torch.float32 else Tolerance(None, 0.1)
+    """For engines of that dtype: a thousandth at most for float32, 0.3 on average for bfloat16.
+
+    Measured: 1e-4 at most with float32 on both sides. In bfloat16 0.05 on average for sampled tokens of real prompts, and
+    up to 0.12 for these random ones, whose log-probs are near -15. A stale head or prefix cache made gaps of 1.9 to 3.2.
+    Of what is smaller than bfloat16's rounding the checksums tell.
+    """
+    return Tolerance(1e-3, None) if dtype == torch.float32 else Tolerance(None, 0.3)
 
 
 def canaries(vocabulary: int, count: int = 2, prompt: int = 144, response: int = 8, seed: int = 0) -> Sequences:

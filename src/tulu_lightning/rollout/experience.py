@@ -68,6 +68,8 @@ class Experience(NamedTuple):
     advantages_N: Tensor
     returns_N: Tensor | None
     """None without a critic."""
+    known: bool = True
+    """Whether log-probs, entropy and correction are computed; else the update's own forward will (`Learner.one_pass`)."""
 
 
 def judged(group: Group, verdicts: Sequence[Verdict], right: float, overlong: Overlong, max_new_tokens: int) -> Group:

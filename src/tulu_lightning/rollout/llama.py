@@ -45,9 +45,9 @@ class _Layer(NamedTuple):
     qkv: Matrix
     out: Matrix
     mlp_norm: _Norm
-    gate_up: Matrix
+    gate: Matrix
+    up: Matrix
     down: Matrix
-    act: Any
 
 
 class LlamaLM:
@@ -76,9 +76,9 @@ class LlamaLM:
                 fused(layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj),
                 fused(layer.self_attn.o_proj),
                 _Norm(layer.post_attention_layernorm),
-                fused(layer.mlp.gate_proj, layer.mlp.up_proj),
+                fused(layer.mlp.gate_proj),
+                fused(layer.mlp.up_proj),
                 fused(layer.mlp.down_proj),
-                layer.mlp.act_fn,
             )
             for layer in decoder.layers
         ]
@@ -99,7 +99,7 @@ class LlamaLM:
     def _matrices(self) -> Iterator[Matrix]:
         yield self.head
         for layer in self.layers:
-            yield from (layer.qkv, layer.out, layer.gate_up, layer.down)
+            yield from (layer.qkv, layer.out, layer.gate, layer.up, layer.down)
 
     def repack(self) -> None:
         """Make the packed copies anew, after the model's weights were written."""
@@ -140,9 +140,9 @@ class LlamaLM:
             qkv = layer.qkv(layer.norm(x_TD)).view(len(ids_T), -1, self.width)
             qk = qkv[:, :turned]
             torch.addcmul(qk * cos, qk.unflatten(-1, (2, -1)).flip(-2).flatten(-2), sin, out=qk)
-            x_TD = x_TD + layer.out(attend(index, qkv))
-            gate, up = layer.gate_up(layer.mlp_norm(x_TD)).chunk(2, -1)
-            x_TD = x_TD + layer.down(layer.act(gate) * up)
+            x_TD = layer.out.plus(attend(index, qkv), x_TD)
+            normed_TD = layer.mlp_norm(x_TD)
+            x_TD = layer.down.plus(layer.up.times(normed_TD, layer.gate.silu(normed_TD)), x_TD)
         return x_TD
 
     def logits(self, hidden_TD: Tensor) -> Tensor:
@@ -220,9 +220,9 @@ def recognise(model: PreTrainedModel) -> LlamaLM | None:
 
 
 def _unlike(model: PreTrainedModel) -> str | None:
-    if model.dtype not in TOLERANCE:
-        return f"its weights are {model.dtype}"
+    """What of the structure is not Llama's, for the log."""
     decoder: Any = model.get_decoder()
+    config: Any = model.config.get_text_config(decoder=True)
     for path, parts in _PARTS.items():
         try:
             found = {name for name, _ in decoder.get_submodule(path).named_children()}
@@ -230,23 +230,20 @@ def _unlike(model: PreTrainedModel) -> str | None:
             found = set()
         if found != parts:
             return f"its parts {'of ' + path if path else ''} are not Llama's"
-    config: Any = model.config.get_text_config(decoder=True)
+    attention, norms = decoder.layers[0].self_attn, (decoder.norm, decoder.layers[0].input_layernorm)
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-    if kinds != {"full_attention"} or getattr(config, "sliding_window", None):
-        return "not every layer sees all tokens"
-    if getattr(decoder.rotary_emb, "rope_type", "default") in ("dynamic", "longrope"):
-        return "its rotary frequencies depend on the length"
-    head: Any = model.get_output_embeddings()
-    if head is None or getattr(config, "final_logit_softcapping", None):
-        return "its head is more than a matrix"
-    if not all(hasattr(norm, "variance_epsilon") for norm in (decoder.norm, decoder.layers[0].input_layernorm)):
-        return "its norms are not Llama's"
-    attention = decoder.layers[0].self_attn
-    if not hasattr(attention, "head_dim") or any(
-        (attention.q_proj.bias is None) != (each.bias is None) for each in (attention.k_proj, attention.v_proj)
-    ):
-        return "its attention is not Llama's"
-    return None
+    biases = {layer.bias is None for layer in (attention.q_proj, attention.k_proj, attention.v_proj)}
+    reasons = {
+        f"its weights are {model.dtype}": model.dtype not in TOLERANCE,
+        "not every layer sees all tokens": kinds != {"full_attention"} or getattr(config, "sliding_window", None),
+        "its rotary frequencies depend on the length": decoder.rotary_emb.rope_type in ("dynamic", "longrope"),
+        "its head is more than a matrix": getattr(config, "final_logit_softcapping", None)
+        or model.get_output_embeddings() is None,
+        "its norms are not Llama's": not all(hasattr(norm, "variance_epsilon") for norm in norms),
+        "its MLP is not gated by SiLU": config.hidden_act not in ("silu", "swish"),
+        "its attention is not Llama's": not hasattr(attention, "head_dim") or len(biases) > 1,
+    }
+    return next((reason for reason, holds in reasons.items() if holds), None)
 
 
 def _difference(lm: LlamaLM) -> float:

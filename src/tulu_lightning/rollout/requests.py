@@ -8,6 +8,7 @@ import torch
 
 from tulu_lightning.core.step_plan import mix_seed
 from tulu_lightning.errors import InputError
+from tulu_lightning.rollout.checks import check_sampling
 from tulu_lightning.rollout.delivery import Contents
 from tulu_lightning.rollout.engine import Progress
 from tulu_lightning.types import Completion, Finish, Sampling
@@ -33,14 +34,10 @@ def check_prompts(
         InputError: an empty prompt, an unknown token, too many tokens, or settings out of their range.
     """
     where = "generate"
-    if n < 1 or sampling.max_new_tokens < 1:
-        raise InputError(where, f"n is {n}, max_new_tokens is {sampling.max_new_tokens}", "Give at least 1 of each.")
-    if not 0 <= sampling.temperature <= HOTTEST:
-        remedy = f"Give 0 (greedy) or more, and at most {HOTTEST}: vLLM takes no more."
-        raise InputError(where, f"temperature is {sampling.temperature}", remedy)
-    if not 0 < sampling.top_p <= 1 or sampling.top_k < 0:
-        what = f"top_p is {sampling.top_p}, top_k is {sampling.top_k}"
-        raise InputError(where, what, "top_p lies above 0 and up to 1; top_k is 0 (off) or more.")
+    check_sampling(n, sampling)
+    if sampling.temperature > HOTTEST:
+        what = f"temperature is {sampling.temperature}"
+        raise InputError(where, what, f"Give at most {HOTTEST}: vLLM takes no more.")
     for i, prompt in enumerate(prompts):
         _check_ids(f"{where}, prompt {i}", prompt, contents.vocabulary)
         if len(prompt) + sampling.max_new_tokens > positions:

@@ -1,4 +1,4 @@
-"""An engine in a process of its own: a vLLM server, asked over HTTP; its weights come as files in shared memory.
+"""An engine in a process of its own: a vLLM server, asked over HTTP.
 
 Nothing here needs vLLM in the trainer's environment. Start the server with `rollout.server_process.start_server`, or by
 hand with `--worker-extension-cls tulu_lightning.rollout.vllm_worker.Worker --logprobs-mode processed_logprobs
@@ -6,15 +6,12 @@ hand with `--worker-extension-cls tulu_lightning.rollout.vllm_worker.Worker --lo
 """
 
 import math
-import shutil
-import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any, Self
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from tulu_lightning.rollout.client import Client
@@ -22,19 +19,17 @@ from tulu_lightning.rollout.delivery import Delivery, contents_of, dtype_of
 from tulu_lightning.rollout.engine import EngineError, Health, Progress, RefreshError
 from tulu_lightning.rollout.requests import check_prompts, check_sequences, completion, seeds
 from tulu_lightning.rollout.server_process import Server, start_server
+from tulu_lightning.rollout.transport import Files, Transport
 from tulu_lightning.types import Completion, Sampling
 
 __all__ = ["ServerEngine"]
-
-SHARED_MEMORY = Path("/dev/shm")
 
 
 class ServerEngine:
     """Samples on a vLLM server; implements `rollout.engine.Engine`, with the proofs of `rollout.vllm.VLLMEngine`.
 
-    A refresh writes files of at most `file_mb` to shared memory, so the trainer never holds a whole copy; the server,
-    on the same machine, loads them in place. The version is kept on the server too: one that was started again, or
-    that somebody else refreshed, is not sampled from.
+    Weights get there by a transport: files in shared memory on the same machine, or a broadcast. The version is kept on
+    the server too: one that was started again, or that somebody else refreshed, is not sampled from.
 
     Args:
         url: of the server.
@@ -47,8 +42,7 @@ class ServerEngine:
         proof_columns: columns of each matrix that a refresh reads back; 0 for all.
         seconds: longest wait for one prompt's samples, or for a refresh.
         connections: prompts in flight at once.
-        file_mb: see above.
-        folder_for_files: on the server's machine; shared memory where there is one.
+        transport: how weights get there; `Files()` if left out.
 
     Raises:
         EngineError: no server answers at the url, or one that lacks what the module's first lines ask for.
@@ -66,15 +60,14 @@ class ServerEngine:
         proof_columns: int = 16,
         seconds: float = 600,
         connections: int = 64,
-        file_mb: int = 1024,
-        folder_for_files: str | Path | None = None,
+        transport: Transport | None = None,
     ) -> None:
         self._client, self._server = Client(url), server
         self._contents = contents_of(folder)
         self._dtype = dtype_of(dtype)
         self._version, self._columns = -1, proof_columns
-        self._seconds, self._connections, self._file_mb = seconds, connections, file_mb
-        self._folder = folder_for_files or (SHARED_MEMORY if SHARED_MEMORY.is_dir() else None)
+        self._seconds, self._connections = seconds, connections
+        self._transport = transport or Files()
         self._marks: dict[str, str] | None = None
         (model,) = self._client.get("/v1/models", 30)["data"]
         self._positions = min(self._contents.positions, model["max_model_len"], max_model_len or math.inf)
@@ -92,12 +85,13 @@ class ServerEngine:
         *,
         version: int = 0,
         seconds: float = 600,
+        transport: Transport | None = None,
         **settings: Any,
     ) -> Self:
         """Start a server and return its engine, which ends it on `close`; settings of `start_server`."""
         server = start_server(folder, str(dtype).removeprefix("torch."), **settings)
         try:
-            return cls(server.url, folder, dtype, version=version, server=server, seconds=seconds)
+            return cls(server.url, folder, dtype, version=version, server=server, seconds=seconds, transport=transport)
         except BaseException:
             server.close()
             raise
@@ -149,12 +143,8 @@ class ServerEngine:
         """
         self._version, self._marks = -1, {}  # until proven
         delivery = Delivery(self._contents, self._dtype, named)
-        folder = Path(tempfile.mkdtemp(prefix="tulu-weights-", dir=self._folder))
-        try:
-            _write(iter(delivery), folder, self._file_mb << 20)
-            report = self._rpc("tulu_load_files", str(folder), self._columns, version)
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
+        shapes = {name: list(shape) for name, shape in self._contents.shapes.items()}
+        report = self._transport.carry(iter(delivery), shapes, self._rpc, self._columns, version)
         emptied = self._client.post("/reset_prefix_cache", {}, self._seconds)["success"]
         marks = delivery.settle(report["received"], report["differ"], expected)
         if not emptied:
@@ -276,15 +266,3 @@ class ServerEngine:
 def _prompt_scores(choice: Mapping[str, Any], response: Sequence[int]) -> Tensor:
     places = choice["prompt_logprobs"][-len(response) :]
     return torch.tensor([place[str(token)]["logprob"] for token, place in zip(response, places, strict=True)])
-
-
-def _write(named: Iterator[tuple[str, Tensor]], folder: Path, limit: int) -> None:
-    """Files of about `limit` bytes, in order."""
-    part, size, count = dict[str, Tensor](), 0, 0
-    for name, tensor in named:
-        part[name] = tensor.contiguous().cpu()
-        size += tensor.nbytes
-        if size >= limit:
-            save_file(part, folder / f"{count:05d}.safetensors")
-            part, size, count = {}, 0, count + 1
-    save_file(part, folder / f"{count:05d}.safetensors")

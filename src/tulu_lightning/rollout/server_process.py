@@ -14,6 +14,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
+
 import tulu_lightning
 from tulu_lightning.rollout.client import Client
 from tulu_lightning.rollout.engine import EngineError
@@ -61,7 +63,7 @@ def start_server(
     *,
     max_model_len: int | None = None,
     port: int | None = None,
-    kv_cache_mb: int | None = 256,
+    kv_cache_mb: int | None = None,
     seconds: float = 600,
     log: str | Path | None = None,
     python: str | None = None,
@@ -76,7 +78,7 @@ def start_server(
         dtype: of the weights.
         max_model_len: prompt and new tokens of one sample at most.
         port: on the loopback address; a free one if left out.
-        kv_cache_mb: memory for keys and values, in MB; null lets vLLM take what it finds.
+        kv_cache_mb: memory for keys and values, in MB. If left out, 1024 on a CPU; on a GPU vLLM takes what it finds.
         seconds: how long to wait.
         log: file for its output; a temporary one if left out.
         python: interpreter that has vLLM, e.g. `.venv-vllm/bin/python`; this one if left out.
@@ -91,8 +93,10 @@ def start_server(
     url, file = f"http://127.0.0.1:{port}", Path(log or tempfile.mkstemp(prefix="tulu-vllm-", suffix=".log")[1])
     command = [python or sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder)]
     command += ["--host", "127.0.0.1", "--port", str(port), "--dtype", dtype, "--worker-extension-cls", WORKER]
-    command += ["--logprobs-mode", "processed_logprobs", "--generation-config", "vllm", "--enforce-eager"]
-    command += ["--disable-uvicorn-access-log"]
+    command += ["--logprobs-mode", "processed_logprobs", "--generation-config", "vllm", "--disable-uvicorn-access-log"]
+    if not torch.cuda.is_available():
+        command.append("--enforce-eager")
+        kv_cache_mb = kv_cache_mb or 1024
     for option, value in (
         ("--max-model-len", max_model_len),
         ("--kv-cache-memory-bytes", kv_cache_mb and kv_cache_mb << 20),

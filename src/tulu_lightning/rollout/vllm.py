@@ -64,7 +64,7 @@ class VLLMEngine:
         dtype: torch.dtype | str = torch.float32,
         max_model_len: int | None = None,
         version: int = 0,
-        kv_cache_mb: int | None = 256,
+        kv_cache_mb: int | None = None,
         proof_columns: int = 16,
         seed: int = 0,
         **settings: Any,
@@ -76,7 +76,8 @@ class VLLMEngine:
             dtype: float32 or bfloat16, as a torch dtype or its name.
             max_model_len: prompt and new tokens of one sample at most; the model's own limit if left out.
             version: of the weights.
-            kv_cache_mb: memory for keys and values, in MB; null lets vLLM take what it finds (on GPUs).
+            kv_cache_mb: memory for keys and values, in MB. If left out, 1024 on a CPU; on a GPU vLLM takes what it finds
+                (its `gpu_memory_utilization`, which is a setting, too).
             proof_columns: see the class.
             seed: vLLM's own; no sample depends on it.
             settings: further arguments of `vllm.LLM`, e.g. `max_num_seqs`.
@@ -86,12 +87,15 @@ class VLLMEngine:
         """
         contents = contents_of(folder)
         kind = dtype_of(dtype)
+        on_gpu = torch.cuda.is_available()
+        if kv_cache_mb is None and not on_gpu:
+            kv_cache_mb = 1024
         chosen = {
             "dtype": str(kind).removeprefix("torch."),
             "max_model_len": max_model_len,
             "kv_cache_memory_bytes": None if kv_cache_mb is None else kv_cache_mb << 20,
             "seed": seed,
-            "enforce_eager": not torch.cuda.is_available(),
+            "enforce_eager": not on_gpu,
             **settings,
         }
         with guarded():

@@ -17,6 +17,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from tulu_lightning.core.step_plan import mix_seed
+from tulu_lightning.rollout.channel import Channel
 from tulu_lightning.rollout.fingerprint import mark
 
 __all__ = ["Report", "Worker", "columns_of", "held", "repack_tied_head"]
@@ -39,7 +40,10 @@ class Worker:
     """Mixed into vLLM's worker: methods for `collective_rpc`. Their names must not clash with vLLM's."""
 
     model_runner: Any
+    rank: int
+    device: Any
     _tulu_version: int | None = None
+    _tulu_channel: Channel | None = None
 
     def tulu_load(self, named: Iterable[tuple[str, Tensor]], columns: int, seed: int) -> dict[str, Any]:
         """Put the tensors where they belong, in place, and compare what the layers then hold with what arrived.
@@ -71,6 +75,20 @@ class Worker:
         """`tulu_load` from a folder's safetensors files, in the order of their names; then they bear that version."""
         self._tulu_version = -1
         report = self.tulu_load(_files(Path(folder)), columns, version)
+        self._tulu_version = version
+        return report
+
+    def tulu_join(self, host: str, port: int, world: int, seconds: float) -> dict[str, int]:
+        """Come to the trainer's channel; it is rank 0, the workers follow."""
+        self._tulu_channel = Channel(host, port, 1 + self.rank, world, torch.device(self.device), seconds)
+        return {"rank": 1 + self.rank}
+
+    def tulu_load_channel(self, shapes: dict[str, list[int]], columns: int, version: int) -> dict[str, Any]:
+        """`tulu_load` of what the trainer broadcasts; `shapes` lists all that may come."""
+        assert self._tulu_channel is not None
+        self._tulu_version = -1
+        arriving = self._tulu_channel.receive(shapes, self.model_runner.model_config.dtype)
+        report = self.tulu_load(arriving, columns, version)
         self._tulu_version = version
         return report
 
@@ -134,13 +152,15 @@ def held(model: Any, columns: int, seed: int) -> Iterator[tuple[str, Tensor]]:
         kinds = {kind.__name__ for kind in type(module).__mro__}
         owner, _, leaf = path.rpartition(".")
         base = f"{owner}." if owner else ""
+        if getattr(module, "tp_size", 1) > 1:  # this worker holds a share
+            continue
         if "VocabParallelEmbedding" in kinds:
             yield f"{path}.weight", _embedding(module, "ParallelLMHead" in kinds, columns, seed)
         elif "LinearBase" in kinds:
             parts = fused.get(leaf, [leaf])
             sizes = list(module.output_sizes) if len(parts) > 1 else [module.output_size]
             matrix = _by_unit_vectors(module, module.input_size, columns, seed)
-            if sum(sizes) != len(matrix) or len(sizes) != len(parts):  # cut over several devices
+            if sum(sizes) != len(matrix) or len(sizes) != len(parts):  # fused in a way that its mapping does not tell
                 continue
             bias = getattr(module, "bias", None)
             for part, rows in zip(parts, matrix.split(sizes), strict=True):

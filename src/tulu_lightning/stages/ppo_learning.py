@@ -11,12 +11,13 @@ from tulu_lightning.core.aggregate import Aggregation, denominator, token_weight
 from tulu_lightning.core.correction import Correction, Mismatch
 from tulu_lightning.core.estimators import GAE, GroupAdvantage
 from tulu_lightning.core.kl import Kl, kl_loss
+from tulu_lightning.core.logprobs import TokenStats
 from tulu_lightning.core.policy import ClippedPolicy, ClippedValue
 from tulu_lightning.core.step_plan import mix_seed
 from tulu_lightning.models.backbone import PackedLM
 from tulu_lightning.models.heads import PackedValue
 from tulu_lightning.models.lora import without_adapters
-from tulu_lightning.rollout.experience import Experience, Group, Micro, advantages, micro_batches
+from tulu_lightning.rollout.experience import Experience, Group, Micro, advantages, has_signal, micro_batches
 from tulu_lightning.stages.ppo_metrics import Epochs
 from tulu_lightning.stages.ppo_settings import Critic, Rollout
 from tulu_lightning.stages.stage import Stage
@@ -53,13 +54,34 @@ class Learner(Stage):
         The packs are made here and used unchanged in every epoch, so that the first ratio is exactly 1.
         """
         parts = [range(i, len(groups), self.mini_batches) for i in range(self.mini_batches)]
-        cut = [micro_batches(groups, part, self.micro_tokens) for part in parts]
+        cut = [self._cut(groups, part) for part in parts]
         known = [self._known(micro) for micros in cut for micro in micros]
         penalty = self.kl_coefficient if self.kl.place == "reward" else 0.0
         known = self._whitened(advantages(known, self.advantage, penalty))
-        self.mismatch = sum_of([self.correction.mismatch(e.old_N, e.micro.sampler_N) for e in known])
         rest = iter(known)
         return [[next(rest) for _ in micros] for micros in cut if micros]
+
+    @property
+    def one_pass(self) -> bool:
+        """Whether the update's own forward gives the old log-probs: it is the only one, and nothing before it reads them.
+
+        The ratio is 1 by construction then, and a step costs one forward less.
+        """
+        in_the_reward = self.kl.coefficient > 0 and self.kl.place == "reward"
+        return self.epochs == self.mini_batches == 1 and self.critic_config is None and not in_the_reward
+
+    def _cut(self, groups: Sequence[Group], part: Sequence[int]) -> list[Micro]:
+        """Packs of one mini-batch; groups that teach nothing lie in packs of their own, which `_live` can leave out."""
+        if not isinstance(self.advantage, GroupAdvantage):
+            return micro_batches(groups, part, self.micro_tokens)
+        kinds = ([i for i in part if has_signal(groups[i]) == signal] for signal in (True, False))
+        return [micro for kind in kinds for micro in micro_batches(groups, kind, self.micro_tokens)]
+
+    def _live(self, part: Sequence[Experience]) -> list[int]:
+        """Places of the micro-batches with a gradient. The first at least: Adam moves on in a step without any, too."""
+        if self.entropy_coefficient or (self.kl.coefficient and self.kl.place == "loss"):
+            return list(range(len(part)))
+        return [i for i, e in enumerate(part) if bool((e.advantages_N != 0).any())] or [0]
 
     def _whitened(self, known: Sequence[Experience]) -> list[Experience]:
         everything_N = torch.cat([e.advantages_N for e in known]) if known else torch.zeros(0)
@@ -71,31 +93,41 @@ class Learner(Stage):
 
     def _known(self, micro: Micro) -> Experience:
         micro = self.trainer.strategy.batch_to_device(micro)
-        old = self.model(micro.pack, self.rollout.temperature, entropy=True)
-        assert old.entropy_N is not None
-        device = old.logp_N.device
-        return Experience(
+        nothing_N = torch.zeros_like(micro.sampler_N)
+        known = Experience(
             micro=micro,
-            old_N=old.logp_N,
+            old_N=nothing_N,
             reference_N=self._reference_logps(micro) if self.kl.coefficient else None,
             values_N=None if self.critic is None else self.critic(micro.pack),
-            entropy_N=old.entropy_N,
-            correction_N=self.correction(old.logp_N, micro.sampler_N),
-            weight_N=token_weights(micro.lengths_R, self.aggregation).to(device),
-            advantages_N=torch.zeros_like(old.logp_N),
+            entropy_N=nothing_N,
+            correction_N=nothing_N,
+            weight_N=token_weights(micro.lengths_R, self.aggregation).to(nothing_N.device),
+            advantages_N=nothing_N,
             returns_N=None,
+            known=False,
         )
+        return known if self.one_pass else self._with_old(known, self.model(*self._asked(micro), entropy=True))
+
+    def _asked(self, micro: Micro) -> tuple[Any, float]:
+        return micro.pack, self.rollout.temperature
+
+    def _with_old(self, e: Experience, old: TokenStats) -> Experience:
+        """With what the policy said of its tokens before any update."""
+        assert old.entropy_N is not None
+        old_N = old.logp_N.detach()
+        correction_N = self.correction(old_N, e.micro.sampler_N)
+        return e._replace(old_N=old_N, entropy_N=old.entropy_N.detach(), correction_N=correction_N, known=True)
 
     def _reference_logps(self, micro: Micro) -> Tensor:
         if self._reference:
-            return self._reference[0](micro.pack, self.rollout.temperature).logp_N
+            return self._reference[0](*self._asked(micro)).logp_N
         with without_adapters(self.model.lm):
-            return self.model(micro.pack, self.rollout.temperature).logp_N
+            return self.model(*self._asked(micro)).logp_N
 
     # Updates ----------------------------------------------------------------------------------------------------
 
-    def learn(self, experience: Sequence[Sequence[Experience]]) -> Epochs:
-        """K epochs of mini-batches: the critic's update, then the policy's."""
+    def learn(self, experience: list[list[Experience]]) -> Epochs:
+        """K epochs of mini-batches: the critic's update, then the policy's. With `one_pass`, completes the experience."""
         epochs = Epochs()
         optimizers: Any = self.optimizers()
         optimizer, critic_optimizer = (optimizers, None) if self.critic is None else optimizers
@@ -107,6 +139,8 @@ class Learner(Stage):
                 if self.critic_config is None or self.step >= self.critic_config.warmup_steps:
                     whole = denominator(self.aggregation, tokens, responses, self.rollout.max_new_tokens)
                     epochs.grad_norms.append(self._policy_update(part, whole, optimizer, epochs))
+        seen = [e for part in experience for e in part if e.known]
+        self.mismatch = sum_of([self.correction.mismatch(e.old_N, e.micro.sampler_N) for e in seen])
         return epochs
 
     def _counts(self, part: Sequence[Experience]) -> list[float]:
@@ -114,7 +148,7 @@ class Learner(Stage):
         own = [sum(e.old_N.numel() for e in part), sum(len(e.micro.lengths_R) for e in part)]
         return self.reduce_sum(torch.tensor(own, dtype=torch.float64)).tolist()
 
-    def _shuffled(self, parts: Sequence[Sequence[Experience]], epoch: int) -> list[Sequence[Experience]]:
+    def _shuffled(self, parts: Sequence[list[Experience]], epoch: int) -> list[list[Experience]]:
         generator = torch.Generator().manual_seed(mix_seed(self.rollout.seed, self.step, epoch))
         return [parts[i] for i in torch.randperm(len(parts), generator=generator).tolist()]
 
@@ -129,15 +163,18 @@ class Learner(Stage):
             epochs.add_value(terms)
         return self.update(self.critic_config.optimizer, optimizer, self.critic.parameters(), "critic")
 
-    def _policy_update(self, part: Sequence[Experience], whole: float, optimizer: Any, epochs: Epochs) -> float:
-        for e in part:
-            now = self.model(e.micro.pack, self.rollout.temperature, entropy=self.entropy_coefficient > 0)
+    def _policy_update(self, part: list[Experience], whole: float, optimizer: Any, epochs: Epochs) -> float:
+        for i in self._live(part):
+            bonus = self.entropy_coefficient > 0
+            now = self.model(*self._asked(part[i].micro), entropy=bonus or not part[i].known)
+            e = part[i] if part[i].known else self._with_old(part[i], now)
+            part[i] = e
             terms = self.policy_loss(now.logp_N, e.old_N, e.advantages_N)
             loss_N = terms.loss_N * e.correction_N
             if self.kl.place == "loss" and e.reference_N is not None:
                 assert self.kl.estimator != "k1"
                 loss_N = loss_N + self.kl_coefficient * kl_loss(now.logp_N, e.reference_N, self.kl.estimator)
-            if self.entropy_coefficient > 0:
+            if bonus:
                 loss_N = loss_N - self.entropy_coefficient * now.entropy_N
             loss = (loss_N * e.weight_N).sum()
             self.backward_sum(loss, whole)

@@ -94,11 +94,13 @@ def rollout_metrics(collected: Collected) -> dict[str, float]:
 
 
 def token_metrics(experience: Sequence[Experience]) -> dict[str, float]:
-    """Numbers of the tokens that were learned from; only those that they allow: no KL without a reference."""
-    metrics = {
-        "tokens": float(sum(e.micro.pack.tokens_T.numel() for e in experience)),
-        "trained_tokens": float(sum(e.old_N.numel() for e in experience)),
-    }
+    """Numbers of the tokens that were learned from; only those that they allow: no KL without a reference.
+
+    Without those of groups that were not computed, since they teach nothing; `trained_tokens` counts them.
+    """
+    trained = float(sum(e.old_N.numel() for e in experience))
+    experience = [e for e in experience if e.known]
+    metrics = {"tokens": float(sum(e.micro.pack.tokens_T.numel() for e in experience)), "trained_tokens": trained}
     if not experience:
         return metrics
     metrics["entropy"] = float(_joined([e.entropy_N for e in experience]).mean())

@@ -33,15 +33,16 @@ class Snapshots(L.Callback):
 
 
 @pytest.fixture(params=["vllm", "server"])
-def engine(request, tiny):
-    if request.param == "vllm":
-        from tulu_lightning.rollout.vllm import VLLMEngine
+def engine(request, tiny, monkeypatch):
+    if request.param == "server":
+        engine = request.getfixturevalue("tiny_server")
+        engine.refresh(AutoModelForCausalLM.from_pretrained(tiny).state_dict().items(), 0)
+        monkeypatch.setattr(engine, "generate", engine.generate)  # put back after the test
+        yield engine
+        return
+    from tulu_lightning.rollout.vllm import VLLMEngine
 
-        engine = VLLMEngine.from_folder(tiny, max_model_len=512, max_num_seqs=16, kv_cache_mb=64)
-    else:
-        from tulu_lightning.rollout.server import ServerEngine
-
-        engine = ServerEngine.started(tiny, max_model_len=512, kv_cache_mb=64)
+    engine = VLLMEngine.from_folder(tiny, max_model_len=512, max_num_seqs=16, kv_cache_mb=64)
     yield engine
     engine.close()
 
