@@ -424,7 +424,7 @@ def test_sampling_filters_have_to_be_allowed_by_name(settings, said):
     ("settings", "said"),
     [
         ({"kind": "servr"}, r"rollout\.engine\.kind: is 'servr'\. Did you mean 'server'"),
-        ({"url": "http://127.0.0.1:1"}, r"rollout\.engine\.url: is http.* kind local does not read it"),
+        ({"url": "http://127.0.0.1:1"}, r"rollout\.engine\.url: is http.*kind local does not read it"),
         ({"max_model_len": 64}, r"rollout\.engine\.max_model_len: is 64, and .* kind vllm or server"),
         ({"kind": "vllm", "python": "python3"}, r"rollout\.engine\.python: is python3"),
         ({"kind": "server", "url": "http://x", "python": "python3"}, r"rollout\.engine\.python: .*a server that runs"),
