@@ -1,6 +1,7 @@
 """Group advantages in the stage: what is computed equals a plain padded-free reference, and what is left out stays out."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,14 +12,14 @@ from transformers import AutoModelForCausalLM
 from tulu_lightning.assets.models import resolve_model
 from tulu_lightning.callbacks.refresh import RolloutRefresh
 from tulu_lightning.core.correction import Correction
-from tulu_lightning.core.estimators import GAE
 from tulu_lightning.core.groups import GRPO, RLOO, DrGRPO, ReinforcePlusPlus
 from tulu_lightning.core.kl import Kl
 from tulu_lightning.core.overlong import Overlong
 from tulu_lightning.core.policy import ClippedPolicy
 from tulu_lightning.data.sources import Source
 from tulu_lightning.errors import InputError
-from tulu_lightning.rollout.engines import EngineSettings
+from tulu_lightning.rollout import engines, server
+from tulu_lightning.rollout.engines import EngineSettings, build_engine
 from tulu_lightning.rollout.experience import Group, has_signal, judged, micro_batches
 from tulu_lightning.rollout.local import LocalEngine
 from tulu_lightning.stages.collect import further
@@ -144,6 +145,7 @@ def by_hand(rule, scores):
 def test_every_token_of_a_response_has_its_advantage(rule, tmp_path):
     stage = grpo(Watched, advantage=rule)
     watch = fit(stage, even_data(max_steps=1), tmp_path)
+    assert watch.history[0]["first_ratio_error"] == 0
     expected = [by_hand(type(rule).__name__, g.rewards) for g in stage.collected.groups]
     every_N = torch.tensor(
         [a for e in stage.experience for g, i in e.micro.places for a in [expected[g][i]] * length(e, g, i)]
@@ -386,8 +388,6 @@ def test_the_score_is_told_by_source(tmp_path):
 
 # Settings that clash -------------------------------------------------------------------------------------------------
 
-WITH_CRITIC = {"advantage": GAE()}
-
 
 @pytest.mark.parametrize(
     ("build", "changes", "said"),
@@ -423,14 +423,54 @@ def test_sampling_filters_have_to_be_allowed_by_name(settings, said):
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"kind": "server"}, r"rollout\.engine\.url: is None, and the engine is server"),
-        ({"url": "http://127.0.0.1:1"}, r"rollout\.engine\.url: is http"),
-        ({"max_model_len": 64}, r"rollout\.engine\.max_model_len: does nothing"),
+        ({"kind": "servr"}, r"rollout\.engine\.kind: is 'servr'\. Did you mean 'server'"),
+        ({"url": "http://127.0.0.1:1"}, r"rollout\.engine\.url: is http.* kind local does not read it"),
+        ({"max_model_len": 64}, r"rollout\.engine\.max_model_len: is 64, and .* kind vllm or server"),
+        ({"kind": "vllm", "python": "python3"}, r"rollout\.engine\.python: is python3"),
+        ({"kind": "server", "url": "http://x", "python": "python3"}, r"rollout\.engine\.python: .*a server that runs"),
+        ({"kind": "server", "seconds": 0.0}, r"rollout\.engine\.seconds: is 0\.0"),
+        ({"kind": "vllm", "kv_cache_mb": 0}, r"rollout\.engine\.kv_cache_mb: is 0"),
     ],
 )
 def test_engine_settings_that_do_nothing(settings, said):
     with pytest.raises(InputError, match=said):
         EngineSettings(**settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "asked"),
+    [
+        ({}, (None, {"python": None, "max_model_len": None, "kv_cache_mb": 256, "seconds": 600.0})),
+        (
+            {"python": "p", "max_model_len": 64},
+            (None, {"python": "p", "max_model_len": 64, "kv_cache_mb": 256, "seconds": 600.0}),
+        ),
+        ({"url": "http://x", "seconds": 5.0}, ("http://x", {"max_model_len": None, "seconds": 5.0})),
+    ],
+)
+def test_a_server_is_started_unless_it_runs(settings, asked, monkeypatch):
+    class Server:
+        def __init__(self, url, folder, dtype, **more):
+            self.asked = (url, more)
+            assert (folder, dtype) == ("folder", "bfloat16")
+
+        @classmethod
+        def started(cls, folder, dtype, **more):
+            return cls(None, folder, dtype, **more)
+
+    monkeypatch.setattr(server, "ServerEngine", Server)
+    made = build_engine(EngineSettings("server", "bfloat16", **settings), pytest.fail, "folder")
+    assert made.asked == asked
+
+
+def test_vllm_in_this_process_needs_vllm_here(monkeypatch):
+    monkeypatch.setattr(engines, "find_spec", lambda name: None)
+    with pytest.raises(InputError, match=r"rollout\.engine\.kind: is vllm, and there is no vLLM in this environment"):
+        build_engine(EngineSettings("vllm"), pytest.fail, "folder")
+    stage = ppo(rollout=Rollout(max_new_tokens=4, engine=EngineSettings("server")))
+    stage.backbone = replace(stage.backbone, layers=2)
+    with pytest.raises(InputError, match=r"loads whole models, and backbone\.layers cuts the policy"):
+        stage.check_engine()
 
 
 def test_dual_clip_and_every_option_together_run(tmp_path):

@@ -36,7 +36,7 @@ class EngineSettings:
     kv_cache_mb: int | None = 256
     """Memory that vLLM has for keys and values; null lets it take what it finds, as it should on a GPU."""
     seconds: float = 600.0
-    """Of `server`: longest wait for its start, a refresh, or the samples of one prompt."""
+    """Of `server`: longest wait for a refresh, or for the samples of one prompt."""
 
     def __post_init__(self) -> None:
         known = self.dtype in ("float32", "bfloat16")
@@ -48,7 +48,7 @@ class EngineSettings:
             {"local": ("dtype",), "vllm": ("dtype", *vllm), "server": ("dtype", "url", "python", *vllm, "seconds")},
         )
         if self.url is not None:
-            for name, neutral in (("python", None), ("max_model_len", None), ("kv_cache_mb", 256)):
+            for name, neutral in (("python", None), ("kv_cache_mb", 256)):
                 remedy = "Leave it out, or leave out the url: then a server is started with it."
                 value = getattr(self, name)
                 require(
@@ -69,7 +69,8 @@ def build_engine(settings: EngineSettings, local: Callable[[torch.dtype], Engine
     Args:
         settings: which.
         local: makes the in-process engine, with the policy's present weights, in a dtype.
-        folder: the policy's start weights, which the others begin with, as version 0; `refresh` brings them up to date.
+        folder: the policy's start weights, which vLLM begins with, as version 0; a server that runs already has
+            no version until the first `refresh`.
 
     Raises:
         InputError: vLLM is wanted in this process and not installed.
@@ -89,5 +90,6 @@ def build_engine(settings: EngineSettings, local: Callable[[torch.dtype], Engine
     from tulu_lightning.rollout.server import ServerEngine
 
     if settings.url is not None:
-        return ServerEngine(settings.url, folder, settings.dtype, seconds=settings.seconds)
+        longest = settings.max_model_len
+        return ServerEngine(settings.url, folder, settings.dtype, max_model_len=longest, seconds=settings.seconds)
     return ServerEngine.started(folder, settings.dtype, seconds=settings.seconds, python=settings.python, **room)
