@@ -90,7 +90,7 @@ def commands(path: Path) -> Iterator[list[str]]:
 def runnable(words: list[str]) -> bool:
     """Whether a command concerns the tiny model, and this process alone, or no model at all."""
     several = any(word.startswith("--trainer.devices") for word in words)
-    return words[0] == "verify" or any("tiny" in word for word in words) and not several
+    return words[0] == "verify" or (any("tiny" in word for word in words) and not several)
 
 
 WITH_COMMANDS = [path for path in FILES if list(commands(path))]

@@ -223,3 +223,9 @@ def test_a_judge_can_be_sent_to_another_process_and_starts_counting_anew(server)
 )
 def test_a_megabyte_of_nearly_a_score_is_none(text):
     assert read_score(text, 10) is None
+
+
+def test_a_judge_at_another_address_is_the_same_judge():
+    here = Judge("http://127.0.0.1:8000/v1", "m", "Rate {response}. Score: N", retries=1)
+    assert here == Judge("http://127.0.0.1:9000/v1", "m", "Rate {response}. Score: N", timeout_seconds=5.0)
+    assert here != Judge("http://127.0.0.1:8000/v1", "m", "Rate {response} strictly. Score: N")

@@ -67,6 +67,7 @@ class Evaluate(L.Callback):
             examples_per_step=1,
             on_overflow="error",
             verifiers=getattr(data, "own_verifiers", None),
+            routes=getattr(data, "own_routes", None),
         )
         prompts.setup()
         self._verifiers = prompts.verifiers

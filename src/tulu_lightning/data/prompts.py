@@ -98,7 +98,8 @@ class PromptData(StepData[Prompt]):
             max_dropped_share=max_dropped_share,
             accept_changed_data=accept_changed_data,
         )
-        self.own_verifiers, self.routes = dict(verifiers or {}), {**ROUTES, **(routes or {})}
+        self.own_verifiers, self.own_routes = dict(verifiers or {}), dict(routes or {})
+        self.routes = {**ROUTES, **self.own_routes}
         self.verifiers = Verifiers(self.own_verifiers)
         for dataset, name in (routes or {}).items():
             try:

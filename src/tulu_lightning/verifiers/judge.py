@@ -129,18 +129,19 @@ class Judge:
     """
 
     runs: ClassVar = "thread"
-    url: str
+    # Where it is and how it is asked makes no other judge of it (compare=False): a run goes on with it at another port.
+    url: str = field(compare=False)
     model: str
     rubric: str
     scale_max: float = 10.0
     threshold: float = 0.5
-    timeout_seconds: float = 60.0
-    retries: int = 3
-    concurrency: int = 16
-    give_up: int = 20
-    api_key_env: str | None = None
+    timeout_seconds: float = field(default=60.0, compare=False)
+    retries: int = field(default=3, compare=False)
+    concurrency: int = field(default=16, compare=False)
+    give_up: int = field(default=20, compare=False)
+    api_key_env: str | None = field(default=None, compare=False)
     max_tokens: int = 512
-    backoff_seconds: float = 1.0
+    backoff_seconds: float = field(default=1.0, compare=False)
     _failures: _Failures = field(default_factory=_Failures, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
