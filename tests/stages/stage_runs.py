@@ -1,5 +1,6 @@
 """Short runs of the real stages on the tiny model."""
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import lightning as L
@@ -51,6 +52,7 @@ def prompt_data(**changes):
     return PromptData(**settings(**{"sources": [rows], "examples_per_step": 4, **changes}))
 
 
+@dataclass(frozen=True)
 class EvenBytes:
     """Score: share of the response's bytes that are even; even random weights get different ones."""
 
