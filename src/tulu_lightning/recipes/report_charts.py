@@ -48,6 +48,8 @@ CHARTS = (
     Chart("Response length", "tokens", ("length",)),
     Chart("Entropy", "nats a token", ("entropy",)),
     Chart("Clip share", "tokens whose ratio was clipped", ("clip_share",), share=True),
+    Chart("Sampler against trainer", "KL in nats a token, k3; healthy is 0.001 in bfloat16", ("mismatch_kl",)),
+    Chart("Groups without signal", "all rewards of a group equal", ("zero_signal_share",), share=True),
     Chart("Explained variance", "of the returns, by the critic; 1 is perfect, below 0 is harmful", ("explained_variance",)),
     Chart("Margin", "reward of chosen minus rejected", ("margin",)),
     Chart("Pair accuracy", "pairs whose chosen answer has the higher reward", ("accuracy",), share=True),
@@ -62,8 +64,9 @@ CHARTS = (
           ("right", "wrong", "unparseable", "timeout", "error"), share=True, stacked=True,
           colours=(GREEN, RED, VIOLET, ORANGE, GREY)),
     Chart("Seconds by phase", "wall time of a step",
-          ("seconds_generate", "seconds_score", "seconds_logprobs", "seconds_update"),
-          ("generate", "score", "log-probs", "update"), stacked=True, colours=(BLUE, ORANGE, GREEN, VIOLET)),
+          ("seconds_sync", "seconds_generate", "seconds_score", "seconds_logprobs", "seconds_update"),
+          ("refresh", "generate", "score", "log-probs", "update"), stacked=True,
+          colours=(GREY, BLUE, ORANGE, GREEN, VIOLET)),
 )  # fmt: skip
 
 
