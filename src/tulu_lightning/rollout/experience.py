@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tulu_lightning.core.advantages import gae, token_rewards
+from tulu_lightning.core.advantages import gae, response_rewards, token_rewards
 from tulu_lightning.core.estimators import GAE, GroupAdvantage
 from tulu_lightning.core.overlong import Overlong
 from tulu_lightning.core.packing import length, pack
@@ -167,7 +167,7 @@ def _with_critic(e: Experience, estimator: GAE, kl_coefficient: float) -> Experi
 def _penalised(e: Experience, kl_coefficient: float) -> Tensor:
     if e.reference_N is None or not kl_coefficient:
         return e.micro.scores_R
-    return e.micro.scores_R - kl_coefficient * over_responses(e.old_N - e.reference_N, e.micro.lengths_R)
+    return response_rewards(e.micro.scores_R, e.old_N, e.reference_N, e.micro.lengths_R, kl_coefficient)
 
 
 def _spread(micro: Micro, each_R: Tensor) -> Tensor:

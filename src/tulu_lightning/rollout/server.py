@@ -6,7 +6,7 @@ hand with `--worker-extension-cls tulu_lightning.rollout.vllm_worker.Worker --lo
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any, Self
@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from tulu_lightning.rollout.client import Client
+from tulu_lightning.rollout.delivered import DeliveredEngine
 from tulu_lightning.rollout.delivery import Delivery, contents_of, dtype_of
-from tulu_lightning.rollout.engine import EngineError, Health, Progress, RefreshError
+from tulu_lightning.rollout.engine import EngineError, Health, Progress
 from tulu_lightning.rollout.requests import check_prompts, check_sequences, completion, seeds
 from tulu_lightning.rollout.server_process import Server, start_server
 from tulu_lightning.rollout.transport import Files, Transport
@@ -25,7 +26,7 @@ from tulu_lightning.types import Completion, Sampling
 __all__ = ["ServerEngine"]
 
 
-class ServerEngine:
+class ServerEngine(DeliveredEngine):
     """Samples on a vLLM server; implements `rollout.engine.Engine`, with the proofs of `rollout.vllm.VLLMEngine`.
 
     Weights get there by a transport: files in shared memory on the same machine, or a broadcast. The version is kept on
@@ -63,14 +64,12 @@ class ServerEngine:
         transport: Transport | None = None,
     ) -> None:
         self._client, self._server = Client(url), server
-        self._contents = contents_of(folder)
-        self._dtype = dtype_of(dtype)
-        self._version, self._columns = -1, proof_columns
+        contents, kind = contents_of(folder), dtype_of(dtype)
         self._seconds, self._connections = seconds, connections
         self._transport = transport or Files()
-        self._marks: dict[str, str] | None = None
         (model,) = self._client.get("/v1/models", 30)["data"]
-        self._positions = min(self._contents.positions, model["max_model_len"], max_model_len or math.inf)
+        positions = min(contents.positions, model["max_model_len"], max_model_len or math.inf)
+        super().__init__(contents, kind, -1, proof_columns, positions)
         self._model = model["id"]
         self._held()
         if server is not None:
@@ -96,25 +95,6 @@ class ServerEngine:
             server.close()
             raise
 
-    @property
-    def version(self) -> int:
-        """Version of the weights held; -1 after a refresh that failed."""
-        return self._version
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Dtype of the weights."""
-        return self._dtype
-
-    @property
-    def positions(self) -> int:
-        """Prompt and new tokens that a sample may have together."""
-        return int(self._positions)
-
-    def distrust(self) -> None:
-        """Refuse to sample until the next refresh: a proof outside the engine has failed."""
-        self._version = -1
-
     def health(self) -> Health:
         """Asks the server, for at most five seconds."""
         place = f"vLLM server at {self._client.url}"
@@ -132,31 +112,13 @@ class ServerEngine:
 
     # -- weights --
 
-    def refresh(
-        self, named: Iterable[tuple[str, Tensor]], version: int, *, expected: Mapping[str, str] | None = None
-    ) -> None:
-        """See `Engine.refresh`; `expected` is `fingerprint.fingerprint(named, engine.dtype)` on the sender's side.
-
-        Raises:
-            RefreshError: as there.
-            EngineError: the server died, or did not take the weights in time.
-        """
-        self._version, self._marks = -1, {}  # until proven
-        delivery = Delivery(self._contents, self._dtype, named)
+    def _carry(self, delivery: Delivery, version: int) -> tuple[Mapping[str, Any], bool]:
         shapes = {name: list(shape) for name, shape in self._contents.shapes.items()}
         report = self._transport.carry(iter(delivery), shapes, self._rpc, self._columns, version)
-        emptied = self._client.post("/reset_prefix_cache", {}, self._seconds)["success"]
-        marks = delivery.settle(report["received"], report["differ"], expected)
-        if not emptied:
-            raise RefreshError({"prefix cache": ["not emptied: requests are running"]})
-        self._version, self._marks = version, marks
+        return report, self._client.post("/reset_prefix_cache", {}, self._seconds)["success"]
 
-    def fingerprint(self) -> dict[str, str]:
-        """As `VLLMEngine.fingerprint`."""
-        if self._marks is None:
-            found = self._rpc("tulu_marks")
-            self._marks = self._contents.complete(found)
-        return dict(self._marks)
+    def _read_marks(self) -> dict[str, str]:
+        return self._rpc("tulu_marks")
 
     def _rpc(self, method: str, *arguments: Any) -> Any:
         body = {"method": method, "args": arguments, "timeout": self._seconds}
@@ -174,10 +136,7 @@ class ServerEngine:
             raise EngineError(f"{error}; {text}") from error
 
     def _check_version(self) -> None:
-        if self._version < 0:
-            raise RuntimeError(
-                "the last weight refresh failed or never came: the engine holds no known weights to sample from"
-            )
+        self._check_held()
         held = self._held()
         if held != self._version:
             self._version = -1

@@ -6,7 +6,7 @@ memory nodes this process takes its memory from one of them from then on.
 
 import importlib.util
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from tulu_lightning.errors import InputError
+from tulu_lightning.rollout.delivered import DeliveredEngine
 from tulu_lightning.rollout.delivery import Contents, Delivery, contents_of, dtype_of
-from tulu_lightning.rollout.engine import Health, Progress, RefreshError
+from tulu_lightning.rollout.engine import Health, Progress
 from tulu_lightning.rollout.guard import ProcessGroup, guarded, quiet_seed
 from tulu_lightning.rollout.requests import check_prompts, check_sequences, completion, reporter, seeds
 from tulu_lightning.types import Completion, Sampling
@@ -27,7 +28,7 @@ REMEDY = "Make an environment with it (`make setup-vllm` for CPUs, `pip install 
 _group = ProcessGroup()
 
 
-class VLLMEngine:
+class VLLMEngine(DeliveredEngine):
     """Samples with vLLM in this process, on one device; implements `rollout.engine.Engine`.
 
     What a refresh proves, tensor by tensor: that it arrived as it was sent (a checksum over all elements on both
@@ -51,11 +52,9 @@ class VLLMEngine:
     def __init__(
         self, llm: Any, contents: Contents, dtype: torch.dtype, version: int = 0, proof_columns: int = 16
     ) -> None:
+        positions = min(contents.positions, llm.model_config.max_model_len)
+        super().__init__(contents, dtype, version, proof_columns, positions)
         self._llm: Any = llm
-        self._contents, self._dtype = contents, dtype
-        self._version, self._columns = version, proof_columns
-        self._marks: dict[str, str] | None = None
-        self._positions = min(contents.positions, llm.model_config.max_model_len)
 
     @classmethod
     def from_folder(
@@ -102,25 +101,6 @@ class VLLMEngine:
             llm = _build(str(folder), chosen)
         return cls(llm, contents, kind, version, proof_columns)
 
-    @property
-    def version(self) -> int:
-        """Version of the weights held; -1 after a refresh that failed."""
-        return self._version
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Dtype of the weights."""
-        return self._dtype
-
-    @property
-    def positions(self) -> int:
-        """Prompt and new tokens that a sample may have together."""
-        return int(self._positions)
-
-    def distrust(self) -> None:
-        """Refuse to sample until the next refresh: a proof outside the engine has failed."""
-        self._version = -1
-
     def health(self) -> Health:
         """In this process an engine is alive until it is closed."""
         alive = self._llm is not None
@@ -137,31 +117,15 @@ class VLLMEngine:
 
     # -- weights --
 
-    def refresh(
-        self, named: Iterable[tuple[str, Tensor]], version: int, *, expected: Mapping[str, str] | None = None
-    ) -> None:
-        """See `Engine.refresh`; `expected` is `fingerprint.fingerprint(named, engine.dtype)` on the sender's side."""
-        self._version, self._marks = -1, {}  # until proven
-        delivery = Delivery(self._contents, self._dtype, named)
+    def _carry(self, delivery: Delivery, version: int) -> tuple[Mapping[str, Any], bool]:
         with quiet_seed():
             (report,) = self._llm.collective_rpc("tulu_load", args=(iter(delivery), self._columns, version))
-            emptied = self._llm.reset_prefix_cache()
-        marks = delivery.settle(report["received"], report["differ"], expected)
-        if not emptied:
-            raise RefreshError({"prefix cache": ["not emptied: requests are running"]})
-        self._version, self._marks = version, marks
+            return report, self._llm.reset_prefix_cache()
 
-    def fingerprint(self) -> dict[str, str]:
-        """Marks of the tensors that were delivered last and are proved to be held.
-
-        Before the first refresh they are read out of the layers. Then a zero's sign is lost: its mark may differ from
-        the folder's.
-        """
-        if self._marks is None:
-            with quiet_seed():
-                (found,) = self._llm.collective_rpc("tulu_marks")
-            self._marks = self._contents.complete(found)
-        return dict(self._marks)
+    def _read_marks(self) -> dict[str, str]:
+        with quiet_seed():
+            (found,) = self._llm.collective_rpc("tulu_marks")
+        return found
 
     # -- sampling --
 
@@ -176,7 +140,7 @@ class VLLMEngine:
         progress: Progress | None = None,
     ) -> list[list[Completion]]:
         """See `Engine.generate`."""
-        self._ready()
+        self._check_held()
         check_prompts(prompts, n, sampling, self._contents, self._positions)
         greedy = sampling.temperature == 0  # all samples are one
         wanted = [
@@ -245,12 +209,6 @@ class VLLMEngine:
             return []
         with quiet_seed():
             return self._llm.generate(given, wanted, use_tqdm=bar)
-
-    def _ready(self) -> None:
-        if self._version < 0:
-            raise RuntimeError(
-                "the last weight refresh failed or never came: the engine holds no known weights to sample from"
-            )
 
 
 def _vllm() -> Any:
