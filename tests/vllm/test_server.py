@@ -110,6 +110,7 @@ def test_killed_in_the_middle_of_a_step(engine, weights):  # last: the server do
     with pytest.raises(EngineError, match="POST /v1/completions of the server"):
         engine.generate([[i] for i in range(200)], 4, Sampling(1000), 0)
     killer.join()
+    engine._server.process.wait(timeout=10)  # the connection breaks a moment before the process has ended
     assert time.monotonic() - start < 30
     health = engine.health()
     assert not health.alive
