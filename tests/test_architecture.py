@@ -12,7 +12,7 @@ SOURCE = Path(__file__).parents[1] / "src" / PACKAGE
 MAX_LINES = 300
 
 RANKS = {
-    **dict.fromkeys(("types.py", "errors.py", "progress.py", "files.py"), 0),
+    **dict.fromkeys(("types.py", "errors.py", "progress.py", "files.py", "ranks.py"), 0),
     **dict.fromkeys(("core", "verifiers", "assets"), 1),
     **dict.fromkeys(("data", "models"), 2),
     **dict.fromkeys(("rollout", "checkpoints"), 3),

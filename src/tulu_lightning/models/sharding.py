@@ -2,28 +2,28 @@
 
 Two things are done differently from stock. The mesh is set here to (all ranks, 1): the stock default is (1, all),
 which shards nothing, gives every rank the same batch, and says nothing. And directory checkpoints are written beside
-and renamed, because a save that is killed halfway over an older one loads without error as a mixture of both.
+and renamed (`models.sharded_saving`).
 """
 
-import os
-import shutil
-from pathlib import Path
+import atexit
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from lightning.fabric.utilities.load import _METADATA_FILENAME
-from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
-from torch import nn
-from torch.distributed.checkpoint.state_dict_saver import save as save_sharded
+import torch.distributed as dist
+from lightning.pytorch.strategies import StrategyRegistry
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
+from tulu_lightning.models.backbone import Backbone
 from tulu_lightning.models.loading import decoder_layers
+from tulu_lightning.models.sharded_saving import ShardedSaving
 
 __all__ = ["Fsdp2", "shard"]
 
 
-class Fsdp2(ModelParallelStrategy):
+class Fsdp2(ShardedSaving):
     """`strategy: fsdp2`: every rank holds a slice of each parameter, its gradient and its optimiser state."""
 
     def setup_environment(self) -> None:
@@ -31,32 +31,31 @@ class Fsdp2(ModelParallelStrategy):
         self._data_parallel_size = self.num_nodes * self.num_processes
         self._tensor_parallel_size = 1
         super().setup_environment()
+        # Lightning leaves gloo's groups to the interpreter's end, where a thread that still runs now and then aborts a
+        # process that has done everything.
+        atexit.unregister(_leave)
+        atexit.register(_leave)
 
-    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
-        """Write a directory checkpoint to a hidden sibling, then rename it: a name either is whole or is not there."""
-        path = Path(self.broadcast(filepath))
-        beside = path.with_name(f".{path.name}.tmp")
-        if self.global_rank == 0:
-            shutil.rmtree(beside, ignore_errors=True)
-            beside.mkdir(parents=True)
-        self.barrier()
-        optimizers = {f"optimizer_{i}": state for i, state in enumerate(checkpoint.pop("optimizer_states", []))}
-        save_sharded({"state_dict": checkpoint.pop("state_dict"), **optimizers}, checkpoint_id=beside)
-        if self.global_rank == 0:
-            torch.save(checkpoint, beside / _METADATA_FILENAME)
-            _sync(beside)
-            shutil.rmtree(path, ignore_errors=True)
-            os.rename(beside, path)
-            _sync(path.parent)
-        self.barrier()
+    def placed(self, build: Callable[[], Any], config: Backbone) -> Any:
+        """A network on this rank: its slice of what `build` makes.
+
+        Args:
+            build: makes a `PackedLM`, `PackedReward` or `PackedValue`.
+            config: its backbone.
+        """
+        mesh = self.device_mesh["data_parallel"]
+        return shard(build(), mesh, getattr(torch, config.compute_dtype))
+
+    def sum_over_rows(self, sums: Tensor) -> Tensor:
+        """Sum a tensor over the ranks that have different rows; it comes back on its own device."""
+        moved = sums.to(self.root_device, copy=True)  # NCCL reduces on its own device only
+        dist.all_reduce(moved, group=self.device_mesh["data_parallel"].get_group())
+        return moved.to(sums.device)
 
 
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _leave() -> None:
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def shard(module: nn.Module, mesh: DeviceMesh, compute_dtype: torch.dtype = torch.float32) -> nn.Module:

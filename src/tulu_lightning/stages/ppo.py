@@ -134,9 +134,10 @@ class PPO(Learner, EngineHolder):
             config = replace(self.backbone, path=self.critic_folder, layers=settings.layers)
             head = "the reward model's head goes on" if self._critic_goes_on else "a language model, with a fresh head"
             rank_zero_info(f"PPO's critic starts from {self.critic_folder}: {head}")
-            self.critic = self.sharded(PackedValue(config, self.critic_folder), config)
+            self.critic = self.placed(lambda: PackedValue(config, self.critic_folder), config)
         if self.kl.coefficient and self.backbone.lora is None:  # else the policy without its adapters is the reference
-            self._reference = [PackedLM(self.backbone, self.folder).requires_grad_(False)]
+            frozen = lambda: PackedLM(self.backbone, self.folder).requires_grad_(False)  # noqa: E731
+            self._reference = [self.placed(frozen, self.backbone)]
 
     def settings(self) -> dict[str, Any]:
         """Everything but what only cuts (`micro_tokens`), what samples (`rollout.engine`), and when to stop."""

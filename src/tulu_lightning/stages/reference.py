@@ -102,8 +102,8 @@ class StartModel:
         backbone = self.stage.backbone
         if self.settings.mode == "live" and backbone.lora is None and self._copy is None:
             config = replace(backbone, activation_checkpointing=False)
-            copy = PackedLM(config, self.stage.folder).requires_grad_(False)
-            self._copy = self.stage.sharded(copy, config)
+            frozen = lambda: PackedLM(config, self.stage.folder).requires_grad_(False)  # noqa: E731
+            self._copy = self.stage.placed(frozen, config)
 
     def check(self, sets: Mapping[str, Documents]) -> None:
         """Refuse a chosen folder that holds the same rows' numbers from another model, before weights load.

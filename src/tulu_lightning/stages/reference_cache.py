@@ -129,7 +129,7 @@ class LogpCache:
         missing = np.flatnonzero(np.isnan(values).any(axis=1) & wanted)
         if not missing.size:
             return
-        started, size = time.perf_counter(), CHUNK * self.stage.trainer.world_size
+        started, size = time.perf_counter(), CHUNK * self.stage.place[1]
         label, total = f"reference of {part.name}", int(wanted.sum())
         before = total - len(missing)
         shown = Progress(label, total, before, unit="pairs") if self._first else nullcontext()
@@ -163,8 +163,8 @@ class LogpCache:
         lengths = part.lengths[rows].tolist()
         logps = torch.zeros(len(rows), 2)
         shortest = part.items[int(rows[np.argmin(lengths)])]
-        dealt = cut(lengths, data.micro_tokens, self.stage.trainer.world_size, data.pad_to)
-        for micro in dealt[self.stage.trainer.global_rank]:
+        dealt = cut(lengths, data.micro_tokens, self.stage.place[1], data.pad_to)
+        for micro in dealt[self.stage.place[0]]:
             documents = [part.items[int(rows[i])] for i in micro]
             packed = pack(documents, micro, data.pad_to) if micro else filler(shortest, data.pad_to)
             pairs = self.compute(self._strategy.batch_to_device(packed))

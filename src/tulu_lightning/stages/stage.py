@@ -9,12 +9,11 @@ every `optimizer.step()` of every optimiser.
 import math
 import os
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar
 
 import lightning as L
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torchmetrics import Metric
 
@@ -26,7 +25,8 @@ from tulu_lightning.data.packed import PackedData
 from tulu_lightning.errors import InputError
 from tulu_lightning.models.backbone import Backbone, PackedLM
 from tulu_lightning.models.limits import check_documents
-from tulu_lightning.models.sharding import Fsdp2, shard
+from tulu_lightning.models.sharding import Fsdp2
+from tulu_lightning.ranks import data_place
 from tulu_lightning.rollout.local import LocalEngine
 from tulu_lightning.stages.checks import (
     check_processes,
@@ -76,19 +76,16 @@ class Stage(L.LightningModule):
     def configure_model(self) -> None:
         """Build (and under FSDP2 shard) the networks; Lightning calls this once per entry point, so it is guarded."""
         if self.policy is None:
-            self.policy = self.sharded(self.build(), self.backbone)
+            self.policy = self.placed(self.build, self.backbone)
 
     def build(self) -> Any:
         """What is trained, whole: the policy, a `PackedLM`, unless the stage has another network."""
         return PackedLM(self.backbone, self.folder)
 
-    def sharded(self, module: Any, config: Backbone) -> Any:
-        """The module, sharded over the mesh if the strategy has one."""
-        if isinstance(self._strategy(), Fsdp2):
-            mesh = self.device_mesh
-            assert mesh is not None
-            return shard(module, mesh["data_parallel"], getattr(torch, config.compute_dtype))
-        return module
+    def placed(self, build: Callable[[], Any], config: Backbone) -> Any:
+        """What `build` makes: whole, or sharded over the strategy's mesh by its backbone's settings."""
+        strategy = self._strategy()
+        return strategy.placed(build, config) if isinstance(strategy, Fsdp2) else build()
 
     def _strategy(self) -> object:
         return self._trainer.strategy if self._trainer is not None else None
@@ -136,9 +133,6 @@ class Stage(L.LightningModule):
 
     def check_data(self, data: Any) -> None:
         """Refuse rows that the model cannot read.
-
-        Args:
-            data: the data module, set up.
 
         Raises:
             InputError: rows of another kind of stage, a token id outside the vocabulary, or a row with more tokens than
@@ -190,7 +184,7 @@ class Stage(L.LightningModule):
 
     def backward_sum(self, loss_sum: Tensor, denominator: float) -> None:
         """Backward of a summed loss, divided once by the global denominator; × ranks undoes gradient averaging."""
-        self.manual_backward(loss_sum * (self.trainer.world_size / denominator))
+        self.manual_backward(loss_sum * (self.place[1] / denominator))
 
     def update(
         self, settings: AdamW, optimizer: Any, parameters: Iterable[nn.Parameter], network: str = "policy"
@@ -220,12 +214,14 @@ class Stage(L.LightningModule):
         return norm
 
     def reduce_sum(self, sums: Tensor) -> Tensor:
-        """Sum a tensor over ranks; the identity on one process."""
-        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-            moved = sums.to(self.device)  # NCCL reduces on its own device only
-            dist.all_reduce(moved)
-            return moved.to(sums.device)
-        return sums
+        """Sum a tensor over the ranks that have different rows; the identity on one process."""
+        strategy = self._strategy()
+        return strategy.sum_over_rows(sums) if isinstance(strategy, Fsdp2) else sums
+
+    @property
+    def place(self) -> tuple[int, int]:
+        """This process's rank among those with different rows, and how many those are."""
+        return data_place(self._trainer)
 
     def finish_step(self, metrics: dict[str, float]) -> None:
         """Count the step and publish its metrics (progress bar, callbacks)."""

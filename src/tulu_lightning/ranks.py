@@ -1,0 +1,20 @@
+"""Which share of a step's rows a process gets: ranks that split one model over tensor parallelism share theirs."""
+
+from typing import Any
+
+__all__ = ["data_place"]
+
+
+def data_place(trainer: Any) -> tuple[int, int]:
+    """This process's place among those that get different rows, and how many such places there are.
+
+    Args:
+        trainer: a Lightning Trainer; None is one process.
+
+    Returns:
+        (rank, number of ranks). With tensor parallelism these are smaller than the trainer's own two.
+    """
+    if trainer is None:
+        return 0, 1
+    place = trainer.distributed_sampler_kwargs or {}
+    return place.get("rank", 0), place.get("num_replicas", 1)
