@@ -48,6 +48,9 @@ COMMANDS = (
     Command("data", "see what the model will see: inspect rows, length statistics", "tulu_lightning.launch.data"),
     Command("pairs", "make on-policy preference pairs from a model's own samples", "tulu_lightning.recipes.pairs"),
     Command("verify", "score responses offline; `verify audit` measures the verifiers", "tulu_lightning.launch.verify"),
+    Command(
+        "eval", "score a model on the paper's tasks, with intervals; compare two", "tulu_lightning.launch.evaluate"
+    ),
     Command("report", "write a run as one HTML page", "tulu_lightning.recipes.report"),
 )
 

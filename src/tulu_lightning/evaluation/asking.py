@@ -16,7 +16,7 @@ class Asker:
 
     Args:
         tokenizer: the model's.
-        template: its chat template, for tasks with chat; None for a model without one.
+        template: one of ours; None for the model's own Jinja template.
         where: the model, for messages.
     """
 
@@ -32,12 +32,21 @@ class Asker:
         if not task.chat:
             texts = ["".join(turn.content for turn in example.turns) + example.prefix for example in examples]
             return [self._plain(text) for text in texts]
-        if self.template is None:
+        return [
+            [*ids, *self.continuation(e.prefix)] for ids, e in zip(self._in_chat(task, examples), examples, strict=True)
+        ]
+
+    def _in_chat(self, task: Task, examples: Sequence[Example]) -> list[list[int]]:
+        messages = [[turn._asdict() for turn in example.turns] for example in examples]
+        if self.template is not None:
+            return [
+                one.ids for one in chat.encode_many(self.tokenizer, self.template, messages, generation_prompt=True)
+            ]
+        if not self.tokenizer.chat_template:
             what = f"it has no chat template, and {task.name} is asked in chat"
             raise InputError(self.where, what, "Name one: --template tulu (or llama3, chatml, smollm2).")
-        messages = [[turn._asdict() for turn in example.turns] for example in examples]
-        encoded = chat.encode_many(self.tokenizer, self.template, messages, generation_prompt=True)
-        return [[*one.ids, *self.continuation(e.prefix)] for one, e in zip(encoded, examples, strict=True)]
+        texts = [self.tokenizer.apply_chat_template(m, add_generation_prompt=True, tokenize=False) for m in messages]
+        return [self.tokenizer.encode(text, add_special_tokens=False) for text in texts]  # type: ignore[arg-type]
 
     def pairs(self, task: Task, example: Example) -> list[tuple[list[int], list[int]]]:
         """(prompt, choice) token ids of each choice of an example.

@@ -104,7 +104,8 @@ def run_task(
             done.add(_ranked(task, part, model, scorer) if ranked else _sampled(task, part, model, scorer, seed))
             if progress is not None:
                 progress(len(examples) - len(missing) + at + len(part), len(examples))
-    template = "" if not task.chat or model.asker.template is None else model.asker.template.name
+    named = model.asker.template
+    template = "" if not task.chat else "model" if named is None else named.name
     return TaskResult(
         task=task.name,
         version=task.version,

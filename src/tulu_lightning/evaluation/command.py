@@ -1,0 +1,137 @@
+"""What `tulu eval` does once its arguments are read: load, score task after task, write, compare, show."""
+
+import gc
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from tulu_lightning.assets.models import generation_eos, load_tokenizer, resolve_model
+from tulu_lightning.checkpoints.identity import weights_digest
+from tulu_lightning.data import chat
+from tulu_lightning.evaluation.asking import Asker
+from tulu_lightning.evaluation.result import Difference, TaskResult, compare_results
+from tulu_lightning.evaluation.run import Model, run_task
+from tulu_lightning.evaluation.task import Example, Task
+from tulu_lightning.files import write_whole
+from tulu_lightning.progress import Progress
+from tulu_lightning.rollout.engines import EngineSettings, build_engine
+from tulu_lightning.rollout.local import LocalEngine
+
+__all__ = ["Settings", "evaluate_models", "open_model", "show"]
+
+
+class Settings(NamedTuple):
+    """How models are run, whatever is asked."""
+
+    out: Path
+    template: str | None
+    """Name of a chat template; None takes the model's own."""
+    engine: EngineSettings
+    seed: int
+
+
+def open_model(path: str, settings: Settings) -> Model:
+    """Load a model for evaluation.
+
+    Args:
+        path: folder, name or hub id.
+        settings: how it is run.
+
+    Raises:
+        InputError: the model does not load, or its tokens are not those of the named template.
+    """
+    folder = str(resolve_model(path))
+    tokenizer = load_tokenizer(path)
+    template = None if settings.template is None else chat.chat_template(settings.template, tokenizer)
+    eos = generation_eos(folder)
+    if template is None:
+        stops = tuple(sorted({*eos, int(tokenizer.eos_token_id)}))  # type: ignore[arg-type]
+    else:
+        stops = chat.stop_ids(tokenizer, template, eos)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    engine = build_engine(settings.engine, lambda dtype: LocalEngine.from_folder(folder, dtype, device), folder)
+    return Model(path, weights_digest(folder), engine, Asker(tokenizer, template, path), stops)
+
+
+def evaluate_models(
+    models: Sequence[str], tasks: Sequence[Task], examples: Sequence[Sequence[Example]], settings: Settings
+) -> list[list[TaskResult]]:
+    """Results of each model on each task; finished items are kept under `settings.out` and not done again.
+
+    Raises:
+        InputError: see `open_model`.
+    """
+    results = []
+    for path in models:
+        model = open_model(path, settings)
+        folder = settings.out / model.digest[:12]
+        try:
+            results.append(
+                [_scored(task, each, model, folder, settings) for task, each in zip(tasks, examples, strict=True)]
+            )
+        finally:
+            model.engine.close()
+            gc.collect()
+    return results
+
+
+def _scored(task: Task, examples: Sequence[Example], model: Model, folder: Path, settings: Settings) -> TaskResult:
+    with Progress(task.name, len(examples), unit="items") as progress:
+        sheet = folder / f"{task.name}.items.jsonl"
+        told = lambda done, _total: progress.update(done)  # noqa: E731
+        result = run_task(task, examples, model, sheet, settings.seed, told)
+    result.to_json(folder / f"{task.name}.json")
+    return result
+
+
+def show(results: Sequence[Sequence[TaskResult]], out: Path) -> None:
+    """Print the scores as a table, with paired differences where there are two models, and write `results.json`."""
+    first, *others = results
+    table = Table(box=box.SIMPLE_HEAD, title=_title(results), title_justify="left", padding=(0, 1))
+    headings = ["Task", "n", "Score", *(["Against", "Difference"] if others else []), "Metric"]
+    for heading in headings:
+        table.add_column(heading, justify="left" if heading in ("Task", "Metric") else "right")
+    record: list[dict[str, object]] = []
+    for place, result in enumerate(first):
+        cells = [result.task, str(result.n), _share(result)]
+        entry = dict(result.summary())
+        if others:
+            other = others[0][place]
+            difference = compare_results(other, result)
+            cells += [_share(other), _points(difference)]
+            entry |= {"against": other.summary(), "difference": asdict(difference)}
+        record.append(entry)
+        table.add_row(*(Text(cell) for cell in (*cells, result.metric)))
+    if len(first) > 1:
+        means = [sum(each.score for each in model) / len(model) for model in results]
+        table.add_row(
+            "mean",
+            "",
+            *(f"{100 * mean:.1f}" for mean in means),
+            *([f"{100 * (means[0] - means[1]):+.1f}"] if others else []),
+        )
+    Console().print(table)
+    out.mkdir(parents=True, exist_ok=True)
+    write_whole(out / "results.json", json.dumps(record, indent=1, ensure_ascii=False) + "\n")
+
+
+def _title(results: Sequence[Sequence[TaskResult]]) -> str:
+    names = " against ".join(model[0].model for model in results)
+    return f"{names}: scores in %, with {results[0][0].confidence:.0%} intervals"
+
+
+def _share(result: TaskResult) -> str:
+    low, high = result.interval
+    return f"{100 * result.score:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
+
+
+def _points(difference: Difference) -> str:
+    return f"{100 * difference.difference:+.1f} [{100 * difference.low:+.1f}, {100 * difference.high:+.1f}]"

@@ -1,0 +1,64 @@
+"""`tulu eval`: score a model folder on tasks, print a table, keep everything as JSON, and compare with a second model."""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tulu_lightning.errors import InputError
+
+__all__ = ["main"]
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="tulu eval", description=__doc__)
+    parser.add_argument("--model", required=True, metavar="DIR", help="model folder, name or hub id")
+    parser.add_argument("--suite", required=True, nargs="+", metavar="NAME", help="suites and tasks, e.g. tulu3_dev")
+    parser.add_argument("--against", metavar="DIR", help="a second model: paired differences are shown")
+    parser.add_argument("--out", metavar="DIR", default="runs/eval", help="where results go and go on (%(default)s)")
+    parser.add_argument("--limit", type=int, metavar="N", help="so many items of each task, spread evenly")
+    parser.add_argument("--template", metavar="NAME", help="chat template; the model's own by default")
+    parser.add_argument("--data", action="append", default=[], metavar="SET=FILE", help="read a data set from a file")
+    parser.add_argument("--engine", choices=("local", "vllm", "server"), default="local")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--seed", type=int, default=0)
+    return parser
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the command.
+
+    Args:
+        argv: arguments.
+
+    Returns:
+        Exit status.
+
+    Raises:
+        InputError: an unknown suite, data that are not there, a model without a chat template.
+    """
+    options = _parser().parse_args(list(argv))
+    if options.limit is not None and options.limit < 1:
+        raise InputError("--limit", f"is {options.limit}", "Use at least 1.")
+    from tulu_lightning.evaluation.rows import use_file
+    from tulu_lightning.evaluation.suite import find_tasks
+
+    tasks = find_tasks(options.suite)
+    for given in options.data:
+        name, _, path = given.partition("=")
+        use_file(name, path)
+    examples = [task.examples(options.limit) for task in tasks]  # every data set is there, or nothing is loaded
+    from tulu_lightning.evaluation.command import evaluate_models, show
+
+    models = [options.model, *([options.against] if options.against else [])]
+    results = evaluate_models(models, tasks, examples, _settings(options))
+    show(results, Path(options.out))
+    return 0
+
+
+def _settings(options: argparse.Namespace) -> Any:
+    from tulu_lightning.evaluation.command import Settings
+    from tulu_lightning.rollout.engines import EngineSettings
+
+    engine = EngineSettings(kind=options.engine, dtype=options.dtype)
+    return Settings(Path(options.out), options.template, engine, options.seed)
