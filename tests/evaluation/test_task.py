@@ -1,0 +1,267 @@
+"""Tasks: how they are asked, kept, scored and compared, with an engine that says what it is told to."""
+
+import json
+import math
+from itertools import combinations
+
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+from tulu_lightning.core.stats import bootstrap, paired_bootstrap, wilson
+from tulu_lightning.data import chat
+from tulu_lightning.errors import InputError
+from tulu_lightning.evaluation.asking import Asker, answer_text
+from tulu_lightning.evaluation.result import Item, TaskResult, compare_results, pass_at_k
+from tulu_lightning.evaluation.rows import DataSet, use_file
+from tulu_lightning.evaluation.run import Model, run_task
+from tulu_lightning.evaluation.shots import conversation, one_text
+from tulu_lightning.evaluation.suite import find_tasks
+from tulu_lightning.evaluation.task import Example, Task, Turn
+from tulu_lightning.types import Completion
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny):
+    return AutoTokenizer.from_pretrained(tiny)
+
+
+def asked(row, place):
+    return Example(
+        f"sums/{place}", (Turn("user", f"What is {row}?"),), str(row), group="even" if row % 2 == 0 else "odd"
+    )
+
+
+def task(**changes):
+    settings = {"name": "sums", "version": 1, "skill": "Math", "rows": lambda: range(5), "example": asked}
+    return Task(**{**settings, "verifier": "last_number", **changes})
+
+
+class Parrot:
+    """An engine whose answer to prompt i, sample j is `say(key, j)`; it fails once `patience` prompts were answered."""
+
+    version = 0
+
+    def __init__(self, tokenizer, say, patience=math.inf):
+        self.tokenizer, self.say, self.patience, self.asked = tokenizer, say, patience, []
+
+    def generate(self, prompts, n, sampling, seed, *, keys=None, progress=None):
+        if len(self.asked) + len(prompts) > self.patience:
+            raise RuntimeError("out of patience")
+        self.asked += [self.tokenizer.decode(ids) for ids in prompts]
+        return [[self.one(self.say(text, j)) for j in range(n)] for text in self.asked[-len(prompts) :]]
+
+    def one(self, text):
+        ids = torch.tensor(self.tokenizer.encode(text + "<|im_end|>", add_special_tokens=False))
+        return Completion(ids, torch.zeros(len(ids)), "stop", 0)
+
+    def logprobs(self, sequences, temperature=1.0):
+        return [torch.full((len(response),), -1.0) for _, response in sequences]
+
+
+def model(tokenizer, say=lambda text, j: "3", digest="d", **settings):
+    asker = Asker(tokenizer, chat.chat_template("chatml", tokenizer), "toy")
+    return Model("toy", digest, Parrot(tokenizer, say, **settings), asker, (258,))
+
+
+def result(scores, groups=None, average="micro", **changes):
+    items = tuple(
+        Item(key=f"k/{i}", group=g, target="", score=s, answers=[])
+        for i, (s, g) in enumerate(zip(scores, groups or [""] * len(scores), strict=True))
+    )
+    settings = {"task": "t", "version": 1, "settings": "s", "metric": "m", "model": "a", "model_digest": "d"}
+    return TaskResult(**{**settings, "average": average, "template": "", "items": items, **changes})
+
+
+@pytest.mark.parametrize(("right", "samples", "k"), [(0, 5, 2), (1, 4, 2), (3, 6, 4), (6, 6, 1), (5, 20, 10)])
+def test_pass_at_k_is_the_share_of_draws_with_a_right_one(right, samples, k):
+    draws = list(combinations([True] * right + [False] * (samples - right), k))
+    assert pass_at_k(right, samples, k) == pytest.approx(sum(map(any, draws)) / len(draws), abs=1e-12)
+
+
+def test_pass_at_k_refuses_what_cannot_be_drawn():
+    with pytest.raises(ValueError, match="k = 5"):
+        pass_at_k(1, 4, 5)
+
+
+def test_macro_counts_groups_and_micro_items():
+    scores, groups = [1.0, 1.0, 1.0, 0.0], ["a", "a", "a", "b"]
+    assert result(scores, groups).score == 0.75
+    assert result(scores, groups, "macro").score == 0.5
+    assert result(scores, groups, "macro").groups == {"a": (1.0, 3), "b": (0.0, 1)}
+
+
+def test_intervals():
+    assert result([1.0, 0.0, 1.0]).interval == wilson(2, 3)
+    halves = [0.5, 0.25, 1.0, 0.0] * 20
+    assert result(halves).interval == bootstrap(halves)[1:]
+    low, high = result([1.0, 0.0] * 50, ["a", "b"] * 50, "macro").interval
+    assert (low, high) == (0.5, 0.5), "within each group nothing varies"
+
+
+def test_a_bootstrap_within_groups_has_the_spread_of_stratified_draws():
+    """Two groups of 40 and 10 coins: the variance of the mean of means is the mean of p(1-p)/n over 2^2."""
+    values, groups = [1.0, 0.0] * 20 + [1.0, 0.0] * 5, ["a"] * 40 + ["b"] * 10
+    mean, low, high = bootstrap(values, groups)
+    spread = math.sqrt((0.25 / 40 + 0.25 / 10) / 4)
+    assert mean == 0.5
+    assert high - low == pytest.approx(2 * 1.96 * spread, rel=0.1)
+
+
+def test_a_paired_difference_is_over_the_same_items():
+    before, after = result([0.0, 1.0, 0.0, 0.0] * 30), result([1.0, 1.0, 0.0, 0.0] * 30)
+    found = compare_results(before, after)
+    assert (found.difference, found.low, found.high) == paired_bootstrap(before.per_item, after.per_item)
+    assert found.n == 120
+
+
+@pytest.mark.parametrize(
+    ("changes", "what"), [({"settings": "x"}, "settings"), ({"version": 2}, "version"), ({"task": "u"}, "task")]
+)
+def test_results_of_other_tasks_do_not_compare(changes, what):
+    with pytest.raises(InputError, match=f"the {what} differs"):
+        compare_results(result([1.0]), result([1.0], **changes))
+
+
+def test_results_come_back_from_their_file(tmp_path):
+    kept = result([1.0, 0.5], ["a", "b"], "macro")
+    kept.to_json(tmp_path / "t.json")
+    assert TaskResult.from_json(tmp_path / "t.json") == kept
+    assert json.loads((tmp_path / "t.json").read_text())["summary"]["score"] == 0.75
+    (tmp_path / "t.json").write_text("{}")
+    with pytest.raises(InputError, match="does not hold a task's result"):
+        TaskResult.from_json(tmp_path / "t.json")
+
+
+def test_a_task_is_asked_judged_and_scored(tokenizer):
+    given = task(average="macro")
+    found = run_task(given, given.examples(), model(tokenizer, lambda text, j: "it is 2, or 4"))
+    assert [item["score"] for item in found.items] == [0, 0, 0, 0, 1]
+    assert found.score == pytest.approx((1 / 3 + 0) / 2), "one of three even rows, none of two odd ones"
+    assert found.items[4]["answers"][0] == {
+        "text": "it is 2, or 4", "outcome": "right", "score": 1.0, "tokens": 14, "finish": "stop"
+    }  # fmt: skip
+    assert found.settings == given.settings(given.examples())
+
+
+def test_prefixes_and_stops(tokenizer):
+    def with_prefix(row, place):
+        return asked(row, place)._replace(prefix="Answer: ")
+
+    given = task(example=with_prefix, stops=("\n",), rows=lambda: [7])
+    toy = model(tokenizer, lambda text, j: "7\nand 9")
+    found = run_task(given, given.examples(), toy)
+    assert toy.engine.asked[0].endswith("<|im_start|>assistant\nAnswer: ")
+    assert found.items[0]["answers"][0]["text"] == "Answer: 7"
+    assert found.score == 1.0
+    assert answer_text("a\n\nQ: b", "", ("Q:", "\n\n")) == "a"
+
+
+def test_pass_at_k_of_samples(tokenizer):
+    given = task(samples=4, k=2, temperature=0.8, rows=lambda: [3])
+    found = run_task(given, given.examples(), model(tokenizer, lambda text, j: "3" if j == 1 else "5"))
+    assert found.score == 0.5
+    assert len(found.items[0]["answers"]) == 4
+
+
+def test_a_run_that_broke_off_goes_on_and_ends_as_one_that_did_not(tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr("tulu_lightning.evaluation.run.CHUNK", 2)
+    given, say = task(), lambda text, j: text.split()[2].rstrip("?")
+    sheet = tmp_path / "sums.jsonl"
+    with pytest.raises(RuntimeError, match="patience"):
+        run_task(given, given.examples(), model(tokenizer, say, patience=3), sheet)
+    with sheet.open("a") as file:
+        file.write('{"key": "sums/2", "gro')  # a kill in the middle of a line
+    again = model(tokenizer, say)
+    told = []
+    found = run_task(given, given.examples(), again, sheet, progress=lambda done, total: told.append(done))
+    assert len(again.engine.asked) == 3, "two of five were done"
+    assert told == [2, 4, 5]
+    assert found == run_task(given, given.examples(), model(tokenizer, say))
+    other = model(tokenizer, say, digest="other weights")
+    run_task(given, given.examples(), other, sheet)
+    assert len(other.engine.asked) == 5, "another model's items are not gone on with"
+
+
+def test_a_limit_takes_rows_from_everywhere():
+    given = task(rows=lambda: list(range(10)))
+    assert [example.target for example in given.examples(4)] == ["0", "2", "5", "7"]
+    assert len(given.examples(20)) == 10
+
+
+def test_choices_are_ranked_by_their_log_probs(tokenizer):
+    class Shortest:
+        runs = "here"
+
+        def __call__(self, response, target):
+            from tulu_lightning.types import Verdict
+
+            values = json.loads(response)
+            right = values.index(max(values)) == int(target)
+            return Verdict("right" if right else "wrong", float(right))
+
+        def complaint(self, target):
+            return None
+
+    def choose(row, place):
+        return Example(f"c/{place}", (Turn("text", "Pick: "),), "1", choices=("aaa", "b", "cc"))
+
+    given = task(example=choose, chat=False, verifier="shortest", own=Shortest(), rows=lambda: [0])
+    found = run_task(given, given.examples(), model(tokenizer))
+    assert found.score == 1.0
+    assert json.loads(found.items[0]["answers"][0]["text"]) == [-4.0, -2.0, -3.0], (
+        "the prompt's last space is the choice's"
+    )
+
+
+def test_shots_are_turns_or_one_text():
+    shots = [("Q: 2?\nA:", "2")]
+    assert one_text("Q: 3?\nA:", shots) == "Q: 2?\nA: 2\n\nQ: 3?\nA:"
+    turns = conversation("Q: 3?\nA:", shots, system="Add.")
+    assert [turn.role for turn in turns] == ["user", "assistant", "user"]
+    assert turns[0].content == "Add.\n\nQ: 2?\nA:"
+    assert conversation("Q: 3?\nA:", shots, multi_turn=False) == (Turn("user", one_text("Q: 3?\nA:", shots)),)
+
+
+def test_rows_come_from_a_file_of_the_users(tmp_path):
+    data = DataSet("toy set", hub="nobody/nothing")
+    with pytest.raises(InputError, match=r"data set toy set: it is not here.*--data toy set=FILE\.jsonl"):
+        data.read()
+    (tmp_path / "rows.jsonl").write_text('{"a": 1}\n{"a": 2}\n')
+    use_file("toy set", tmp_path / "rows.jsonl")
+    assert data.read() == [{"a": 1}, {"a": 2}]
+    (tmp_path / "rows.jsonl").write_text('{"a": 1}\n{"a"\n')
+    with pytest.raises(InputError, match=r"rows\.jsonl, line 2: it is not JSON"):
+        data.read()
+    with pytest.raises(InputError, match="no such file"):
+        use_file("toy set", tmp_path / "none.jsonl")
+
+
+def test_an_unknown_suite_is_refused_with_the_nearest():
+    with pytest.raises(InputError, match=r"no task or suite 'tulu_dev'.*tulu3_dev"):
+        find_tasks(["tulu_dev"])
+    assert [each.name for each in find_tasks(["gsm8k", "gsm8k"])] == ["gsm8k"]
+
+
+def test_a_model_without_a_template_is_refused_in_chat(tokenizer):
+    bare = AutoTokenizer.from_pretrained(tokenizer.name_or_path)
+    bare.chat_template = None
+    given = task()
+    with pytest.raises(
+        InputError, match=r"toy: it has no chat template, and sums is asked in chat\. Name one: --template"
+    ):
+        Asker(bare, None, "toy").prompts(given, given.examples())
+
+
+def test_the_models_own_template_is_used_without_a_name(tokenizer):
+    own = AutoTokenizer.from_pretrained(tokenizer.name_or_path)
+    own.chat_template = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
+    given = task()
+    assert own.decode(Asker(own, None, "toy").prompts(given, given.examples())[0]) == "[user]What is 0?[assistant]"
+
+
+def test_settings_that_cannot_work():
+    with pytest.raises(InputError, match=r"task sums\.samples"):
+        task(samples=4)
+    with pytest.raises(InputError, match=r"task sums\.k"):
+        task(samples=4, k=5, temperature=1.0)
