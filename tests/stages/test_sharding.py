@@ -47,12 +47,12 @@ def config(folder, *callbacks):
     return ["fit", "--config", str(path)]
 
 
-def two_processes(argv):
+def two_processes(argv, count=2):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
-    launch = ["torch.distributed.run", "--nproc-per-node", "2", "--master-port", port, "-m", "tulu_lightning"]
-    sharded = ["--trainer.strategy", "fsdp2", "--trainer.devices", "2", "--trainer.accelerator", "cpu"]
+    launch = ["torch.distributed.run", "--nproc-per-node", str(count), "--master-port", port, "-m", "tulu_lightning"]
+    sharded = ["--trainer.strategy", "fsdp2", "--trainer.devices", str(count), "--trainer.accelerator", "cpu"]
     path = os.pathsep.join([str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     return subprocess.run(

@@ -10,9 +10,11 @@ from lightning.pytorch.utilities import rank_zero_warn
 from tulu_lightning.core.settings import require
 from tulu_lightning.models.limits import read_limits
 from tulu_lightning.models.weights import plain_weights
-from tulu_lightning.rollout.canary import Proof, Sequences, Tolerance, canaries, prove, tolerance_of
+from tulu_lightning.rollout.canary import Agree, Proof, Sequences, Tolerance, canaries, follow, prove, tolerance_of
+from tulu_lightning.rollout.elsewhere import Elsewhere
 from tulu_lightning.rollout.engine import EngineError
 from tulu_lightning.rollout.fingerprint import fingerprint
+from tulu_lightning.rollout.together import ALONE
 
 __all__ = ["RolloutRefresh"]
 
@@ -66,7 +68,7 @@ class RolloutRefresh(L.Callback):
         pl_module.sync_seconds = time.perf_counter() - start
 
     def _proved(self, trainer: L.Trainer, pl_module: Any) -> Proof | None:
-        """`prove`, once more if the engine died over it: another push starts another engine."""
+        """`prove`, once more if an engine died over it: another push starts another one."""
         try:
             return self.prove(trainer, pl_module)
         except EngineError as error:
@@ -85,12 +87,15 @@ class RolloutRefresh(L.Callback):
             return None
         if self._sequences is None:
             self._sequences = self._canaries(pl_module)
-        engine = pl_module.engine
+        engine, together = pl_module.engine, getattr(pl_module, "together", ALONE)
+        agree: Agree = lambda call: together.run(call, f"proof of step {pl_module.step}")  # noqa: E731
+        if isinstance(engine, Elsewhere):
+            return follow(own, self._sequences, agree)
         dtype = getattr(engine, "dtype", torch.bfloat16)
         tolerance = tolerance_of(dtype) if self.tolerance is None else Tolerance(None, self.tolerance)
         # Gathering shards needs all ranks, and not all need have met the error.
         differing = None if trainer.world_size > 1 else lambda: _differing(pl_module, dtype)
-        return prove(engine, own, self._sequences, tolerance, pl_module.rollout.temperature, differing)
+        return prove(engine, own, self._sequences, tolerance, pl_module.rollout.temperature, differing, agree)
 
     def _due(self, pl_module: Any) -> int:
         wanted = getattr(pl_module, "wanted_version", None)
@@ -102,6 +107,8 @@ class RolloutRefresh(L.Callback):
     def _canaries(pl_module: Any) -> Sequences:
         limits = read_limits(pl_module.folder)
         room = min(limits.positions or 1 << 30, getattr(pl_module.engine, "positions", 1 << 30))
+        if together := getattr(pl_module, "together", None):  # the engine's room, also where it is on another rank
+            room = min(together.gather(room, "room for canaries"))
         response = min(8, room // 4)
         return canaries(limits.vocabulary, prompt=min(144, room - response - 1), response=response)
 

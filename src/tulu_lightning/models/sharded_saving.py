@@ -12,12 +12,27 @@ import torch
 from lightning.fabric.utilities.load import _METADATA_FILENAME
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch.distributed.checkpoint.state_dict_saver import save as save_sharded
+from torch.optim import Optimizer
 
 __all__ = ["ShardedSaving"]
 
 
 class ShardedSaving(ModelParallelStrategy):
     """The part of `Fsdp2` that writes checkpoints."""
+
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        """The state of an optimiser, one that has not made a step yet included (PPO's policy while its critic warms up).
+
+        PyTorch makes such a one take a step with gradients of zero to have a state to save. Saved or not, the first
+        real step would be Adam's second then, half as large.
+        """
+        unused = not optimizer.state
+        state = super().optimizer_state(optimizer)
+        if unused:
+            for values in state["state"].values():
+                values["step"].zero_()
+            optimizer.state.clear()
+        return state
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
         """Write a directory checkpoint to a hidden sibling, then rename it: a name either is whole or is not there."""

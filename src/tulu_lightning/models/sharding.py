@@ -86,7 +86,9 @@ def shard(module: nn.Module, mesh: DeviceMesh, compute_dtype: torch.dtype = torc
         fully_shard(layer, mesh=mesh, mp_policy=policy)
     if isinstance(head := getattr(module, "head", None), nn.Module):
         fully_shard(head, mesh=mesh, mp_policy=MixedPrecisionPolicy(reduce_dtype=torch.float32))
-    fully_shard(module, mesh=mesh, mp_policy=policy)
+    # A frozen network has no backward that would free the root's gathered embedding and head.
+    trained = any(parameter.requires_grad for parameter in module.parameters())
+    fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=None if trained else True)
     return module
 
 

@@ -5,21 +5,31 @@ cache, another rotary scaling or another temperature all checksums are right and
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from tulu_lightning.rollout.engine import Engine, RefreshError
-from tulu_lightning.types import Sampling
+from tulu_lightning.types import Completion, Sampling
 
-__all__ = ["Proof", "Sequences", "Tolerance", "canaries", "prove", "tolerance_of"]
+__all__ = ["Agree", "Proof", "Sequences", "Tolerance", "canaries", "follow", "prove", "tolerance_of"]
+
+Result = TypeVar("Result")
 
 Sequences = list[tuple[list[int], list[int]]]
 """(prompt, response) token ids."""
 GIVEN, SAMPLED = "log-probs of given tokens differ", "log-probs of sampled tokens differ"
 NEW = 4
 """Tokens sampled after each canary's prompt."""
+
+
+class Agree(Protocol):
+    """Makes a call, and raises on all ranks if it fails on any."""
+
+    def __call__(self, call: Callable[[], Result]) -> Result:
+        """What the call gave."""
+        ...
 
 
 class Tolerance(NamedTuple):
@@ -73,6 +83,7 @@ def prove(
     tolerance: Tolerance,
     temperature: float = 1.0,
     differing: Callable[[], Mapping[str, Sequence[str]]] | None = None,
+    agree: Agree = lambda call: call(),
 ) -> Proof:
     """Compare both sides' log-probs: of the canaries, and of a few tokens that the engine samples after their prompts.
 
@@ -83,6 +94,8 @@ def prove(
         tolerance: beyond it the refresh failed.
         temperature: of both sides.
         differing: names of tensors whose checksums differ, by kind of fault; asked only when log-probs differ.
+        agree: makes a call, and raises on all ranks if it fails on any; the trainer's log-probs between its two calls
+            may then gather shards.
 
     Returns:
         How far they lie apart.
@@ -93,14 +106,36 @@ def prove(
     """
     # Sampled too: vLLM does not read its prefix cache for scores, but does for samples.
     prompts = [prompt for prompt, _ in sequences]
-    groups = engine.generate(prompts, 1, Sampling(NEW, temperature), 0)
+
+    def asked() -> tuple[list[list[Completion]], list[Tensor]]:
+        return engine.generate(prompts, 1, Sampling(NEW, temperature), 0), engine.logprobs(sequences, temperature)
+
+    groups, given_L = agree(asked)
     sampled = [(prompt, group[0].ids_L.tolist()) for prompt, group in zip(prompts, groups, strict=True)]
     own = [part.detach().float().cpu() for part in trainer_logprobs([*sequences, *sampled])]
-    theirs = [*engine.logprobs(sequences, temperature), *(group[0].logprobs_L for group in groups)]
+    theirs = [*given_L, *(group[0].logprobs_L for group in groups)]
+    return agree(lambda: _compared(engine, own, theirs, len(sequences), tolerance, differing))
+
+
+def follow(trainer_logprobs: Callable[[Sequences], Sequence[Tensor]], sequences: Sequences, agree: Agree) -> None:
+    """The part in a proof of a rank whose engine is on another one: the same calls, with any tokens for the sampled."""
+    agree(lambda: None)
+    trainer_logprobs([*sequences, *((prompt, [0] * NEW) for prompt, _ in sequences)])
+    agree(lambda: None)
+
+
+def _compared(
+    engine: Engine,
+    own: Sequence[Tensor],
+    theirs: Sequence[Tensor],
+    count: int,
+    tolerance: Tolerance,
+    differing: Callable[[], Mapping[str, Sequence[str]]] | None,
+) -> Proof:
     if [len(part) for part in own] != [len(part) for part in theirs]:
         raise ValueError(f"of the canaries the trainer scored {sum(map(len, own))} tokens, not {sum(map(len, theirs))}")
     gaps = [(a - b).abs() for a, b in zip(own, theirs, strict=True)]
-    given, drawn = _proof(gaps[: len(sequences)]), _proof(gaps[len(sequences) :])
+    given, drawn = _proof(gaps[:count]), _proof(gaps[count:])
     wrong = [(kind, part) for kind, part in ((GIVEN, given), (SAMPLED, drawn)) if not _within(part, tolerance)]
     if not wrong:
         return _proof(gaps)

@@ -101,20 +101,37 @@ def document(group: Group) -> Document:
     return Document((Segment(prompt_L, torch.zeros(prompt_L.numel())), *children))
 
 
-def micro_batches(groups: Sequence[Group], indices: Sequence[int], micro_tokens: int) -> list[Micro]:
-    """Cut some of the step's groups into packs of at most `micro_tokens` tokens.
+def micro_batches(
+    groups: Sequence[Group], indices: Sequence[int], micro_tokens: int, place: tuple[int, int] = (0, 1)
+) -> list[Micro]:
+    """Cut some of the step's groups into packs of at most `micro_tokens` tokens; one rank's share of them.
+
+    All ranks get the same number of packs, since sharded networks gather in each: a rank that is short gets packs
+    without a response.
 
     Args:
         groups: all groups of the step.
         indices: those of one mini-batch; one with nothing to learn from is left out.
         micro_tokens: limit of a pack, in tokens.
+        place: rank and number of ranks.
     """
     indices = [i for i in indices if groups[i].kept]
     documents = [document(groups[i]) for i in indices]
+    rank, ranks = place
+    dealt = cut([length(d) for d in documents], micro_tokens, ranks)[rank] if documents else ()
     return [
         _micro(groups, [indices[i] for i in items], [documents[i] for i in items])
-        for items in (cut([length(d) for d in documents], micro_tokens)[0] if documents else ())
+        if items
+        else _empty(groups[indices[0]])
+        for items in dealt
     ]
+
+
+def _empty(group: Group) -> Micro:
+    """A pack that computes and has nothing to learn from: a prompt."""
+    prompt_L = torch.tensor(group.prompt.ids)
+    alone = Document((Segment(prompt_L, torch.zeros(prompt_L.numel())),))
+    return Micro(pack([alone], ()), torch.zeros(0), torch.zeros(0), (), ())
 
 
 def _micro(groups: Sequence[Group], indices: Sequence[int], documents: Sequence[Document]) -> Micro:
@@ -131,6 +148,8 @@ def _micro(groups: Sequence[Group], indices: Sequence[int], documents: Sequence[
 
 def over_responses(x_N: Tensor, lengths_R: Sequence[int]) -> Tensor:
     """Sum of each response's tokens, float32 `[R]`."""
+    if not lengths_R:
+        return x_N.new_zeros(0, dtype=torch.float32)
     return torch.stack([part.sum() for part in x_N.float().split(list(lengths_R))])
 
 
@@ -147,8 +166,8 @@ def advantages(parts: Sequence[Experience], estimator: GAE | GroupAdvantage, kl_
     """
     if isinstance(estimator, GAE):
         return [_with_critic(e, estimator, kl_coefficient) for e in parts]
-    if not parts:
-        return []
+    if not any(e.micro.places for e in parts):
+        return list(parts)
     scores_R = torch.cat([_penalised(e, kl_coefficient) for e in parts])
     group_R = torch.tensor([group for e in parts for group, _ in e.micro.places], device=scores_R.device)
     each_R = estimator(scores_R, group_R).split([len(e.micro.lengths_R) for e in parts])
@@ -158,6 +177,8 @@ def advantages(parts: Sequence[Experience], estimator: GAE | GroupAdvantage, kl_
 def _with_critic(e: Experience, estimator: GAE, kl_coefficient: float) -> Experience:
     assert e.values_N is not None
     lengths_R = e.micro.lengths_R
+    if not lengths_R:
+        return e._replace(returns_N=torch.zeros_like(e.old_N))
     reference_N = e.old_N if e.reference_N is None else e.reference_N
     rewards_N = token_rewards(e.micro.scores_R, e.old_N, reference_N, lengths_R, kl_coefficient)
     advantages_N, returns_N = gae(rewards_N, e.values_N, lengths_R, estimator.gamma, estimator.lam)
@@ -165,10 +186,12 @@ def _with_critic(e: Experience, estimator: GAE, kl_coefficient: float) -> Experi
 
 
 def _penalised(e: Experience, kl_coefficient: float) -> Tensor:
-    if e.reference_N is None or not kl_coefficient:
+    if e.reference_N is None or not kl_coefficient or not e.micro.lengths_R:
         return e.micro.scores_R
     return response_rewards(e.micro.scores_R, e.old_N, e.reference_N, e.micro.lengths_R, kl_coefficient)
 
 
 def _spread(micro: Micro, each_R: Tensor) -> Tensor:
+    if not micro.lengths_R:
+        return each_R.new_zeros(0, dtype=torch.float32)
     return each_R.float().repeat_interleave(torch.tensor(micro.lengths_R, device=each_R.device))

@@ -13,6 +13,7 @@ from tulu_lightning.core.step_plan import mix_seed
 from tulu_lightning.rollout.engine import Engine
 from tulu_lightning.rollout.experience import Group, has_signal, judged
 from tulu_lightning.rollout.scoring import Scorer
+from tulu_lightning.rollout.together import ALONE, Together, in_order, share_of
 from tulu_lightning.stages.ppo_settings import DynamicSampling, Reward, Rollout
 from tulu_lightning.types import Check, Completion, Prompt, PromptBatch, Sampling, Verdict
 
@@ -49,6 +50,10 @@ class Collector:
     """All prompts of the run; refills are drawn from them."""
     least: int = 1
     """Responses that a group must have left to be learned from: 2 where they are each other's baseline."""
+    together: Together = ALONE
+    """The ranks that the prompts of a step are divided over."""
+    one_engine: bool = False
+    """Whether the first rank samples for all; else each does its share."""
 
     @property
     def sampling(self) -> Sampling:
@@ -87,21 +92,40 @@ class Collector:
     ) -> list[Group]:
         _check_version(engine.version, version, step)
         started = time.perf_counter()
-        sampled = engine.generate(
-            [p.ids for p in prompts],
-            self.rollout.samples_per_prompt,
-            self.sampling,
-            mix_seed(self.rollout.seed, step),
-            keys=range(first, first + len(prompts)),
-        )
-        for completion in (c for group in sampled for c in group):
-            _check_version(completion.version, version, step)
+        numbered = [(first + place, prompt) for place, prompt in enumerate(prompts)]
+        rank, ranks = self.together.rank, self.together.ranks
+        own = share_of(numbered, rank, ranks)
+        what = f"rollouts of step {step}"
+        if self.one_engine:  # which of them are sampled where changes nothing: a sample's seed is its prompt's number
+            asked = numbered if self.together.first else []
+            sampled = self.together.run(lambda: self._sampled(engine, asked, step, version), what)
+            sampled = share_of(self.together.gather(sampled, what)[0], rank, ranks)
+        else:
+            sampled = self.together.run(lambda: self._sampled(engine, own, step, version), what)
         middle = time.perf_counter()
-        groups = [Group(p, tuple(c)) for p, c in zip(prompts, sampled, strict=True)]
-        groups = self.score(groups)
+        groups = [Group(prompt, tuple(c)) for (_, prompt), c in zip(own, sampled, strict=True)]
+        groups = self.together.run(lambda: self.score(groups), f"scoring of step {step}")
+        groups = in_order(self.together.gather(groups, what))
         seconds["generate"] += middle - started
         seconds["score"] += time.perf_counter() - middle
         return groups
+
+    def _sampled(
+        self, engine: Engine, numbered: Sequence[tuple[int, Prompt]], step: int, version: int
+    ) -> list[list[Completion]]:
+        """Responses to some of a round's prompts, by their numbers in the step."""
+        if not numbered:
+            return []
+        sampled = engine.generate(
+            [prompt.ids for _, prompt in numbered],
+            self.rollout.samples_per_prompt,
+            self.sampling,
+            mix_seed(self.rollout.seed, step),
+            keys=[number for number, _ in numbered],
+        )
+        for completion in (c for group in sampled for c in group):
+            _check_version(completion.version, version, step)
+        return sampled
 
     def score(self, groups: Sequence[Group]) -> list[Group]:
         """A verdict and a terminal reward for each response; all of them in one go, as slow ones run side by side."""

@@ -1,7 +1,7 @@
 """The stage's side of an engine: which weights it gets, a second engine when it dies, and log-probs to prove a refresh."""
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -13,8 +13,10 @@ from tulu_lightning.core.packing import length, pack
 from tulu_lightning.core.step_plan import cut
 from tulu_lightning.errors import InputError, RunStopped
 from tulu_lightning.models.weights import full, plain_weights
+from tulu_lightning.rollout.elsewhere import Elsewhere
 from tulu_lightning.rollout.engine import Engine, EngineError
 from tulu_lightning.rollout.engines import build_engine
+from tulu_lightning.rollout.together import ALONE, Together
 from tulu_lightning.stages.ppo_settings import Rollout
 from tulu_lightning.stages.rollouts import Rollouts, expected_version
 from tulu_lightning.stages.stage import Stage
@@ -35,6 +37,7 @@ class EngineHolder(Stage):
     micro_tokens: int
     engine: Engine | None = None
     rollouts: Rollouts | None = None
+    together: Together = ALONE
     sync_seconds = 0.0
     _own_engine = False
     _kept: tuple[int, dict[str, Tensor]] | None = None
@@ -52,11 +55,32 @@ class EngineHolder(Stage):
     def start_engine(self) -> None:
         """Build the engine, unless one was given; the `RolloutRefresh` callback keeps it current."""
         if self.engine is None:
-            self.engine, self._own_engine = self.build_engine(), True
+            self.engine, self._own_engine = self._engine_of_this_rank(), True
 
     def build_engine(self) -> Engine:
         """A new engine by `rollout.engine`; a subclass may build another."""
         return build_engine(self.rollout.engine, self.make_engine, self.folder)
+
+    def _engine_of_this_rank(self) -> Engine:
+        """An engine, or what stands for the first rank's. Making one of present weights gathers them: all ranks do it."""
+        what = "start of the engine"
+        gathers = self.rollout.engine.kind == "local"
+        if self.rollout.engines == "per_rank" or self.together.first:
+            engine = self.build_engine() if gathers else self.together.run(self.build_engine, what)
+        else:
+            engine = Elsewhere(-1)
+            if gathers:
+                engine.refresh(self._whole(plain_weights(self.model.lm)), self.step)
+            else:
+                self.together.run(lambda: None, what)
+        version = self.together.gather(engine.version, what)[0]
+        if isinstance(engine, Elsewhere):
+            engine.version = version
+        return engine
+
+    @staticmethod
+    def _whole(named: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        return ((name, full(tensor.detach())) for name, tensor in named)
 
     def wanted_version(self, every_n_steps: int = 1) -> int:
         """Version that the engine has to hold when the present step begins, if weights are pushed every n steps.
@@ -94,12 +118,25 @@ class EngineHolder(Stage):
 
     def _push(self, engine: Engine, version: int) -> None:
         if version == self.step:
-            engine.refresh(plain_weights(self.model.lm), version)
+            self._deliver(engine, plain_weights(self.model.lm), version)
             return
         if self._kept is None or self._kept[0] != version:
             held = "none" if self._kept is None else f"those of step {self._kept[0]}"
             raise EngineError(f"the weights of step {version} are wanted and gone; kept are {held}")
-        engine.refresh(self._kept[1].items(), version)
+        self._deliver(engine, self._kept[1].items(), version)
+
+    def _deliver(self, engine: Engine, named: Iterable[tuple[str, Tensor]], version: int) -> None:
+        """Refresh on all ranks; if it fails on one, all of them hear of it."""
+        whole = self._whole(named)
+
+        def push() -> None:
+            try:
+                engine.refresh(whole, version)
+            finally:
+                for _ in whole:  # the other ranks still gather with this one
+                    pass
+
+        self.together.run(push, f"refresh of step {version}")
 
     def restart_engine(self, version: int) -> Engine:
         """Another engine in place of the present one, with the weights of a version: the present, or the kept ones.
@@ -110,7 +147,7 @@ class EngineHolder(Stage):
         with suppress(Exception):  # it is dead; what it still holds should go before the next one comes
             assert self.engine is not None
             self.engine.close()
-        self.engine, self._own_engine = self.build_engine(), True
+        self.engine, self._own_engine = self._engine_of_this_rank(), True
         if self.engine.version != version:
             self._push(self.engine, version)
         return self.engine
@@ -125,7 +162,7 @@ class EngineHolder(Stage):
         assert self.rollouts is not None
         ages = self.rollouts.every_n_steps > 1 or self.rollout.staleness
         if ages and self.engine.version == self.step and (self._kept is None or self._kept[0] != self.step):
-            weights = ((name, full(tensor.detach()).cpu().clone()) for name, tensor in plain_weights(self.model.lm))
+            weights = ((name, tensor.cpu().clone()) for name, tensor in self._whole(plain_weights(self.model.lm)))
             self._kept = (self.step, dict(weights))
 
     @torch.no_grad()

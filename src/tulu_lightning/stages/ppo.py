@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_info
 
 from tulu_lightning.assets.models import load_tokenizer, resolve_model
@@ -21,16 +20,18 @@ from tulu_lightning.errors import InputError, RunStopped
 from tulu_lightning.models.backbone import Backbone, PackedLM
 from tulu_lightning.models.heads import PackedValue, has_reward_head
 from tulu_lightning.models.limits import check_prompts
+from tulu_lightning.models.sharding import Fsdp2
 from tulu_lightning.rollout.engines import EngineSettings
 from tulu_lightning.rollout.pool import PoolLimits
 from tulu_lightning.rollout.scoring import Scorer
+from tulu_lightning.rollout.together import ALONE, Together
 from tulu_lightning.stages.checks import warn_of_bf16_weights
 from tulu_lightning.stages.collect import Collector
 from tulu_lightning.stages.engine_holder import EngineHolder
 from tulu_lightning.stages.guards import Watchman
 from tulu_lightning.stages.optimizer import AdamW
 from tulu_lightning.stages.ppo_checks import check_critic, check_settings
-from tulu_lightning.stages.ppo_learning import Learner
+from tulu_lightning.stages.ppo_learning import Learner, sum_of
 from tulu_lightning.stages.ppo_metrics import rollout_metrics, table, token_metrics
 from tulu_lightning.stages.ppo_settings import Critic, DynamicSampling, Guards, Reward, Rollout
 from tulu_lightning.stages.rollouts import Rollouts
@@ -152,7 +153,7 @@ class PPO(Learner, EngineHolder):
             "dynamic_sampling",
         )
         own = {name: getattr(self, name) for name in (*names, "entropy_coefficient", "epochs", "mini_batches")}
-        own["rollout"] = replace(self.rollout, engine=EngineSettings())
+        own["rollout"] = replace(self.rollout, engine=EngineSettings(), engines="per_rank", wait_seconds=3600.0)
         own["refresh every_n_steps"] = self._refresh_interval()
         if self.critic_config is not None:
             own |= {"value_loss": self.value_loss, "value_coefficient": self.value_coefficient}
@@ -172,19 +173,10 @@ class PPO(Learner, EngineHolder):
         return [own, self.critic_config.optimizer.build(self.critic.parameters())]
 
     def setup(self, stage: str) -> None:
-        """Refuse several processes, too."""
+        """Warn of the critic's weights, too."""
         super().setup(stage)
         if self.critic_config is not None:
             warn_of_bf16_weights(self.backbone, self.critic_config.optimizer.lr)
-        if self.trainer.world_size > 1:
-            raise InputError("trainer.devices", f"is {self.trainer.world_size}", "PPO runs in one process for now.")
-
-    def configure_callbacks(self) -> list[Any]:
-        """Refuse sharding, on one process too: critic, reference and engine expect whole weights."""
-        if isinstance(self.trainer.strategy, ModelParallelStrategy):
-            remedy = "Leave it at auto: PPO runs in one process for now."
-            raise InputError("trainer.strategy", f"is {type(self.trainer.strategy).__name__}", remedy)
-        return super().configure_callbacks()
 
     def check_data(self, data: Any) -> None:
         """Prompts and their responses must fit the policy and the critic, too."""
@@ -196,13 +188,18 @@ class PPO(Learner, EngineHolder):
 
     def on_fit_start(self) -> None:
         """Start what samples and scores."""
-        for reference in self._reference:
-            reference.to(self.device)
+        if not isinstance(self.trainer.strategy, Fsdp2):
+            for reference in self._reference:
+                reference.to(self.device)
+        self.together = Together.of(self.trainer, self.rollout.wait_seconds)
         self.start_engine()
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
         self.scorer = Scorer(data.verifiers, self.scoring)
         self.rollouts = Rollouts(
-            self.collector(self.scorer, data.prompts, self.stop_ids()),
+            # Ranks of its own: a batch that is sampled ahead is gathered while the step's metrics are.
+            self.collector(
+                self.scorer, data.prompts, self.stop_ids(), Together.of(self.trainer, self.rollout.wait_seconds)
+            ),
             lambda: self.engine,  # type: ignore[arg-type, return-value]
             self.restart_engine,
             self.rollout.staleness,
@@ -210,7 +207,9 @@ class PPO(Learner, EngineHolder):
         self.rollouts.every_n_steps = self._refresh_interval()
         self.restore_engine(self._restored)
 
-    def collector(self, scorer: Scorer, prompts: Sequence[Prompt] = (), stop_ids: tuple[int, ...] = ()) -> Collector:
+    def collector(
+        self, scorer: Scorer, prompts: Sequence[Prompt] = (), stop_ids: tuple[int, ...] = (), ranks: Together = ALONE
+    ) -> Collector:
         """What samples and scores a step under these settings."""
         return Collector(
             rollout=self.rollout,
@@ -221,6 +220,8 @@ class PPO(Learner, EngineHolder):
             tokenizer=self.tokenizer,
             stop_ids=stop_ids,
             prompts=prompts,
+            together=ranks,
+            one_engine=self.rollout.engines == "one",
             least=1 if needs_critic(self.advantage) else 2,
         )
 
@@ -256,13 +257,16 @@ class PPO(Learner, EngineHolder):
         clock.append(time.perf_counter())
         epochs = self.learn(parts)
         clock.append(time.perf_counter())
-        experience = [e for part in parts for e in part]
+        first, *others = self.together.gather(epochs, f"metrics of step {self.step}")
+        epochs = first.plus(others)
+        experience = self.seen(parts)
+        mismatch = sum_of([self.correction.mismatch(e.old_N, e.micro.sampler_N) for e in experience if e.known])
         self.samples = table(collected, experience, self.tokenizer)
         metrics = {
             **epochs.metrics(),
             **rollout_metrics(collected),
             **token_metrics(experience),
-            **(self.mismatch.metrics() if experience else {}),
+            **(mismatch.metrics() if experience else {}),
             **self.phase_seconds(collected.seconds, clock),
             "advantage_std": self.advantage_std,
             "kl_coefficient": self.kl_coefficient,

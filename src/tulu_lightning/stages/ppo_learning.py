@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from lightning.fabric.utilities import move_data_to_device
 from torch import Tensor
 
 from tulu_lightning.core.advantages import moments, whiten
@@ -18,6 +19,7 @@ from tulu_lightning.models.backbone import PackedLM
 from tulu_lightning.models.heads import PackedValue
 from tulu_lightning.models.lora import without_adapters
 from tulu_lightning.rollout.experience import Experience, Group, Micro, advantages, has_signal, micro_batches
+from tulu_lightning.rollout.together import ALONE, Together
 from tulu_lightning.stages.ppo_metrics import Epochs
 from tulu_lightning.stages.ppo_settings import Critic, Rollout
 from tulu_lightning.stages.stage import Stage
@@ -45,7 +47,7 @@ class Learner(Stage):
     value_loss: ClippedValue
     _reference: list[PackedLM]
     advantage_std = 0.0
-    mismatch = Mismatch()
+    together: Together = ALONE
 
     @torch.no_grad()
     def estimate(self, groups: Sequence[Group]) -> list[list[Experience]]:
@@ -73,15 +75,17 @@ class Learner(Stage):
     def _cut(self, groups: Sequence[Group], part: Sequence[int]) -> list[Micro]:
         """Packs of one mini-batch; groups that teach nothing lie in packs of their own, which `_live` can leave out."""
         if not isinstance(self.advantage, GroupAdvantage):
-            return micro_batches(groups, part, self.micro_tokens)
+            return micro_batches(groups, part, self.micro_tokens, self.place)
         kinds = ([i for i in part if has_signal(groups[i]) == signal] for signal in (True, False))
-        return [micro for kind in kinds for micro in micro_batches(groups, kind, self.micro_tokens)]
+        return [micro for kind in kinds for micro in micro_batches(groups, kind, self.micro_tokens, self.place)]
 
     def _live(self, part: Sequence[Experience]) -> list[int]:
         """Places of the micro-batches with a gradient. The first at least: Adam moves on in a step without any, too."""
         if self.entropy_coefficient or (self.kl.coefficient and self.kl.place == "loss"):
             return list(range(len(part)))
-        return [i for i, e in enumerate(part) if bool((e.advantages_N != 0).any())] or [0]
+        live = torch.tensor([float((e.advantages_N != 0).any()) for e in part])
+        # On all ranks the same ones: sharded networks gather in each.
+        return [i for i, alive in enumerate(self.reduce_sum(live).tolist()) if alive] or [0]
 
     def _whitened(self, known: Sequence[Experience]) -> list[Experience]:
         everything_N = torch.cat([e.advantages_N for e in known]) if known else torch.zeros(0)
@@ -139,9 +143,14 @@ class Learner(Stage):
                 if self.critic_config is None or self.step >= self.critic_config.warmup_steps:
                     whole = denominator(self.aggregation, tokens, responses, self.rollout.max_new_tokens)
                     epochs.grad_norms.append(self._policy_update(part, whole, optimizer, epochs))
-        seen = [e for part in experience for e in part if e.known]
-        self.mismatch = sum_of([self.correction.mismatch(e.old_N, e.micro.sampler_N) for e in seen])
         return epochs
+
+    def seen(self, parts: Sequence[Sequence[Experience]]) -> list[Experience]:
+        """Everything that was learned from, on the host and of all ranks, for metrics."""
+        own: Any = [[e for e in part if e.micro.lengths_R] for part in parts]
+        own = move_data_to_device(own, torch.device("cpu"))
+        ranks = self.together.gather(own, f"metrics of step {self.step}")
+        return [e for place in range(len(parts)) for rank in ranks for e in rank[place]]
 
     def _counts(self, part: Sequence[Experience]) -> list[float]:
         """Trained tokens and responses of a mini-batch, over all ranks."""

@@ -32,6 +32,8 @@ class Epochs:
 
     def add_policy(self, terms: PolicyTerms, loss: float) -> None:
         """Count one micro-batch of the policy's loss, and its part in the whole that is minimised."""
+        if not terms.ratio_N.numel():
+            return
         if not self.grad_norms:  # no update yet: the policy is the one that the old log-probs are of
             self.first_ratio_error = max(self.first_ratio_error, float((terms.ratio_N - 1).abs().max()))
         self.ratio_max = max(self.ratio_max, float(terms.ratio_N.max()))
@@ -43,6 +45,17 @@ class Epochs:
         """Count one micro-batch of the critic's loss."""
         sums = (terms.loss_N.detach().sum(), terms.clipped_N.sum(), terms.loss_N.numel())
         self.value += torch.tensor([float(x) for x in sums], dtype=torch.float64)
+
+    def plus(self, others: Sequence["Epochs"]) -> "Epochs":
+        """Together with those of other ranks; gradient norms are of all of them already."""
+        result = Epochs()
+        for one in (self, *others):
+            result.policy, result.value = result.policy + one.policy, result.value + one.value
+            result.loss += one.loss
+            result.ratio_max = max(result.ratio_max, one.ratio_max)
+            result.first_ratio_error = max(result.first_ratio_error, one.first_ratio_error)
+        result.grad_norms, result.critic_grad_norms = self.grad_norms, self.critic_grad_norms
+        return result
 
     def metrics(self) -> dict[str, float]:
         """Means over tokens and epochs; `loss` is what was minimised, with its KL and entropy terms and its weights."""

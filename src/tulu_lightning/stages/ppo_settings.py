@@ -54,6 +54,11 @@ class Rollout:
     seed: int = 0
     engine: EngineSettings = field(default_factory=EngineSettings)
     """What samples."""
+    engines: Literal["per_rank", "one"] = "per_rank"
+    """On several ranks: an engine on each, which samples its share of a step's prompts, or `one` on the first rank for
+    all. Which of them changes no rollout."""
+    wait_seconds: float = 3600.0
+    """On several ranks: longest wait for the others' shares."""
 
     def __post_init__(self) -> None:
         for name in ("max_new_tokens", "samples_per_prompt"):
@@ -63,6 +68,8 @@ class Rollout:
         require(0 < self.top_p <= 1, "rollout.top_p", self.top_p, "It must be above 0 and at most 1.")
         require(self.top_k >= 0, "rollout.top_k", self.top_k, "Use 0 (off) or more.")
         require(self.staleness in (0, 1), "rollout.staleness", self.staleness, "Use 0 or 1.")
+        require(self.engines in ("per_rank", "one"), "rollout.engines", repr(self.engines), "Use per_rank or one.")
+        require(0 < self.wait_seconds < float("inf"), "rollout.wait_seconds", self.wait_seconds, "It must be above 0.")
         object.__setattr__(self, "allow", tuple(self.allow))
         for name in self.allow:
             require(name in NEUTRAL, "rollout.allow", repr(name), f"Use names of {', '.join(NEUTRAL)}.")
