@@ -5,7 +5,6 @@ which shards nothing, gives every rank the same batch, and says nothing. And dir
 and renamed (`models.sharded_saving`).
 """
 
-import atexit
 from collections.abc import Callable
 from typing import Any
 
@@ -31,10 +30,6 @@ class Fsdp2(ShardedSaving):
         self._data_parallel_size = self.num_nodes * self.num_processes
         self._tensor_parallel_size = 1
         super().setup_environment()
-        # Lightning leaves gloo's groups to the interpreter's end, where a thread that still runs now and then aborts a
-        # process that has done everything.
-        atexit.unregister(_leave)
-        atexit.register(_leave)
 
     def placed(self, build: Callable[[], Any], config: Backbone) -> Any:
         """A network on this rank: its slice of what `build` makes.
@@ -51,11 +46,6 @@ class Fsdp2(ShardedSaving):
         moved = sums.to(self.root_device, copy=True)  # NCCL reduces on its own device only
         dist.all_reduce(moved, group=self.device_mesh["data_parallel"].get_group())
         return moved.to(sums.device)
-
-
-def _leave() -> None:
-    if dist.is_available() and dist.is_initialized():
-        dist.destroy_process_group()
 
 
 def shard(module: nn.Module, mesh: DeviceMesh, compute_dtype: torch.dtype = torch.float32) -> nn.Module:
