@@ -45,6 +45,9 @@ COMMANDS = (
     Command("validate", "run the validation loop of one stage", LIGHTNING, wants_name=True),
     Command("test", "run the test loop of one stage", LIGHTNING, wants_name=True),
     Command("predict", "run the prediction loop of one stage", LIGHTNING, wants_name=True),
+    Command(
+        "doctor", "what is installed, what is off and why, and whether the demo runs", "tulu_lightning.launch.doctor"
+    ),
     Command("data", "see what the model will see: inspect rows, length statistics", "tulu_lightning.launch.data"),
     Command("pairs", "make on-policy preference pairs from a model's own samples", "tulu_lightning.recipes.pairs"),
     Command("verify", "score responses offline; `verify audit` measures the verifiers", "tulu_lightning.launch.verify"),

@@ -10,14 +10,15 @@ from typing import Any
 
 import torch
 from lightning.fabric.utilities.load import _METADATA_FILENAME
-from lightning.pytorch.strategies import ModelParallelStrategy
 from torch.distributed.checkpoint.state_dict_saver import save as save_sharded
 from torch.optim import Optimizer
+
+from tulu_lightning.models.watched import WatchedRanks
 
 __all__ = ["ShardedSaving"]
 
 
-class ShardedSaving(ModelParallelStrategy):
+class ShardedSaving(WatchedRanks):
     """The part of `Fsdp2` that writes checkpoints."""
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:

@@ -5,8 +5,6 @@ which shards nothing, gives every rank the same batch, and says nothing. And dir
 and renamed (`models.sharded_saving`).
 """
 
-import atexit
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -32,8 +30,6 @@ class Fsdp2(ShardedSaving):
         self._data_parallel_size = self.num_nodes * self.num_processes
         self._tensor_parallel_size = 1
         super().setup_environment()
-        atexit.unregister(_leave)
-        atexit.register(_leave)
 
     def placed(self, build: Callable[[], Any], config: Backbone) -> Any:
         """A network on this rank: its slice of what `build` makes.
@@ -50,18 +46,6 @@ class Fsdp2(ShardedSaving):
         moved = sums.to(self.root_device, copy=True)  # NCCL reduces on its own device only
         dist.all_reduce(moved, group=self.device_mesh["data_parallel"].get_group())
         return moved.to(sums.device)
-
-
-def _leave() -> None:
-    """Leave the process group before the interpreter ends, and let its threads come to rest.
-
-    A gloo thread that gives back the last collective's tensors asks for the interpreter's lock. If it does so while the
-    interpreter ends, the thread is ended in the middle of C++ code, which aborts a process that has done everything: one
-    in some fifty runs of plain FSDP2.
-    """
-    if dist.is_available() and dist.is_initialized():
-        dist.destroy_process_group()
-        time.sleep(0.2)
 
 
 def shard(module: nn.Module, mesh: DeviceMesh, compute_dtype: torch.dtype = torch.float32) -> nn.Module:

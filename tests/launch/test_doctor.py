@@ -1,0 +1,75 @@
+"""`tulu doctor`: what it finds, what it says of what is missing, and its exit status."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tulu_lightning import cli
+from tulu_lightning.errors import InputError
+from tulu_lightning.launch import doctor, packages, smoke
+from tulu_lightning.launch.findings import Finding
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_tested_versions_are_those_of_the_constraints():
+    pins = dict(
+        line.split("==")
+        for line in (ROOT / "requirements/cpu.txt").read_text().splitlines()
+        if "==" in line and line[0] != "#"
+    )
+    assert {name: pins[name] for name in packages.TESTED} == packages.TESTED
+
+
+def test_this_machine_runs_the_demo(capsys):
+    assert cli.main(["doctor", "--json", "--no-smoke"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["can_run_demo"]
+    assert found["reasons"] == []
+    by_name = {finding["name"]: finding for finding in found["findings"]}
+    assert by_name["torch"]["state"] == "ok"
+    assert by_name["attention, cpu, float32, documents"]["text"] == "matmul"
+    assert all(finding["remedy"] for finding in found["findings"] if finding["state"] in ("warn", "fails"))
+    assert by_name["SFT and GRPO"]["state"] == "off"
+
+
+def test_the_smoke_step_trains():
+    found = list(smoke.look())
+    assert [(finding.name, finding.state) for finding in found] == [("SFT", "ok"), ("GRPO", "ok")]
+
+
+def test_a_reason_makes_the_status_1_and_stands_at_the_end(monkeypatch, capsys):
+    broken = Finding("packages", "torch", "fails", "2.1.0, outside of >=2.11", "Run `make setup`.")
+    monkeypatch.setattr(doctor, "examine", lambda *_: iter([("packages", [broken])]))
+    assert doctor.main([]) == 1
+    said = capsys.readouterr().out.strip().splitlines()
+    assert said[-2:] == ["This machine cannot run the demo:", "  - torch: 2.1.0, outside of >=2.11. Run `make setup`."]
+
+
+def test_a_torch_that_does_not_import_is_reported_not_raised(tmp_path):
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch" / "__init__.py").write_text(
+        "raise ImportError('libtorch.so: cannot open shared object file')\n"
+    )
+    path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
+    run = subprocess.run(
+        [sys.executable, "-m", "tulu_lightning", "doctor", "--json"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": path},
+        timeout=120,
+        check=False,
+    )
+    assert run.returncode == 1, run.stderr
+    found = json.loads(run.stdout)
+    assert not found["can_run_demo"]
+    assert any("libtorch.so: cannot open shared object file" in reason for reason in found["reasons"])
+
+
+def test_an_unknown_option_is_refused():
+    with pytest.raises(InputError, match="--jsn"):
+        doctor.main(["--jsn"])
