@@ -59,10 +59,8 @@ class PPO(Learner, EngineHolder):
         kl: how the policy is held near the reference; with coefficient 0 there is none.
         policy_loss: clipped surrogate.
         value_loss: clipped squared error.
-        value_coefficient: weight of the value loss (the paper's c1; it matters only together with clipping, since the
-            critic has its own optimiser); 0.1 if left out.
-        aggregation: what the policy's loss is a mean of: `token`s, `sequence`s (first within each), or sums over a
-            `constant` length, `rollout.max_new_tokens`.
+        value_coefficient: weight of the value loss (the paper's c1; it matters only together with clipping); 0.1 if left out.
+        aggregation: what the policy's loss is a mean of: `token`s, `sequence`s, or sums over a `constant` length.
         correction: what makes up for the engine not being quite the trainer.
         dynamic_sampling: replace groups that carry no signal.
         entropy_coefficient: weight of the entropy bonus.
@@ -298,3 +296,5 @@ class PPO(Learner, EngineHolder):
         super().on_load_checkpoint(checkpoint)
         self._restored = checkpoint.get("tulu_ppo", {})
         self.kl_coefficient = self._restored.get("kl_coefficient", self.kl_coefficient)
+        if self.rollouts is not None:  # sharded checkpoints are read after `on_fit_start`
+            self.restore_engine(self._restored)
