@@ -15,6 +15,8 @@ import pytest
 import yaml
 
 from tulu_lightning import cli
+from tulu_lightning.evaluation.suite import find_tasks
+from tulu_lightning.launch import evaluate
 from tulu_lightning.launch.compose import compose, merge, value_at
 from tulu_lightning.verifiers import registry
 
@@ -99,7 +101,13 @@ WITH_COMMANDS = [path for path in FILES if list(commands(path))]
 @pytest.mark.parametrize("path", WITH_COMMANDS, ids=names(WITH_COMMANDS))
 def test_the_commands_run(path, clone, capsys):
     for words in commands(path):
+        if words[0] == "eval" and "tiny" not in " ".join(words):
+            evaluate.parser().parse_args(words[1:])
+            find_tasks(evaluate.parser().parse_args(words[1:]).suite)
+            continue
         more = [] if runnable(words) or "--print_config" in words else ["--print_config"]
+        if words[0] == "doctor":
+            more = ["--no-smoke"]  # its own test has that
         try:
             status = cli.main([*words, *more])
         except SystemExit as leaving:  # --print_config of a recipe or of pairs

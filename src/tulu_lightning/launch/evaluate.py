@@ -7,22 +7,23 @@ from typing import Any
 
 from tulu_lightning.errors import InputError
 
-__all__ = ["main"]
+__all__ = ["main", "parser"]
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="tulu eval", description=__doc__)
-    parser.add_argument("--model", required=True, metavar="DIR", help="model folder, name or hub id")
-    parser.add_argument("--suite", required=True, nargs="+", metavar="NAME", help="suites and tasks, e.g. tulu3_dev")
-    parser.add_argument("--against", metavar="DIR", help="a second model: paired differences are shown")
-    parser.add_argument("--out", metavar="DIR", default="runs/eval", help="where results go and go on (%(default)s)")
-    parser.add_argument("--limit", type=int, metavar="N", help="so many items of each task, spread evenly")
-    parser.add_argument("--template", metavar="NAME", help="chat template; the model's own by default")
-    parser.add_argument("--data", action="append", default=[], metavar="SET=FILE", help="read a data set from a file")
-    parser.add_argument("--engine", choices=("local", "vllm", "server"), default="local")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument("--seed", type=int, default=0)
-    return parser
+def parser() -> argparse.ArgumentParser:
+    """The command line's."""
+    found = argparse.ArgumentParser(prog="tulu eval", description=__doc__)
+    found.add_argument("--model", required=True, metavar="DIR", help="model folder, name or hub id")
+    found.add_argument("--suite", required=True, nargs="+", metavar="NAME", help="suites and tasks, e.g. tulu3_dev")
+    found.add_argument("--against", metavar="DIR", help="a second model: paired differences are shown")
+    found.add_argument("--out", metavar="DIR", default="runs/eval", help="where results go and go on (%(default)s)")
+    found.add_argument("--limit", type=int, metavar="N", help="so many items of each task, spread evenly")
+    found.add_argument("--template", metavar="NAME", help="chat template; the model's own by default")
+    found.add_argument("--data", action="append", default=[], metavar="SET=FILE", help="read a data set from a file")
+    found.add_argument("--engine", choices=("local", "vllm", "server"), default="local")
+    found.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    found.add_argument("--seed", type=int, default=0)
+    return found
 
 
 def main(argv: Sequence[str]) -> int:
@@ -37,7 +38,7 @@ def main(argv: Sequence[str]) -> int:
     Raises:
         InputError: an unknown suite, data that are not there, a model without a chat template.
     """
-    options = _parser().parse_args(list(argv))
+    options = parser().parse_args(list(argv))
     if options.limit is not None and options.limit < 1:
         raise InputError("--limit", f"is {options.limit}", "Use at least 1.")
     from tulu_lightning.evaluation.rows import use_file
