@@ -375,6 +375,35 @@ def test_the_8b_fits_one_device_with_adapters():
     assert 16 * adapters / 1e9 == pytest.approx(2.7, abs=0.05)
 
 
+@pytest.mark.parametrize(
+    ("name", "shape", "said", "devices"),
+    [  # width, inner, kv, vocabulary, layers; numbers in matrices, in the rest, in adapters; GB of the three
+        ("sft_8b", (4096, 14336, 1024, 128_256, 32), ("6.98e9", "1.05e9", "1.68e8", "3.6", "2.1", "1.7"), 1),
+        ("dpo_70b", (8192, 28672, 1024, 128_264, 80), ("68.5e9", "2.10e9", "8.28e8", "35.3", "4.2", "8.3"), 8),
+    ],
+)
+def test_4_bit_bases_take_what_their_comments_say(name, shape, said, devices):
+    """0.516 bytes for each number in a matrix, 2 for each of the rest, 10 for each of the adapters'."""
+    path = CONFIGS / f"{name}_qlora.yaml"
+    config, whole = composed(path.name), composed(f"{name}.yaml")
+    backbone = init_arg(config, "model.backbone")
+    assert (backbone["weights_dtype"], backbone["activation_checkpointing"]) == ("bfloat16", True)
+    assert backbone["quantize"] == {"kind": "nf4"}
+    assert (config["trainer"]["devices"], config["trainer"]["num_nodes"]) == (devices, 1)
+    assert config["trainer"]["strategy"] == ("auto" if devices == 1 else "fsdp2")
+    own, papers = (init_arg(c, "model.optimizer") for c in (config, whole))
+    assert own == {**papers, "lr": pytest.approx(10 * papers["lr"]), "state_bits": 8}
+    assert config["data"] == whole["data"]
+    width, inner, kv, vocabulary, layers = shape
+    matrices = [(width, width)] * 2 + [(width, kv)] * 2 + [(width, inner)] * 3
+    base, rest = layers * sum(a * b for a, b in matrices), 2 * vocabulary * width + (2 * layers + 1) * width
+    adapters = layers * backbone["lora"]["r"] * sum(a + b for a, b in matrices)
+    text = path.read_text(encoding="utf-8")
+    for found, words in zip((base, rest, adapters, 0.516e-9 * base, 2e-9 * rest, 1e-8 * adapters), said, strict=True):
+        assert f" {words}" in text
+        assert found == pytest.approx(float(words), rel=0.015)
+
+
 LOSS = "tulu_lightning.core.preference."
 
 

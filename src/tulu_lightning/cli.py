@@ -2,6 +2,7 @@
 
 import errno
 import importlib
+import logging
 import os
 import re
 import sys
@@ -23,6 +24,10 @@ DISK_REMEDIES = {
     errno.EROFS: "Choose a folder on a writable disk (trainer.default_root_dir)",
     errno.EACCES: "Change its permissions, or choose another folder (trainer.default_root_dir)",
 }
+
+
+CHATTY = ("torchao", "bitsandbytes", "torch.utils._pytree")
+"""Loggers that say, when transformers imports the first two, which of their kernels are for other machines."""
 
 
 class Command(NamedTuple):
@@ -118,6 +123,8 @@ def _dispatch(argv: list[str]) -> int:
     if argv[0] not in commands:
         raise InputError("command line", f"no such command: {argv[0]!r}", nearest(argv[0], commands))
     command = commands[argv[0]]
+    for name in CHATTY:
+        logging.getLogger(name).setLevel(logging.ERROR)
     module = importlib.import_module(command.module)
     return module.main(argv if command.wants_name else argv[1:])
 

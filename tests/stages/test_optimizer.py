@@ -121,3 +121,80 @@ def test_adapters_over_bf16_weights_are_no_reason_to_warn(tmp_path):
 def test_bf16_weights_without_bf16_products_are_refused():
     with pytest.raises(InputError, match=r"weights_dtype: is bfloat16 while compute_dtype is float32"):
         replace(Backbone(runs.TINY), weights_dtype="bfloat16")
+
+
+# Moments in 8 bits ----------------------------------------------------------------------------------------------
+
+
+def trained_with(bits, steps=60, **settings):
+    """A small regression by either optimiser, with a rate that falls as a stage sets it."""
+    pytest.importorskip("torchao")
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 256), nn.Tanh(), nn.Linear(256, 64))
+    optimizer = AdamW(lr=1e-2, state_bits=bits, **settings).build(model.parameters())
+    inputs = torch.randn(256, 64)
+    targets, losses = torch.tanh(inputs @ torch.randn(64, 64) / 8), []
+    for step in range(steps):
+        for group in optimizer.param_groups:
+            group["lr"] = 1e-2 * (1 - step / steps)
+        loss = (model(inputs) - targets).square().mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        losses.append(loss.item())
+    return model, optimizer, losses
+
+
+def test_moments_in_8_bits_learn_what_those_in_32_do():
+    (_, _, wide), (_, _, low) = trained_with(32), trained_with(8)
+    assert low[:2] == pytest.approx(wide[:2], rel=1e-5), "the first update has no moment to round"
+    assert wide[-1] < 0.1 * wide[0]
+    assert low[-1] == pytest.approx(wide[-1], rel=0.1)
+    assert low != wide
+
+
+def test_moments_in_8_bits_take_two_bytes_a_weight_and_small_tensors_keep_32():
+    model, optimizer, _ = trained_with(8, steps=1)
+    for parameter in model.parameters():
+        state = optimizer.state[parameter]
+        low = [moment for name, moment in state.items() if name != "step" and hasattr(moment, "codes")]
+        if parameter.ndim == 2:
+            held = sum(moment.codes.nbytes + moment.scale.nbytes for moment in low)
+            assert 2 <= held / parameter.numel() < 2.05
+        else:
+            assert not low
+            assert all(state[name].dtype == torch.float32 for name in ("exp_avg", "exp_avg_sq"))
+
+
+def test_decay_and_groups_are_the_same_in_8_bits():
+    for whole, expected in ((True, (0.9, 0.9)), (False, (0.9, 1.0))):
+        matrix, vector, frozen = ones(64, 64), ones(64), ones(3).requires_grad_(False)
+        settings = AdamW(lr=0.1, weight_decay=1.0, decay_norms_and_biases=whole, state_bits=8)
+        optimizer = settings.build([vector, matrix, frozen])
+        matrix.grad, vector.grad = torch.zeros(64, 64), torch.zeros(64)
+        optimizer.step()
+        assert (matrix[0, 0].item(), vector[0].item()) == pytest.approx(expected)
+        assert [group["lr"] for group in optimizer.param_groups] == [0.1] * (1 if whole else 2), "a number, as set"
+
+
+def test_what_8_bits_save_is_plain_tensors_and_goes_on_bit_for_bit(tmp_path):
+    model, optimizer, _ = trained_with(8, steps=5)
+    torch.save(optimizer.state_dict(), tmp_path / "state")
+    saved = torch.load(tmp_path / "state", weights_only=True, map_location=lambda storage, device: storage)
+    assert {type(value) for values in saved["state"].values() for value in values.values()} == {torch.Tensor}
+    twin, other, _ = trained_with(8, steps=1)
+    twin.load_state_dict(model.state_dict())
+    other.load_state_dict(saved)
+    for network, own in ((model, optimizer), (twin, other)):
+        network(torch.ones(4, 64)).square().sum().backward()
+        own.step()
+    assert all(map(torch.equal, model.parameters(), twin.parameters()))
+
+
+def test_without_torchao_8_bits_are_refused_before_anything_loads(monkeypatch):
+    monkeypatch.setattr("tulu_lightning.stages.optimizer.importlib.util.find_spec", lambda name: None)
+    with pytest.raises(InputError, match=r"state_bits: is 8, which needs torchao.*'tulu-lightning\[qlora\]'"):
+        AdamW(lr=0.1, state_bits=8).check_packages()
+    AdamW(lr=0.1).check_packages()
+    with pytest.raises(InputError, match=r"state_bits: is 4\. Use 8 or 32"):
+        AdamW(lr=0.1, state_bits=4)

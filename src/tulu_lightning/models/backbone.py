@@ -23,8 +23,9 @@ from tulu_lightning.models.backends import Chooser, Requested, check_request
 from tulu_lightning.models.liger import Loss, head_loss
 from tulu_lightning.models.linear import recompute_mlps, use_fast_layers
 from tulu_lightning.models.loading import decoder_layers, load_causal_lm, load_scorer
-from tulu_lightning.models.lora import Lora, adapt
+from tulu_lightning.models.lora import Lora, adapt, save_trained_only
 from tulu_lightning.models.probe import check_packed
+from tulu_lightning.models.quantize import Quantize, quantize
 from tulu_lightning.types import Pack
 
 __all__ = ["Backbone", "Packed", "PackedLM"]
@@ -43,6 +44,8 @@ class Backbone:
     memory, and at small learning rates updates round away: a weight of 0.02 has neighbours 0.0001 apart."""
     lora: Lora | None = None
     """Train adapters on the decoder's linear layers, and nothing else."""
+    quantize: Quantize | None = None
+    """Keep the decoder's matrices, frozen, in 4 bits (QLoRA); needs `lora`, which trains beside them."""
     compile: bool = False
     """Compile each decoder layer (`torch.compile`): faster steps for a slow first one. `data.pad_to` keeps shapes few."""
     activation_checkpointing: bool = False
@@ -61,6 +64,9 @@ class Backbone:
         if self.weights_dtype == "bfloat16" and self.compute_dtype != "bfloat16":
             what = "is bfloat16 while compute_dtype is float32, whose digits such weights do not have"
             raise InputError("backbone.weights_dtype", what, "Set compute_dtype to bfloat16 too, or keep float32.")
+        if self.quantize is not None and self.lora is None:
+            what = "is set without lora, and a base in 4 bits does not train"
+            raise InputError("backbone.quantize", what, "Set backbone.lora too ({r: 16} will do), or leave it out.")
         if self.recompute_mlps and self.activation_checkpointing:
             what = "does nothing beside activation_checkpointing, which recomputes whole layers"
             raise InputError("backbone.recompute_mlps", what, "Leave one of them out.")
@@ -101,10 +107,16 @@ class Backbone:
             self._cut(lm, folder, self.layers)
         use_fast_layers(lm)
         check_packed(lm, folder)
-        if self.weights_dtype == "bfloat16":  # after the check, which wants digits
+        # After the check, which wants digits; and 4 bits are taken of all the digits there are.
+        if self.quantize is not None:
+            quantize(lm, self.quantize, folder)
+        if self.weights_dtype == "bfloat16":
             _store_low(lm)
         if self.lora is not None:
             adapt(lm, self.lora, folder)
+        if self.quantize is not None:
+            for part in (lm, lm.get_decoder()):  # a critic takes the decoder alone
+                save_trained_only(part)
         self._switch(lm, folder)
         return lm.train()
 
@@ -139,7 +151,8 @@ def _store_low(lm: PreTrainedModel) -> None:
     """Parameters in bf16; buffers stay fp32, and so does a scalar head, which is small."""
     for part in (lm.get_decoder(), lm.get_output_embeddings()):
         for parameter in part.parameters() if part is not None else ():
-            parameter.data = parameter.data.bfloat16()
+            if parameter.is_floating_point():  # not the codes of 4-bit layers
+                parameter.data = parameter.data.bfloat16()
 
 
 class Packed(nn.Module):

@@ -1,22 +1,25 @@
 """LoRA (Hu et al. 2021) through peft's layers: the model's class, names and forward stay, its linear layers get adapters.
 
 Only the adapters train; the rest is the start, which PPO's reference therefore needs no copy of. Whoever takes weights
-out (engines, exports) takes them merged, from `models.weights.plain_weights`. Checkpoints hold base and adapters.
+out (engines, exports) takes them merged, from `models.weights.plain_weights`. Checkpoints hold base and adapters; of a
+4-bit base, the adapters alone (`save_trained_only`).
 """
 
-from collections.abc import Iterator
+import hashlib
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from tulu_lightning.core.settings import require
 from tulu_lightning.errors import InputError
+from tulu_lightning.models.weights import fill
 
-__all__ = ["Lora", "adapt", "without_adapters"]
+__all__ = ["Lora", "adapt", "save_trained_only", "start_adapters", "without_adapters"]
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,8 @@ class Lora:
 def adapt(lm: PreTrainedModel, lora: Lora, folder: str) -> None:
     """Put adapters into a model in place, fp32 ones, and freeze everything else.
 
+    Those of a model on meta have no numbers yet; `start_adapters` gives them, once they have memory.
+
     Args:
         lm: the model.
         lora: settings.
@@ -66,13 +71,66 @@ def adapt(lm: PreTrainedModel, lora: Lora, folder: str) -> None:
         r=lora.r, lora_alpha=lora.alpha, target_modules=list(targets), lora_dropout=0.0, use_rslora=lora.rslora
     )  # type: ignore[call-arg]
     lm.requires_grad_(False)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(lora.seed)  # every rank starts alike, and the run's random state stays as it was
+    with torch.random.fork_rng(devices=[]):  # peft draws numbers, which are not kept
         inject_adapter_in_model(settings, decoder)
-    for name, parameter in decoder.named_parameters():
-        if ".lora_" in name:
-            parameter.data = parameter.data.float()
-            parameter.requires_grad_(True)
+    for _, parameter in _adapters(decoder):
+        parameter.data = parameter.data.float()
+        parameter.requires_grad_(True)
+    start_adapters(decoder, lora)
+
+
+@torch.no_grad()
+def start_adapters(decoder: nn.Module, lora: Lora) -> None:
+    """Give adapters their start: A uniform in ±1/√K as LoRA's authors have it, B 0.
+
+    Each A has random numbers of its own by the seed and its name: they are the same sharded, and the run's random state
+    stays as it was.
+
+    Args:
+        decoder: what `adapt` put them into; sharded or not. Those on meta are left alone.
+        lora: the settings.
+    """
+    for name, parameter in _adapters(decoder):
+        if parameter.is_meta:
+            continue
+        whole = torch.zeros(parameter.shape)
+        if ".lora_A." in name:
+            digest = hashlib.sha256(f"{lora.seed} {name}".encode()).digest()
+            generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+            bound = parameter.shape[1] ** -0.5
+            whole.uniform_(-bound, bound, generator=generator)
+        fill(parameter, whole)
+
+
+def _adapters(decoder: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    return ((name, parameter) for name, parameter in decoder.named_parameters() if ".lora_" in name)
+
+
+def save_trained_only(module: nn.Module) -> None:
+    """Let a module's state dict hold what trains alone, and a load of such a one leave the rest as it is.
+
+    What is frozen is the start, which is loaded anew before a checkpoint is.
+
+    Args:
+        module: the model, or its decoder if that is taken out of it.
+    """
+    module.register_state_dict_post_hook(_drop_frozen)
+    module.register_load_state_dict_pre_hook(_keep_frozen)
+
+
+def _frozen(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    everything = module.named_parameters(remove_duplicate=False)  # a tied head has two names
+    return ((name, parameter) for name, parameter in everything if not parameter.requires_grad)
+
+
+def _drop_frozen(module: nn.Module, state: dict[str, Any], prefix: str, local_metadata: Mapping[str, Any]) -> None:
+    for name, _ in _frozen(module):
+        state.pop(prefix + name, None)
+
+
+def _keep_frozen(module: nn.Module, state: dict[str, Any], prefix: str, *rest: Any) -> None:
+    for name, parameter in _frozen(module):
+        state.setdefault(prefix + name, parameter.detach())  # is copied onto itself
 
 
 @contextmanager

@@ -6,6 +6,7 @@ and renamed (`models.sharded_saving`).
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -52,8 +53,7 @@ def shard(module: nn.Module, mesh: DeviceMesh, compute_dtype: torch.dtype = torc
     """Shard a `PackedLM`, `PackedReward` or `PackedValue` in place: each decoder layer by itself, then the whole as root.
 
     The whole, not the transformers model, is the root: the output head's weight is gathered in the root's forward, and
-    that is where log-probs are computed. A scalar head is a group of its own, gathered in fp32. Training is tested in fp32, on two processes against one; of bf16 only the forward
-    is, on a mesh of one.
+    that is where log-probs are computed. A scalar head is a group of its own, gathered in fp32.
 
     Args:
         module: with full (or meta) parameters.
@@ -72,6 +72,8 @@ def shard(module: nn.Module, mesh: DeviceMesh, compute_dtype: torch.dtype = torc
         fully_shard(head, mesh=mesh, mp_policy=MixedPrecisionPolicy(reduce_dtype=torch.float32))
     # A frozen network has no backward that would free the root's gathered embedding and head.
     trained = any(parameter.requires_grad for parameter in module.parameters())
+    # The root's inputs are a pack: not activations would be cast, but the weights of a loss.
+    policy = replace(policy, cast_forward_inputs=False)
     fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=None if trained else True)
     return module
 

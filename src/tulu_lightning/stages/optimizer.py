@@ -1,7 +1,9 @@
 """AdamW and its schedule, as settings, and the update that they make."""
 
+import importlib.util
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -9,6 +11,7 @@ from torch.distributed.tensor import DTensor
 
 from tulu_lightning.core.schedules import ScheduleName, lr_factor
 from tulu_lightning.core.settings import require
+from tulu_lightning.errors import InputError
 
 __all__ = ["AdamW", "NonFiniteError", "clip", "differing", "samples"]
 
@@ -37,6 +40,8 @@ class AdamW:
     weight_decay: float = 0.0
     decay_norms_and_biases: bool = True
     """Decay vectors too (norms, biases), as the paper's optimiser would. False leaves them out."""
+    state_bits: Literal[8, 32] = 32
+    """Bits of each of the two moments: 8 takes 2 bytes a trained weight for both in place of 8, and needs torchao."""
     max_grad_norm: float = 1.0
     """Gradients are scaled down to this norm when theirs is larger; 0 switches clipping off."""
     max_skipped: int = 5
@@ -54,23 +59,41 @@ class AdamW:
         remedy = "It does nothing while weight_decay is 0: leave it out, or set a decay."
         decays = self.decay_norms_and_biases or self.weight_decay > 0
         require(decays, "optimizer.decay_norms_and_biases", self.decay_norms_and_biases, remedy)
+        require(self.state_bits in (8, 32), "optimizer.state_bits", self.state_bits, "Use 8 or 32.")
         require(self.max_skipped >= 1, "optimizer.max_skipped", self.max_skipped, "Use at least 1.")
 
-    def build(self, parameters: Iterable[nn.Parameter]) -> torch.optim.AdamW:
-        """The optimiser over those parameters that are trained; fused where the device has that."""
+    def check_packages(self) -> None:
+        """Refuse 8-bit moments where torchao is not installed; where it is, let checkpoints with its tensors be read.
+
+        Raises:
+            InputError: it is not.
+        """
+        if self.state_bits == 8:
+            if importlib.util.find_spec("torchao") is None:
+                remedy = "Install it: pip install 'tulu-lightning[qlora]'. Or use 32."
+                raise InputError("optimizer.state_bits", "is 8, which needs torchao, and that is not installed", remedy)
+            importlib.import_module("torchao.optim")
+
+    def build(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+        """The optimiser over those parameters that are trained; fused where the device has that.
+
+        Raises:
+            InputError: as `check_packages`.
+        """
         trained = [p for p in parameters if p.requires_grad]
         matrices, vectors = ([p for p in trained if (p.ndim < 2) == flat] for flat in (False, True))
         groups = [{"params": trained}]
         if not self.decay_norms_and_biases and vectors:
             groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
-        return torch.optim.AdamW(
-            [group for group in groups if group["params"]],
-            lr=self.lr,
-            betas=(self.beta1, self.beta2),
-            eps=self.eps,
-            weight_decay=self.weight_decay,
-            fused=all(p.device.type in FUSED for p in trained),
-        )
+        groups = [group for group in groups if group["params"]]
+        common: dict[str, Any] = {"lr": self.lr, "eps": self.eps, "weight_decay": self.weight_decay}
+        betas = (self.beta1, self.beta2)
+        if self.state_bits == 8:
+            self.check_packages()
+            from tulu_lightning.stages.adamw8bit import AdamW8bit  # torchao is optional
+
+            return AdamW8bit(groups, betas=betas, **common)
+        return torch.optim.AdamW(groups, betas=betas, fused=all(p.device.type in FUSED for p in trained), **common)
 
     def lr_at(self, step: int, total_steps: int) -> float:
         """Learning rate of global step `step`."""

@@ -18,7 +18,7 @@ import torch
 import transformers
 from torch import Tensor
 
-from tulu_lightning.checkpoints.identity import Value
+from tulu_lightning.checkpoints.identity import Value, flat
 from tulu_lightning.core.packing import filler, pack
 from tulu_lightning.core.preference import Pair
 from tulu_lightning.core.step_plan import cut
@@ -198,6 +198,7 @@ class LogpCache:
             "compute_dtype": backbone.compute_dtype,
             "weights_dtype": backbone.weights_dtype,
             "layers": backbone.layers,
+            **({} if backbone.quantize is None else flat("quantize", backbone.quantize)),
             "device": self._strategy.root_device.type,
             "sharded": sharded,
             "transformers": transformers.__version__,

@@ -25,6 +25,7 @@ from tulu_lightning.data.packed import PackedData
 from tulu_lightning.errors import InputError
 from tulu_lightning.models.backbone import Backbone, PackedLM
 from tulu_lightning.models.limits import check_documents
+from tulu_lightning.models.quantize import check_bitsandbytes
 from tulu_lightning.models.sharding import Fsdp2
 from tulu_lightning.ranks import data_place
 from tulu_lightning.rollout.local import LocalEngine
@@ -146,7 +147,10 @@ class Stage(L.LightningModule):
     def setup(self, stage: str) -> None:
         """Refuse, before any weights load, what would divide, average or shuffle behind our back."""
         check_processes(self.trainer)
+        if self.backbone.quantize is not None:
+            check_bitsandbytes()
         if stage == "fit":
+            self.optimizer.check_packages()
             warn_of_bf16_weights(self.backbone, self.optimizer.lr)
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
         if data is None:
@@ -268,7 +272,7 @@ class Stage(L.LightningModule):
         """
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
         result: dict[str, Value] = {"stage": type(self).__name__, "start weights": self.start_digest}
-        for name in ("compute_dtype", "weights_dtype", "layers", "lora"):  # what else it has sets speed
+        for name in ("compute_dtype", "weights_dtype", "layers", "lora", "quantize"):  # what else it has sets speed
             result |= flat(f"backbone.{name}", getattr(self.backbone, name))
         result |= flat("optimizer", self.optimizer)
         for name, setting in self.settings().items():
