@@ -64,8 +64,9 @@ $(VLLM_STAMP):
 demo: setup ## the whole recipe on a 135M Llama: SFT, pairs, DPO, PPO, then a table and an HTML report
 	$(BIN)/tulu recipe --config configs/recipes/smol.yaml
 
+# Two workers of one thread each: most tests have too little to compute for two threads. A file's tests stay together.
 test: setup $(TEST_DATA) ## the tests, without those that take minutes
-	$(BIN)/python -m pytest -m "not slow and not vllm"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not vllm" -n 2 --dist loadfile
 
 test-slow: setup $(TEST_DATA) ## the tests that take minutes
 	$(BIN)/python -m pytest -m slow

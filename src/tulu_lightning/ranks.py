@@ -2,7 +2,7 @@
 
 from typing import Any
 
-__all__ = ["data_place"]
+__all__ = ["data_place", "replaces_sampler"]
 
 
 def data_place(trainer: Any) -> tuple[int, int]:
@@ -18,3 +18,13 @@ def data_place(trainer: Any) -> tuple[int, int]:
         return 0, 1
     place = trainer.distributed_sampler_kwargs or {}
     return place.get("rank", 0), place.get("num_replicas", 1)
+
+
+def replaces_sampler(trainer: Any) -> bool:
+    """Whether Lightning would put a sampler of its own in place of the step plan; it may on one process too.
+
+    Args:
+        trainer: a Lightning Trainer, or None.
+    """
+    connector = getattr(trainer, "_accelerator_connector", None)
+    return connector is not None and connector.use_distributed_sampler and connector.is_distributed

@@ -51,8 +51,11 @@ def make(write):
 
 
 def on_rank(data, rank: int, world_size: int, replaces_sampler: bool = False):
-    connector = SimpleNamespace(use_distributed_sampler=replaces_sampler)
-    data.trainer = SimpleNamespace(global_rank=rank, world_size=world_size, _accelerator_connector=connector)
+    connector = SimpleNamespace(use_distributed_sampler=replaces_sampler, is_distributed=world_size > 1)
+    data.trainer = SimpleNamespace(
+        distributed_sampler_kwargs={"rank": rank, "num_replicas": world_size},
+        _accelerator_connector=connector,
+    )
     return data
 
 
@@ -156,7 +159,7 @@ def test_a_run_resumes_at_every_step(make, module):
 
 @EVERY
 def test_lightnings_own_sampler_is_refused_on_several_ranks(make, module):
-    with pytest.raises(InputError, match=r"use_distributed_sampler: is true with 2 processes.*Set it to false"):
+    with pytest.raises(InputError, match=r"use_distributed_sampler: is true.*Set it to false"):
         on_rank(make(module), 0, 2, replaces_sampler=True).train_dataloader()
     assert len(on_rank(make(module), 0, 1, replaces_sampler=True).train_dataloader()) == 3
 

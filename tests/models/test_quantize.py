@@ -183,13 +183,16 @@ def test_only_the_decoders_matrices_are_quantised_and_low_storage_reaches_the_re
     assert sum(dtype == torch.uint8 for dtype in dtypes.values()) == 4 * 7 * 2
 
 
-@pytest.mark.parametrize("storage", ["uint8", "bfloat16"])
+LAYOUTS = [{"storage": "uint8"}, {"storage": "bfloat16"}, {"double_quant": False, "blocksize": 128}]
+
+
+@pytest.mark.parametrize("settings", LAYOUTS, ids=["uint8", "bfloat16", "fp32 scales"])
 @pytest.mark.parametrize("compute", [torch.float32, torch.bfloat16])
-def test_it_shards_and_is_filled_and_read_from_shards(tiny, packed, tmp_path, storage, compute):
+def test_it_shards_and_is_filled_and_read_from_shards(tiny, packed, tmp_path, settings, compute):
     distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
         name = "float32" if compute == torch.float32 else "bfloat16"
-        model = qlora(tiny, name, storage=storage)
+        model = qlora(tiny, name, **settings)
         expected, merged = model(packed).logp_N, dict(plain_weights(model.lm))
         sharded = shard(model, init_device_mesh("cpu", (1,)), compute)
         tolerance = (
@@ -206,7 +209,7 @@ def test_it_shards_and_is_filled_and_read_from_shards(tiny, packed, tmp_path, st
                 part.weight.to_local().zero_()
                 part.take(weights[key.removesuffix(".base_layer") + ".weight"])
         start_adapters(sharded.lm.get_decoder(), LORA)
-        fresh = PackedLM(Backbone(tiny, name, lora=LORA, quantize=Quantize(storage=storage)), tiny)
+        fresh = PackedLM(Backbone(tiny, name, lora=LORA, quantize=Quantize(**settings)), tiny)
         for one, same in zip(sharded.parameters(), fresh.parameters(), strict=True):
             assert same_bytes(one.full_tensor(), same)
     finally:

@@ -97,6 +97,7 @@ def stage(data, ranks=None, rank=0, step=0, digest="a" * 64, micro_tokens=200, p
     where = str(resolve_model(TINY))
     return SimpleNamespace(
         start=TINY, folder=where, start_digest=digest, step=step, trainer=trainer, backbone=Backbone(TINY, **backbone),
+        place=(rank, ranks.size),
         reduce_sum=lambda tensor: torch.stack(ranks.exchange(rank, tensor.clone())).sum(0),
     )  # fmt: skip
 

@@ -66,8 +66,8 @@ def fit(folder, stage, data, **settings):
     trainer.fit(stage, data)
 
 
-def test_ppo_refuses_sharding_on_one_process_too(tmp_path):
-    with pytest.raises(InputError, match=r"trainer\.strategy: is Fsdp2"):
+def test_a_sampler_of_lightnings_own_is_refused_on_one_sharded_process_too(tmp_path):
+    with pytest.raises(InputError, match=r"trainer\.use_distributed_sampler: is true"):
         fit(tmp_path, runs.ppo(), runs.prompt_data(), strategy=Fsdp2(), devices=1)
 
 

@@ -21,7 +21,7 @@ from tulu_lightning.data.mixture import repeats
 from tulu_lightning.data.rows import Mixed, SourceRows
 from tulu_lightning.data.sources import Source, Table, open_source
 from tulu_lightning.errors import InputError
-from tulu_lightning.ranks import data_place
+from tulu_lightning.ranks import data_place, replaces_sampler
 
 __all__ = ["Overflow", "StepData", "Steps"]
 
@@ -273,9 +273,9 @@ class StepData(L.LightningDataModule, Generic[Item]):
     def _place(self) -> tuple[int, int]:
         """Rank and number of ranks."""
         rank, world_size = data_place(self.trainer)
-        if self.trainer is not None and world_size > 1 and self.trainer._accelerator_connector.use_distributed_sampler:
+        if replaces_sampler(self.trainer):
             remedy = "Set it to false: Lightning would put a shuffling sampler in place of the step plan."
-            raise InputError("trainer.use_distributed_sampler", f"is true with {world_size} processes", remedy)
+            raise InputError("trainer.use_distributed_sampler", "is true", remedy)
         return rank, world_size
 
     def _step_batch(self, plan: StepPlan, step: int, rank: int) -> Any:

@@ -43,8 +43,9 @@ def plain_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
         model: with layers of `models.lora` and `models.quantize`, or without.
     """
     model.state_dict()  # FSDP2 puts its shards back for it: what a forward left gathered may be in a lower dtype
-    adapted = {name: part for name, part in model.named_modules(remove_duplicate=False) if hasattr(part, "base_layer")}
-    for place, part in model.named_modules(remove_duplicate=False):
+    parts: list[tuple[str, Any]] = list(model.named_modules(remove_duplicate=False))
+    adapted = {name: part for name, part in parts if hasattr(part, "base_layer")}
+    for place, part in parts:
         if ".lora_" in place:
             continue
         owner = place.removesuffix(".base_layer") if place.endswith(".base_layer") else place

@@ -10,6 +10,7 @@ from tulu_lightning.data.keys import tokenizer_digest
 from tulu_lightning.errors import InputError
 from tulu_lightning.models.backbone import Backbone
 from tulu_lightning.models.sharding import Fsdp2
+from tulu_lightning.ranks import replaces_sampler
 
 __all__ = [
     "check_pairs",
@@ -88,7 +89,7 @@ def check_processes(trainer: Any) -> None:
             f"is {trainer.max_steps}, and Lightning counts every call of every optimiser there",
             "Use data.init_args.max_steps, which counts whole steps.",
         )
-    if trainer.world_size > 1 and trainer._accelerator_connector.use_distributed_sampler:
+    if replaces_sampler(trainer):
         raise InputError(
             "trainer.use_distributed_sampler",
             "is true",
