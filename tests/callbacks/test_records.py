@@ -40,7 +40,8 @@ def test_a_skipped_update_is_counted_in_its_own_step(tmp_path):
     assert rows[1]["grad_norm"] is None
 
 
-def test_the_reference_pass_of_dpo_shows_how_far_it_is(tmp_path, capsys):
+def test_the_reference_pass_of_dpo_shows_how_far_it_is(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("TULU_REFERENCE", str(tmp_path / "reference"))  # no other test has computed it
     runs.fit(runs.dpo(), runs.preference_data(max_steps=1), tmp_path)
     out = capsys.readouterr()
     assert "reference of sums  8/8" in out.out + out.err
