@@ -20,6 +20,12 @@ FITS = sorted(set(CONFIGS.glob("*_*.yaml")) - set(PAIRS))
 CALLBACKS = "tulu_lightning.callbacks."
 
 
+@pytest.fixture(autouse=True)
+def key(monkeypatch):
+    """Configs that ask a server by a key refuse to start without it."""
+    monkeypatch.setenv("OPENAI_API_KEY", "none")
+
+
 def ids(paths: list[Path]) -> list[str]:
     return [path.stem for path in paths]
 
@@ -80,7 +86,7 @@ def test_a_recipe_parses_with_every_stage_as_it_will_start_it(path, capsys, tmp_
         options = ["--" + item.format(run="runs/x", seed=7) for item in stage["set"]]
         config = yaml.safe_load(printed(capsys, command, path.parent / stage[command], *options))
         if stage["set"]:
-            seeds = config["seed"] if command == "pairs" else config["data"]["init_args"]["seed"]
+            seeds = config["generate"]["seed"] if command == "pairs" else config["data"]["init_args"]["seed"]
             assert seeds == 7
 
 

@@ -54,7 +54,9 @@ COMMANDS = (
         "doctor", "what is installed, what is off and why, and whether the demo runs", "tulu_lightning.launch.doctor"
     ),
     Command("data", "see what the model will see: inspect rows, length statistics", "tulu_lightning.launch.data"),
-    Command("pairs", "make on-policy preference pairs from a model's own samples", "tulu_lightning.recipes.pairs"),
+    Command("generate", "sample responses to prompts from a pool of models", "tulu_lightning.recipes.making.generate"),
+    Command("judge", "rate responses by models or verifiers", "tulu_lightning.recipes.making.judge"),
+    Command("pairs", "make preference pairs of rated responses", "tulu_lightning.recipes.pairs"),
     Command("verify", "score responses offline; `verify audit` measures the verifiers", "tulu_lightning.launch.verify"),
     Command(
         "eval", "score a model on the paper's tasks, with intervals; compare two", "tulu_lightning.launch.evaluate"

@@ -51,11 +51,11 @@ def test_a_typo_in_the_last_stages_file_is_found_with_its_line(tmp_path):
 
 def test_a_typo_in_a_pairs_config_is_found_too(tmp_path):
     pairs = tmp_path / "pairs.yaml"
-    pairs.write_text("model: m\noutput: o\nsources: []\nsample_per_prompt: 2\n")
+    pairs.write_text("output: o\ngenerate: {model: m, sources: [], response: 2}\njudge: {verify: true}\n")
     first = {"name": "sft", "fit": str(CONFIGS / "sft_tiny.yaml")}
     recipe = {"name": "r", "run": str(tmp_path / "run"), "stages": [first, {"name": "pairs", "pairs": str(pairs)}]}
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    with pytest.raises(InputError, match=r"sample_per_prompt.*samples_per_prompt"):
+    with pytest.raises(InputError, match=r"generate\.response.*generate\.responses"):
         main(["--config", str(tmp_path / "recipe.yaml")])
     assert not (tmp_path / "run").exists()
 

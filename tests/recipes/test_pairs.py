@@ -12,40 +12,56 @@ from tulu_lightning import cli
 from tulu_lightning.assets.models import load_tokenizer, resolve_model
 from tulu_lightning.checkpoints.identity import weights_digest
 from tulu_lightning.data.preference import PreferenceData
-from tulu_lightning.data.prompts import PromptData
+from tulu_lightning.data.prompt_source import PromptSource
 from tulu_lightning.data.sources import Source
 from tulu_lightning.errors import InputError
-from tulu_lightning.recipes import pairs
+from tulu_lightning.recipes.making import models
+from tulu_lightning.recipes.making.generate import GenerateConfig
+from tulu_lightning.recipes.making.judge import JudgeConfig
+from tulu_lightning.recipes.making.pool import Decoding
 from tulu_lightning.recipes.pairs import PairsConfig, make_pairs
 from tulu_lightning.rollout.local import LocalEngine
 from tulu_lightning.types import Verdict
 
 PROMPTS = 70
 """More than two chunks, so that a run can be cut between them."""
+SUMS = PromptSource("sums", rows="tulu_lightning.assets.arithmetic.prompt_rows", args={"count": PROMPTS})
+
+
+class Even:
+    """A random model never adds; here an answer is right if it has an even number of characters."""
+
+    runs = "here"
+
+    def __call__(self, response: str, target: str) -> Verdict:
+        right = len(response) % 2 == 0
+        return Verdict("right" if right else "wrong", float(right))
+
+    def complaint(self, target: str) -> str | None:
+        return None
 
 
 @pytest.fixture
 def config(tmp_path):
-    prompts = Source("sums", rows="tulu_lightning.assets.arithmetic.prompt_rows", args={"count": PROMPTS})
-    return PairsConfig(
+    own = {"last_number": Even()}
+    made = GenerateConfig(
+        sources=[SUMS],
         model="tiny-random-llama",
-        output=str(tmp_path / "pairs"),
-        sources=[prompts],
-        samples_per_prompt=6,
-        max_new_tokens=3,
         template="tulu",
+        dtype="float32",
+        responses=6,
+        draw="each",
+        decoding=Decoding(max_new_tokens=3),
+        verifiers=own,
+    )
+    return PairsConfig(
+        output=str(tmp_path / "pairs"), generate=made, judge=JudgeConfig(verify=True, verifiers=own), min_chosen=1.0
     )
 
 
-@pytest.fixture
-def judged(monkeypatch):
-    """A random model never adds; here an answer is right if its first byte is even, and two of three stop."""
-
-    def verdict(completion):
-        right = int(completion.ids_L[0]) % 2 == 0
-        return Verdict("right" if right else "wrong", float(right))
-
-    monkeypatch.setattr(pairs, "score_all", lambda jobs, tokenizer: [verdict(c) for _, c in jobs])
+@pytest.fixture(autouse=True)
+def stopping(monkeypatch):
+    """Two of three answers stop."""
     generate = LocalEngine.generate
 
     def stopping(self, *args, **kwargs):
@@ -55,36 +71,39 @@ def judged(monkeypatch):
     monkeypatch.setattr(LocalEngine, "generate", stopping)
 
 
+def with_generate(config, **changes):
+    return replace(config, generate=replace(config.generate, **changes))
+
+
 def lines(config, name):
     return [json.loads(line) for line in Path(config.output, name).read_text().splitlines()]
 
 
-def test_a_pair_is_a_right_answer_that_stopped_and_one_that_is_wrong_or_was_cut(config, judged):
+def right(row):
+    return row["finish"] == "stop" and len(row["response"]) % 2 == 0
+
+
+def test_a_pair_is_a_right_answer_that_stopped_and_one_that_is_wrong_or_was_cut(config):
     summary = make_pairs(config)
     rows = lines(config, "pairs.jsonl")
-    groups = {record["row"]: record["samples"] for record in lines(config, "samples.jsonl")}
-    assert summary["prompts"] == PROMPTS == len(groups)
+    samples: dict[str, list] = {}
+    for row in lines(config, "generate/rows-00000.jsonl"):
+        samples.setdefault(row["prompt_key"], []).append(row)
+    assert summary["prompts"] == PROMPTS == len(samples)
     assert summary["samples"] == 6 * PROMPTS
     assert 0 < summary["pairs"] == len(rows) <= PROMPTS
-    assert summary["start_digest"] == weights_digest(resolve_model(config.model))
-    prompts = {tuple(prompt["ids"]): prompt["row"] for prompt in _prompts(config)}
+    assert summary["start_digest"] == weights_digest(resolve_model(config.generate.model))
     for row in rows:
-        group = groups[prompts[tuple(row["prompt_ids"])]]
-        chosen, rejected = ([s for s in group if s["ids"] == row[f"{side}_ids"]] for side in ("chosen", "rejected"))
-        assert any(s["outcome"] == "right" and s["finish"] == "stop" for s in chosen)
-        assert any(s["outcome"] == "wrong" or s["finish"] == "length" for s in rejected)
-    without = {row for row, group in groups.items() if len({s["right"] for s in group}) == 1}
-    assert len(rows) == PROMPTS - len(without)
+        sides = [[s for s in samples[row["id"]] if s["ids"] == row[f"{side}_ids"]] for side in ("chosen", "rejected")]
+        assert any(right(s) for s in sides[0])
+        assert any(not right(s) for s in sides[1])
+    alike = sum(len({right(s) for s in group}) == 1 for group in samples.values())
+    assert PROMPTS - len(rows) == alike + summary["without"].get("both sides are the same text", 0) + summary[
+        "without"
+    ].get("a side is empty", 0)
 
 
-def _prompts(config):
-    data = PromptData(
-        sources=config.sources, tokenizer=config.model, max_tokens=256, examples_per_step=1, template="tulu"
-    )
-    return [{"ids": prompt.ids, "row": prompt.row} for prompt in data.prompts]
-
-
-def test_what_dpo_trains_on_are_the_ids_that_were_sampled(config, judged, monkeypatch):
+def test_what_dpo_trains_on_are_the_ids_that_were_sampled(config, monkeypatch):
     sampled = set()
     generate = LocalEngine.generate
 
@@ -98,7 +117,7 @@ def test_what_dpo_trains_on_are_the_ids_that_were_sampled(config, judged, monkey
     path = str(Path(config.output, "pairs.jsonl"))
     data = PreferenceData(
         sources=[Source("pairs", path=path)],
-        tokenizer=config.model,
+        tokenizer="tiny-random-llama",
         template="tulu",
         max_tokens=256,
         examples_per_step=8,
@@ -109,35 +128,22 @@ def test_what_dpo_trains_on_are_the_ids_that_were_sampled(config, judged, monkey
         prompt = tuple(row["prompt_ids"])  # the answers may begin with the same tokens, which are shared as well
         assert start[: len(prompt)] == prompt
         assert {(prompt, (start + rest)[len(prompt) :]) for rest in rests} <= sampled
-    tokenizer = load_tokenizer(config.model)
-    row = lines(config, "pairs.jsonl")[0]
-    assert row["chosen"] == tokenizer.decode(row["chosen_ids"], skip_special_tokens=True)
+    tokenizer = load_tokenizer("tiny-random-llama")
+    assert rows[0]["chosen"] == tokenizer.decode(rows[0]["chosen_ids"], skip_special_tokens=True)
+    assert rows[0]["prompt"][-1]["content"] in tokenizer.decode(rows[0]["prompt_ids"])
 
 
-def test_the_prompt_beside_a_pair_is_its_own_also_where_rows_were_left_out(config, judged, tmp_path):
-    path = tmp_path / "prompts.jsonl"
-    texts = [f"{'x' * (300 if i % 3 == 0 else 3)} {i}" for i in range(24)]
-    rows = [{"messages": [{"role": "user", "content": t}], "ground_truth": "1", "verifier": "exact"} for t in texts]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    config = replace(config, sources=[Source("prompts", path=str(path))], max_tokens=256)
-    assert make_pairs(config)["prompts"] == 16, "every third is longer than 256 bytes"
-    tokenizer = load_tokenizer(config.model)
-    made = lines(config, "pairs.jsonl")
-    assert len(made) > 4
-    for row in made:
-        assert row["prompt"][-1]["content"] in tokenizer.decode(row["prompt_ids"])
-
-
-def test_cut_in_the_middle_of_a_line_and_run_again_is_never_cut(config, judged, tmp_path):
+def test_cut_in_the_middle_of_a_line_and_run_again_is_never_cut(config, tmp_path, monkeypatch):
     make_pairs(config)
-    whole = Path(config.output, "samples.jsonl").read_text()
+    whole = Path(config.output, "generate", "rows-00000.jsonl").read_text()
     again = replace(config, output=str(tmp_path / "again"))
     make_pairs(again)
     torn = whole.splitlines(keepends=True)
-    Path(again.output, "samples.jsonl").write_text("".join(torn[:40]) + torn[40][:25])
-    Path(again.output, "pairs.jsonl").unlink()
-    Path(again.output, "summary.json").unlink()
-
+    # 40 prompts and two answers of another, and a third of the next line.
+    Path(again.output, "generate", "rows-00000.jsonl").write_text("".join(torn[:242]) + torn[242][:25])
+    shutil.rmtree(Path(again.output, "judge"))
+    for name in ("pairs.jsonl", "summary.json"):
+        Path(again.output, name).unlink()
     calls = []
     generate = LocalEngine.generate
 
@@ -145,51 +151,85 @@ def test_cut_in_the_middle_of_a_line_and_run_again_is_never_cut(config, judged, 
         calls.append(len(prompts))
         return generate(self, prompts, *args, **kwargs)
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(LocalEngine, "generate", spy)
-        make_pairs(again)
+    monkeypatch.setattr(LocalEngine, "generate", spy)
+    make_pairs(again)
     assert sum(calls) == PROMPTS - 40, "only what was missing is sampled"
-    assert Path(again.output, "samples.jsonl").read_text() == whole
+    assert Path(again.output, "generate", "rows-00000.jsonl").read_text() == whole
     assert Path(again.output, "pairs.jsonl").read_text() == Path(config.output, "pairs.jsonl").read_text()
 
 
-def test_samples_of_other_settings_are_refused(config, judged, tiny, tmp_path):
+def test_samples_of_other_settings_are_refused(config):
     make_pairs(config)
-    with pytest.raises(InputError, match="holds samples made with other settings"):
-        make_pairs(replace(config, temperature=0.7))
-    with pytest.raises(InputError, match="holds samples made with other settings"):
-        make_pairs(replace(config, seed=2))
+    with pytest.raises(InputError, match=r"holds rows made with decoding = .*0\.7"):
+        make_pairs(with_generate(config, decoding=Decoding(3, 0.7)))
+    with pytest.raises(InputError, match="holds rows made with seed = 0, not 2"):
+        make_pairs(with_generate(config, seed=2))
 
 
-def test_a_model_whose_weights_changed_is_another_model(config, judged, tiny, tmp_path):
+def test_a_model_whose_weights_changed_is_another_model(config, tiny, tmp_path):
     folder = tmp_path / "model"
     shutil.copytree(tiny, folder)
-    config = replace(config, model=str(folder))
+    config = with_generate(config, model=str(folder))
     make_pairs(config)
     weights = load_file(folder / "model.safetensors")
     weights["model.norm.weight"] *= 2
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
-    with pytest.raises(InputError, match="holds samples made with other settings"):
+    with pytest.raises(InputError, match="holds rows made with models"):
         make_pairs(config)
 
 
-def test_without_a_right_and_a_wrong_answer_there_is_no_pair(config, tmp_path):
-    with pytest.raises(InputError, match="no prompt got both a right and a wrong response"):
-        make_pairs(replace(config, sources=[Source("s", rows=config.sources[0].rows, args={"count": 2})]))
+def test_without_a_right_and_a_wrong_answer_there_is_no_pair(config):
+    config = replace(with_generate(config, verifiers={}), judge=JudgeConfig(verify=True))
+    with pytest.raises(InputError, match=r"no prompt makes a pair .*no response is good enough"):
+        make_pairs(config)
 
 
-def test_the_command_writes_the_file_and_says_so(config, judged, tmp_path, capsys):
-    path = tmp_path / "pairs.yaml"
-    path.write_text(
-        "model: tiny-random-llama\ntemplate: tulu\nsamples_per_prompt: 6\nmax_new_tokens: 3\n"
-        f"output: {config.output}\n"
+def test_held_out_prompts_and_shares(config):
+    whole = make_pairs(config)
+    split = replace(config, held_out_share=0.3)
+    summary = make_pairs(split)
+    train, held = lines(split, "pairs.jsonl"), lines(split, "held_out.jsonl")
+    assert len(train) + len(held) == whole["pairs"]
+    assert summary["held_out"] == len(held) > 0
+    assert not {row["id"] for row in train} & {row["id"] for row in held}
+    assert all(int(row["id"][:8], 16) / 16**8 < 0.3 for row in held)
+    assert summary["on_policy"] == whole["pairs"], "all are the checkpoint's own"
+    with pytest.raises(InputError, match="no prompt makes a pair"):
+        make_pairs(replace(config, on_policy_share=0.0))
+
+
+def test_neither_a_source_nor_a_maker_of_ratings_is_an_error(config):
+    with pytest.raises(InputError, match="neither or both of ratings and judge"):
+        make_pairs(replace(config, judge=None))
+    with pytest.raises(InputError, match="neither or both of input and generate"):
+        make_pairs(replace(config, input="somewhere"))
+
+
+def test_the_command_chains_the_three_and_each_can_be_called_alone(config, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(models, "CHUNK", 4)
+    shared = (
+        "model: tiny-random-llama\ntemplate: tulu\nresponses: 6\ndraw: each\ndecoding: {max_new_tokens: 3}\n"
         "sources: [{name: sums, rows: tulu_lightning.assets.arithmetic.prompt_rows, args: {count: 8}}]\n"
     )
-    assert cli.main(["pairs", "--config", str(path)]) == 0
+    chain = tmp_path / "chain.yaml"
+    chain.write_text(
+        f"output: {tmp_path}/chain\nliteral: true\njudge: {{verify: true}}\ngenerate:\n"
+        + "".join(f"  {line}\n" for line in shared.splitlines())
+    )
+    assert cli.main(["pairs", "--config", str(chain)]) == 0
     said = capsys.readouterr().out
-    assert f"of 8 prompts: {config.output}/pairs.jsonl" in said
-    rows = lines(config, "pairs.jsonl")
-    chosen, rejected = (sum(len(row[f"{side}_ids"]) for row in rows) / len(rows) for side in ("chosen", "rejected"))
-    assert f"mean tokens: chosen {chosen:.1f}, rejected {rejected:.1f}; chosen is longer in" in said
-    lengths = json.loads(Path(config.output, "summary.json").read_text())["lengths"]
-    assert (lengths["pairs"], lengths["chosen"], lengths["rejected"]) == (len(rows), chosen, rejected)
+    assert f"pairs of 8 prompts: {tmp_path}/chain/pairs.jsonl" in said
+    (tmp_path / "generate.yaml").write_text(f"output: {tmp_path}/responses\n{shared}")
+    assert cli.main(["generate", "--config", str(tmp_path / "generate.yaml")]) == 0
+    (tmp_path / "judge.yaml").write_text(f"input: {tmp_path}/responses\noutput: {tmp_path}/ratings\nverify: true\n")
+    assert cli.main(["judge", "--config", str(tmp_path / "judge.yaml")]) == 0
+    (tmp_path / "pairs.yaml").write_text(
+        f"input: {tmp_path}/responses\nratings: {tmp_path}/ratings\noutput: {tmp_path}/alone\nliteral: true\n"
+    )
+    assert cli.main(["pairs", "--config", str(tmp_path / "pairs.yaml")]) == 0
+    alone, chained = ((tmp_path / name / "pairs.jsonl").read_text() for name in ("alone", "chain"))
+    assert alone == chained
+    rows = [json.loads(line) for line in alone.splitlines()]
+    lengths = json.loads((tmp_path / "alone" / "summary.json").read_text())["lengths"]
+    means = [sum(len(row[f"{side}_ids"]) for row in rows) / len(rows) for side in ("chosen", "rejected")]
+    assert (lengths["pairs"], lengths["chosen"], lengths["rejected"]) == (len(rows), *means)

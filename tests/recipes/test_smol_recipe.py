@@ -16,7 +16,7 @@ def test_the_demos_recipe_runs_short_on_the_real_model(smol, tmp_path, monkeypat
     short = ["data.init_args.max_steps=2"]
     stages = [
         {"name": "sft", "fit": str(configs / "sft_smol.yaml"), "set": short},
-        {"name": "pairs", "pairs": str(configs / "pairs_smol.yaml"), "set": ["samples_per_prompt=4"]},
+        {"name": "pairs", "pairs": str(configs / "pairs_smol.yaml"), "set": ["generate.responses=4"]},
         {
             "name": "dpo",
             "fit": str(configs / "dpo_smol.yaml"),

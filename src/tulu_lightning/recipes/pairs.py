@@ -1,61 +1,76 @@
-"""On-policy preference pairs: sample from a checkpoint, judge with its verifier, pair right with wrong.
+"""`tulu pairs`: preference pairs out of rated responses; with `generate` and `judge` in its config it makes these first.
 
-The paper's on-policy idea (Tülu 3, section 5.2) in its smallest form: the judge is a verifier. Token ids are written
-beside the text and are what DPO trains on.
+Tülu 3, section 5.2.1. Where an engine of ours sampled both sides, token ids are written beside the text and are what
+DPO trains on.
 """
 
+import dataclasses
 import json
 import random
 import time
-from collections.abc import Iterator, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-
-from tulu_lightning.assets.models import resolve_model
 from tulu_lightning.callbacks.promote import peak_memory_bytes
-from tulu_lightning.checkpoints.identity import weights_digest
+from tulu_lightning.core.binarise import NoPair, Rating, mean_rating, pick
+from tulu_lightning.core.settings import require
 from tulu_lightning.core.step_plan import mix_seed
-from tulu_lightning.data.intake import LeftOut
-from tulu_lightning.data.prompt_formats import PromptRow
-from tulu_lightning.data.prompts import PromptData, PromptSource
-from tulu_lightning.data.rows import Mixed
-from tulu_lightning.data.sources import Source
 from tulu_lightning.errors import InputError
 from tulu_lightning.files import write_whole
-from tulu_lightning.progress import Progress
 from tulu_lightning.recipes.config import read_config
+from tulu_lightning.recipes.making.generate import POLICY, GenerateConfig, generate
+from tulu_lightning.recipes.making.judge import JudgeConfig, groups_of, judge
+from tulu_lightning.recipes.making.judged import VERIFIER
+from tulu_lightning.recipes.making.store import read_rows
 from tulu_lightning.recipes.pair_lengths import PairLengths, pair_lengths
-from tulu_lightning.rollout.local import LocalEngine
-from tulu_lightning.rollout.scoring import score_all
-from tulu_lightning.types import Completion, Prompt, Sampling, Verdict
 
 __all__ = ["PairsConfig", "main", "make_pairs"]
-
-CHUNK = 32
-"""Prompts sampled between two writes: what a kill can cost."""
 
 
 @dataclass(frozen=True)
 class PairsConfig:
-    """Sample responses from a checkpoint and pair right ones with wrong ones."""
+    """Make preference pairs of rated responses."""
 
-    model: str
-    """Model folder, or a known name."""
     output: str
-    """Folder for samples.jsonl, pairs.jsonl and summary.json."""
-    sources: list[PromptSource]
-    """Prompts with `ground_truth` and what judges their answers."""
-    samples_per_prompt: int = 8
-    max_new_tokens: int = 512
-    temperature: float = 1.0
-    template: str = "chatml"
-    max_tokens: int = 2048
-    """Longest prompt, in tokens."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Folder for pairs.jsonl, held_out.jsonl and summary.json."""
+    input: str | None = None
+    """Folder that `tulu generate` wrote; OUTPUT/generate where `generate` is given."""
+    ratings: str | None = None
+    """Folder that `tulu judge` wrote; OUTPUT/judge where `judge` is given."""
+    generate: GenerateConfig | None = None
+    """Make the responses first, in OUTPUT/generate."""
+    judge: JudgeConfig | None = None
+    """Rate them first, in OUTPUT/judge."""
+    literal: bool = False
+    """As the paper's release does it: rejected is any other response, one that is as good or has no rating included."""
+    min_chosen: float | None = None
+    """A prompt whose best response has a lower mean rating makes no pair."""
+    sides: Literal["any", "one_on_policy"] = "any"
+    """`one_on_policy`: only pairs with the current checkpoint on one side."""
+    verified: bool = False
+    """Only pairs whose chosen response the rows' verifiers find right (ratings must hold theirs too)."""
+    on_policy_share: float | None = None
+    """Leave out pairs, drawn by the seed, until this share of them has the current checkpoint on a side."""
+    held_out_share: float = 0.0
+    """Share of the prompts whose pairs go to held_out.jsonl, decided by the prompt alone."""
     seed: int = 0
+
+    def check(self) -> None:
+        """Refuse settings that cannot be meant.
+
+        Raises:
+            InputError: names the key and what would do.
+        """
+        for name in ("input", "ratings"):
+            made = "generate" if name == "input" else "judge"
+            if (getattr(self, name) is None) == (getattr(self, made) is None):
+                raise InputError("pairs", f"has neither or both of {name} and {made}", "Give exactly one.")
+        share = self.on_policy_share
+        require(share is None or 0 <= share <= 1, "on_policy_share", share, "It is a share of the pairs: 0 to 1.")
+        require(0 <= self.held_out_share < 1, "held_out_share", self.held_out_share, "Use 0 to below 1.")
 
 
 def main(argv: Sequence[str]) -> int:
@@ -66,164 +81,201 @@ def main(argv: Sequence[str]) -> int:
 
 
 def make_pairs(config: PairsConfig) -> dict[str, Any]:
-    """Sample, judge, pair; goes on where a killed run stopped.
+    """Generate and judge if the config says so, then pair; a killed run goes on where it stopped.
 
     Returns:
-        The summary that is also written to `summary.json`.
+        The summary that is also written to `summary.json`; empty after a dry run.
 
     Raises:
-        InputError: bad prompts or model, the output holds samples of other settings, or no prompt got both a right
-            and a wrong response.
+        InputError: see `generate` and `judge`; no prompt makes a pair.
     """
-    output = Path(config.output)
-    data = _PromptsAsWritten(
-        sources=config.sources,
-        tokenizer=config.model,
-        max_tokens=config.max_tokens,
-        examples_per_step=1,
-        template=config.template,
-    )
-    data.setup()
-    digest = _claim(output, config)
+    config.check()
     started = time.perf_counter()
-    samples = _sample(config, data, output / "samples.jsonl")
-    rows = list(_pairs(samples, data.prompts, data.messages, config.seed))
-    lengths = pair_lengths((len(row["chosen_ids"]), len(row["rejected_ids"])) for row in rows)
-    if lengths is None:
-        raise InputError(
-            str(output), "no prompt got both a right and a wrong response", "Use other prompts, or more samples."
-        )
-    write_whole(output / "pairs.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
-    counts = {"prompts": len(data.prompts), "samples": sum(map(len, samples.values())), "pairs": len(rows)}
-    tokens = sum(len(sample["ids"]) for group in samples.values() for sample in group)
-    right = sum(sample["right"] for group in samples.values() for sample in group)
-    summary = {
-        "stage": "pairs",
-        **counts,
-        "right_share": right / counts["samples"],
-        "lengths": lengths._asdict(),
-        "tokens": tokens,
-        "seconds": time.perf_counter() - started,
-        "peak_memory_bytes": peak_memory_bytes(),
-        "model": str(resolve_model(config.model)),
-        "start_digest": digest,
-    }
+    output = Path(config.output)
+    made: dict[str, Any] = {}
+    responses, ratings = config.input or str(output / "generate"), config.ratings or str(output / "judge")
+    if config.generate is not None:
+        made = generate(dataclasses.replace(config.generate, output=responses))
+        if config.generate.dry_run:
+            return {}
+    if config.judge is not None:
+        judge(dataclasses.replace(config.judge, input=responses, output=ratings))
+        if config.judge.dry_run:
+            return {}
+    groups, incomplete = groups_of(responses)
+    means = _means(ratings)
+    without: Counter[str] = Counter({"responses are missing": incomplete} if incomplete else {})
+    rows = _mixed(list(_pairs(groups, means, config, without)), config)
+    if not rows:
+        told = ", ".join(f"{count} because {reason}" for reason, count in without.items())
+        raise InputError(config.output, f"no prompt makes a pair ({told})", "Use other prompts, or more responses.")
+    held_out = [row for row in rows if _is_held_out(row["id"], config)]
+    train = [row for row in rows if not _is_held_out(row["id"], config)]
+    output.mkdir(parents=True, exist_ok=True)
+    for name, part in (("pairs.jsonl", train), ("held_out.jsonl", held_out)):
+        if part or name == "pairs.jsonl":
+            write_whole(output / name, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in part))
+    summary = _summary(config, groups, means, rows, without)
+    summary |= {"held_out": len(held_out), "seconds": time.perf_counter() - started}
+    summary |= {name: made[name] for name in ("start_digest",) if name in made}
     write_whole(output / "summary.json", json.dumps(summary, indent=1))
-    print(f"{counts['pairs']} pairs of {counts['prompts']} prompts: {output / 'pairs.jsonl'}")
-    print(f"mean tokens: chosen {lengths.chosen:.1f}, rejected {lengths.rejected:.1f}; {_longer(lengths)}", flush=True)
+    _tell(summary, output)
     return summary
 
 
-def _longer(lengths: PairLengths) -> str:
-    return f"chosen is longer in {lengths.chosen_longer:.0%} of the pairs, rejected in {lengths.rejected_longer:.0%}"
+# Ratings ------------------------------------------------------------------------------------------------------------
 
 
-class _PromptsAsWritten(PromptData):
-    """Keeps the messages of each prompt: `messages[prompt.row]`."""
+def _means(folder: str) -> dict[str, dict[str, float | None]]:
+    """By response: mean rating over judges, aspects and rounds, as `mean`; and the verifiers' score, as `verified`.
 
-    def __init__(self, **settings: Any) -> None:
-        super().__init__(**settings)
-        self.messages: list[Any] = []
-        self._kept: dict[str, list[Any]] = {source.name: [] for source in self.sources}
-
-    def _prompt(self, source: Source, number: int, row: PromptRow, ids: list[int]) -> Prompt | LeftOut:
-        outcome = super()._prompt(source, number, row, ids)
-        if isinstance(outcome, Prompt):
-            self._kept[source.name].append(row.messages)
-        return outcome
-
-    def _collect(self, mixed: Mixed) -> list[Prompt]:
-        names = [part.name for part in mixed.sources]
-        self.messages = [
-            self._kept[names[source]][place] for source, place in zip(mixed.source_numbers, mixed.places, strict=True)
-        ]
-        return super()._collect(mixed)
-
-
-def _claim(output: Path, config: PairsConfig) -> str:
-    """Refuse a folder whose samples came from other settings; they would be mixed without a word.
-
-    Returns:
-        Digest of the weights: `promoted` is one path for whatever was promoted last.
+    Where only verifiers rated, theirs is the mean.
     """
-    folder = resolve_model(config.model)
-    model = {"model": str(folder), "weights": weights_digest(folder)}
-    settings = json.dumps({**asdict(config), **model}, indent=1, default=str)
-    path = output / "settings.json"
-    if path.exists() and path.read_text() != settings:
-        raise InputError(str(output), "holds samples made with other settings", "Give another output, or remove it.")
-    output.mkdir(parents=True, exist_ok=True)
-    write_whole(path, settings)
-    return model["weights"]
-
-
-def _sample(config: PairsConfig, data: PromptData, path: Path) -> dict[int, list[dict[str, Any]]]:
-    """All samples by row, from the file as far as it goes, then from the engine."""
-    samples = _read(path, config.samples_per_prompt)
-    missing = [prompt for prompt in data.prompts if prompt.row not in samples]
-    if not missing:
-        return samples
-    engine = LocalEngine.from_folder(resolve_model(config.model), getattr(torch, config.dtype))
-    sampling = Sampling(config.max_new_tokens, config.temperature, data.stop_ids)
-    seed = mix_seed(config.seed, 0)
-    with Progress("pairs", len(data.prompts), done=len(samples)) as progress, path.open("a") as file:
-        for at in range(0, len(missing), CHUNK):
-            part = missing[at : at + CHUNK]
-            made = engine.generate(
-                [p.ids for p in part], config.samples_per_prompt, sampling, seed, keys=[p.row for p in part]
+    by: dict[str, dict[str, list[Rating]]] = defaultdict(lambda: defaultdict(list))
+    for number, row in enumerate(read_rows(folder), start=1):
+        if len(row.get("responses", ())) != len(row.get("ratings", (None,))):
+            raise InputError(
+                f"{folder}, row {number}", "is no row of ratings", "Give the folder that tulu judge wrote."
             )
-            for prompt, completions in zip(part, made, strict=True):
-                verdicts = score_all([(prompt, c) for c in completions], data.tokenizer)
-                samples[prompt.row] = [_record(c, v, data) for c, v in zip(completions, verdicts, strict=True)]
-                file.write(json.dumps({"row": prompt.row, "samples": samples[prompt.row]}) + "\n")
-            file.flush()
-            progress.update(len(samples))
-    engine.close()
-    return samples
+        kind = "verified" if row["judge"] == VERIFIER else "mean"
+        for response, rating in zip(row["responses"], row["ratings"], strict=True):
+            by[response][kind].append(rating)
+    found = {}
+    for response, kinds in by.items():
+        verified = mean_rating(kinds["verified"]) if "verified" in kinds else None
+        found[response] = {"verified": verified, "mean": mean_rating(kinds["mean"]) if "mean" in kinds else verified}
+    return found
 
 
-def _record(completion: Completion, verdict: Verdict, data: PromptData) -> dict[str, Any]:
-    ids = completion.ids_L.tolist()
-    return {
-        "ids": ids,
-        "text": data.tokenizer.decode(ids, skip_special_tokens=True),
-        "outcome": verdict.outcome,
-        "finish": completion.finish,
-        "right": verdict.outcome == "right" and completion.finish == "stop",
-    }
-
-
-def _read(path: Path, expected: int) -> dict[int, list[dict[str, Any]]]:
-    samples: dict[int, list[dict[str, Any]]] = {}
-    for line in path.read_text().splitlines() if path.exists() else ():
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError:  # the last line of a killed run
-            continue
-        if len(record["samples"]) == expected:
-            samples[record["row"]] = record["samples"]
-    if path.exists():  # drop a torn line, or the next record would be glued to it
-        write_whole(path, "".join(json.dumps({"row": row, "samples": group}) + "\n" for row, group in samples.items()))
-    return samples
+# Pairs --------------------------------------------------------------------------------------------------------------
 
 
 def _pairs(
-    samples: dict[int, list[dict[str, Any]]], prompts: Sequence[Prompt], messages: Sequence[Any], seed: int
+    groups: Sequence[Sequence[Mapping[str, Any]]],
+    means: Mapping[str, Mapping[str, float | None]],
+    config: PairsConfig,
+    without: Counter[str],
 ) -> Iterator[dict[str, Any]]:
-    """One pair for each prompt that got both: a right answer that stopped, and one that is wrong or did not stop."""
-    for prompt in prompts:
-        group = samples[prompt.row]
-        right = [s for s in group if s["right"]]
-        wrong = [s for s in group if not s["right"]]
-        if not right or not wrong:
+    for group in groups:
+        of = [means.get(row["key"], {}) for row in group]
+        allowed = _allowed(group, of, config)
+        draw = random.Random(mix_seed(config.seed, 3, int(group[0]["prompt_key"][:12], 16)))
+        found = pick(
+            [each.get("mean") for each in of],
+            draw,
+            literal=config.literal,
+            least_chosen=config.min_chosen,
+            allowed=allowed,
+        )
+        if isinstance(found, NoPair):
+            without[found.reason] += 1
             continue
-        draw = random.Random(mix_seed(seed, 1, prompt.row))
-        chosen, rejected = draw.choice(right), draw.choice(wrong)
-        yield {
-            "prompt": messages[prompt.row],
-            "chosen": chosen["text"],
-            "rejected": rejected["text"],
-            "prompt_ids": list(prompt.ids),
+        chosen, rejected = (group[place] for place in found)
+        if config.verified and of[found[0]].get("verified") != 1.0:
+            without["the chosen response is not verified"] += 1
+        elif chosen["response"] == rejected["response"]:
+            without["both sides are the same text"] += 1
+        elif not chosen["response"].strip() or not rejected["response"].strip():
+            without["a side is empty"] += 1
+        else:
+            yield _row(chosen, rejected, [of[place].get("mean") for place in found])
+
+
+def _allowed(
+    group: Sequence[Mapping[str, Any]], of: Sequence[Mapping[str, float | None]], config: PairsConfig
+) -> list[tuple[int, int]] | None:
+    if config.sides == "any":
+        return None
+    own = [place for place, row in enumerate(group) if row["model"] == POLICY]
+    return [(one, other) for one in own for other in range(len(group)) if other not in own]
+
+
+def _row(chosen: Mapping[str, Any], rejected: Mapping[str, Any], ratings: Sequence[float | None]) -> dict[str, Any]:
+    row = {
+        "id": chosen["prompt_key"],
+        "source": chosen["source"],
+        "prompt": chosen["messages"],
+        "chosen": chosen["response"],
+        "rejected": rejected["response"],
+        "chosen_model": chosen["model"],
+        "rejected_model": rejected["model"],
+        "chosen_rating": ratings[0],
+        "rejected_rating": ratings[1],
+        "lengths": [chosen["tokens"], rejected["tokens"]],
+    }
+    # Ids of two templates are two prompts; the text is then what both have in common.
+    if chosen.get("ids") and rejected.get("ids") and chosen["prompt_ids"] == rejected["prompt_ids"]:
+        row |= {
+            "prompt_ids": chosen["prompt_ids"],
             "chosen_ids": chosen["ids"],
             "rejected_ids": rejected["ids"],
         }
+    return row
+
+
+def _mixed(rows: list[dict[str, Any]], config: PairsConfig) -> list[dict[str, Any]]:
+    """The pairs with the wanted share of on-policy ones: of the kind that is too many, some are left out."""
+    if config.on_policy_share is None:
+        return rows
+    share, kinds = config.on_policy_share, {True: [], False: []}  # type: ignore[var-annotated]
+    for row in rows:
+        kinds[_on_policy(row)].append(row["id"])
+    for ids in kinds.values():
+        ids.sort(key=lambda key: mix_seed(config.seed, 4, int(key[:12], 16)))
+    most = {True: len(kinds[True]), False: len(kinds[False])}
+    if share < 1:
+        most[True] = min(most[True], round(most[False] * share / (1 - share)))
+    if share > 0:
+        most[False] = min(most[False], round(most[True] * (1 - share) / share))
+    kept = {key for kind, ids in kinds.items() for key in ids[: most[kind]]}
+    return [row for row in rows if row["id"] in kept]
+
+
+def _on_policy(row: Mapping[str, Any]) -> bool:
+    return POLICY in (row["chosen_model"], row["rejected_model"])
+
+
+def _is_held_out(key: str, config: PairsConfig) -> bool:
+    return int(key[:8], 16) / 16**8 < config.held_out_share
+
+
+# What it tells ------------------------------------------------------------------------------------------------------
+
+
+def _summary(
+    config: PairsConfig,
+    groups: Sequence[Sequence[Mapping[str, Any]]],
+    means: Mapping[str, Mapping[str, float | None]],
+    rows: Sequence[Mapping[str, Any]],
+    without: Mapping[str, int],
+) -> dict[str, Any]:
+    lengths = pair_lengths(tuple(row["lengths"]) for row in rows)
+    assert lengths is not None
+    all_rows = [row for group in groups for row in group]
+    verified = [score for row in all_rows if (score := means.get(row["key"], {}).get("verified")) is not None]
+    return {
+        "stage": "pairs",
+        "prompts": len(groups),
+        "samples": len(all_rows),
+        "pairs": len(rows),
+        **({"right_share": sum(score == 1.0 for score in verified) / len(verified)} if verified else {}),
+        "lengths": lengths._asdict(),
+        "sources": dict(Counter(row["source"] for row in rows)),
+        "chosen_models": dict(Counter(row["chosen_model"] for row in rows)),
+        "rejected_models": dict(Counter(row["rejected_model"] for row in rows)),
+        "on_policy": sum(_on_policy(row) for row in rows),
+        "without": dict(without),
+        "tokens": sum(row["tokens"] for row in all_rows),
+        "peak_memory_bytes": peak_memory_bytes(),
+        **({"model": config.generate.model} if config.generate is not None and config.generate.model else {}),
+        "settings": json.loads(json.dumps(asdict(config), default=str)),
+    }
+
+
+def _tell(summary: Mapping[str, Any], output: Path) -> None:
+    lengths = PairLengths(**summary["lengths"])
+    print(f"{summary['pairs']:,} pairs of {summary['prompts']:,} prompts: {output / 'pairs.jsonl'}")
+    for reason, count in summary["without"].items():
+        print(f"  no pair of {count:,} prompts: {reason}")
+    longer = f"chosen is longer in {lengths.chosen_longer:.0%} of the pairs, rejected in {lengths.rejected_longer:.0%}"
+    print(f"mean tokens: chosen {lengths.chosen:.1f}, rejected {lengths.rejected:.1f}; {longer}", flush=True)

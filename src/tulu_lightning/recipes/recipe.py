@@ -205,7 +205,7 @@ def _options(step: Step, config: RecipeConfig, start: str | None) -> list[str]:
     options = [f"--{item}" for item in overrides]
     folder = Path(config.run, step.name)
     if step.pairs:
-        return [*options, f"--output={folder}", *([f"--model={start}"] if start else [])]
+        return [*options, f"--output={folder}", *([f"--generate.model={start}"] if start else [])]
     options += [f"--trainer.default_root_dir={folder}", f"--seed_everything={config.seed}"]
     return options + ([f"--model.init_args.backbone.path={start}"] if start else [])
 

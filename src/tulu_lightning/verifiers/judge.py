@@ -2,29 +2,20 @@
 
 import json
 import logging
-import os
 import re
 import threading
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from http.client import HTTPException
 from typing import ClassVar
-from urllib.error import HTTPError
-from urllib.parse import urlsplit
-from urllib.request import OpenerDirector, ProxyHandler, Request, build_opener
 
 from tulu_lightning.errors import InputError
 from tulu_lightning.types import Verdict
+from tulu_lightning.verifiers.chat_server import RequestFailed, check_server, request_chat, with_tries
 
 __all__ = ["Judge", "JudgeReading", "read_score"]
 
 log = logging.getLogger(__name__)
 
-ANSWER_BYTES = 1 << 20
-RETRIED = (408, 409, 425, 429)
-"""HTTP statuses below 500 that may pass by themselves."""
-LONGEST_PAUSE = 30.0
 _SLOT = re.compile(r"\{(\w+)\}")
 # Every repetition that could be tried in several ways has a bound, so reading is linear in the answer.
 _NUMBER = r"(?<![\d.])(-?\d{1,30}(?:\.\d{1,30})?)(?!\d)"
@@ -92,15 +83,6 @@ class _Failures:
         return _Failures, ()
 
 
-class _Failed(Exception):
-    """One request came to nothing."""
-
-    def __init__(self, what: str, pause: float | None) -> None:
-        super().__init__(what)
-        self.pause = pause
-        """Seconds to wait before another try is worth it; None if it is not."""
-
-
 @dataclass(frozen=True)
 class Judge:
     """The score that a model gives a response by a rubric, as a share of the scale.
@@ -145,9 +127,7 @@ class Judge:
     _failures: _Failures = field(default_factory=_Failures, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        parts = urlsplit(self.url)
-        if parts.scheme not in ("http", "https") or not parts.netloc:
-            raise InputError("judge.url", f"is {self.url!r}", "Give an address such as http://localhost:8000/v1.")
+        check_server("judge", self.url, self.api_key_env)
         if "{response}" not in self.rubric:
             raise InputError("judge.rubric", "has no {response}", "Write {response} where the response is to stand.")
         if not 0 < self.threshold <= 1:
@@ -163,9 +143,6 @@ class Judge:
         ):
             if getattr(self, name) < least:
                 raise InputError(f"judge.{name}", f"is {getattr(self, name)}", f"Use at least {least}.")
-        if self.api_key_env is not None and not os.environ.get(self.api_key_env):
-            what = f"the environment variable {self.api_key_env} is not set"
-            raise InputError("judge.api_key_env", what, "Set it to the server's key, or leave api_key_env out.")
         for name in ("scale_max", "timeout_seconds"):
             if not getattr(self, name) > 0:
                 raise InputError(f"judge.{name}", f"is {getattr(self, name)}", "Use a number above 0.")
@@ -179,7 +156,7 @@ class Judge:
         question = _filled(self.rubric, {**_slots(target), "response": response})
         try:
             share = self._ask(question)
-        except _Failed as failure:
+        except RequestFailed as failure:
             self._count(str(failure))
             return Verdict("error", 0.0)
         with self._failures.lock:
@@ -198,48 +175,19 @@ class Judge:
 
     def _ask(self, question: str) -> float:
         """The share of the scale, after as many tries as it takes."""
-        pause = self.backoff_seconds
-        for left in range(self.retries, -1, -1):
-            try:
-                answer = self._request(question)
-                share = read_score(answer, self.scale_max)
-                if share is None:
-                    raise _Failed(f"its answer has no score from 0 to {self.scale_max:g}: {answer[-200:]!r}", 0.0)
-                return share
-            except _Failed as failure:
-                if failure.pause is None or left == 0:
-                    raise
-                time.sleep(min(LONGEST_PAUSE, max(failure.pause, pause)))
-                pause *= 2
-        raise AssertionError("unreachable")
 
-    def _request(self, question: str) -> str:
-        """One request: the text of the answer."""
-        content = question.encode("utf-8", "replace").decode("utf-8")  # a lone surrogate is no text to a server
-        body = {
-            "model": self.model,
-            "messages": [{"role": "user", "content": content}],
-            "temperature": 0,
-            "max_tokens": self.max_tokens,
-        }
-        headers = {"Content-Type": "application/json"}
-        if self.api_key_env is not None:
-            headers["Authorization"] = f"Bearer {os.environ.get(self.api_key_env, '')}"
-        request = Request(_endpoint(self.url), json.dumps(body).encode(), headers)
-        try:
-            raw = _read(_opener(self.url), request, self.timeout_seconds)
-            return str(json.loads(raw)["choices"][0]["message"]["content"] or "")
-        except HTTPError as error:
-            with error:
-                told = error.read(200).decode("utf-8", "replace").strip()
-            again = error.code >= 500 or error.code in RETRIED
-            wait = (error.headers or {}).get("Retry-After", "")
-            pause = float(wait) if wait.isdecimal() else 0.0
-            raise _Failed(f"HTTP {error.code}: {told!r}", pause if again else None) from None
-        except (OSError, HTTPException) as error:
-            raise _Failed(f"{getattr(error, 'reason', None) or error or type(error).__name__}", 0.0) from None
-        except (ValueError, LookupError, TypeError) as error:
-            raise _Failed(f"its answer is no chat completion ({type(error).__name__}: {error})", 0.0) from None
+        def once() -> float:
+            message = {"role": "user", "content": question}
+            settings = {"temperature": 0, "max_tokens": self.max_tokens}
+            answer = request_chat(
+                self.url, self.model, [message], self.timeout_seconds, self.api_key_env, **settings
+            ).text
+            share = read_score(answer, self.scale_max)
+            if share is None:
+                raise RequestFailed(f"its answer has no score from 0 to {self.scale_max:g}: {answer[-200:]!r}", 0.0)
+            return share
+
+        return with_tries(once, self.retries, self.backoff_seconds)
 
     def _count(self, what: str) -> None:
         """Tell of a response without a score; stop the run when there are too many in a row."""
@@ -273,28 +221,3 @@ def _slots(target: str) -> dict[str, str]:
 def _filled(rubric: str, slots: Mapping[str, str]) -> str:
     """The rubric with its slots filled in one pass: braces in what is filled in stay as they are."""
     return _SLOT.sub(lambda match: slots.get(match[1], match[0]), rubric)
-
-
-def _endpoint(url: str) -> str:
-    base = url.rstrip("/")
-    return f"{base}/chat/completions" if urlsplit(base).path else f"{base}/v1/chat/completions"
-
-
-def _opener(url: str) -> OpenerDirector:
-    """Opens addresses; one on this machine without the proxy that the environment may name."""
-    local = urlsplit(url).hostname in ("localhost", "127.0.0.1", "::1")
-    return build_opener(ProxyHandler({})) if local else build_opener()
-
-
-def _read(opener: OpenerDirector, request: Request, seconds: float) -> bytes:
-    """The body of the answer, all within the time: a server that sends a byte now and then is slow too."""
-    end = time.monotonic() + seconds
-    parts = bytearray()
-    with opener.open(request, timeout=seconds) as answer:
-        while part := answer.read1(1 << 16):
-            parts += part
-            if len(parts) > ANSWER_BYTES:
-                raise ValueError(f"longer than {ANSWER_BYTES} bytes")
-            if time.monotonic() > end:
-                raise TimeoutError(f"no whole answer in {seconds:g} seconds")
-    return bytes(parts)

@@ -1,0 +1,122 @@
+"""What a judge is asked, in words of our own, and how its answer is read.
+
+Four aspects, each rated 1 to 5 in a call of its own that lists all responses (Tülu 3, section 5.2.1; the aspects are
+UltraFeedback's).
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+
+from tulu_lightning.core.binarise import NOT_APPLICABLE, Rating
+from tulu_lightning.data.chat import Message
+
+__all__ = ["ASPECTS", "questionnaire", "read_ratings"]
+
+ASPECTS: Mapping[str, str] = {
+    "helpfulness": """\
+How much does the text help the person who asked? Weigh whether it gets to what they need, whether it is complete without
+padding, and whether they could act on it.
+1: no help at all, or harmful. 2: touches the question and leaves most of it open. 3: useful in part. 4: answers it well,
+with small gaps. 5: could hardly be more useful.""",
+    "instruction_following": """\
+How exactly does the text do what the instruction asks? Weigh the task itself and every stated condition: length, form,
+language, things to include or to leave out. Do not weigh anything that was not asked.
+1: ignores the instruction. 2: meets few conditions. 3: does the task but breaks some conditions. 4: one small miss.
+5: everything is met.""",
+    "honesty": """\
+Does the text claim as much certainty as it can have? Weigh whether it admits what it does not know, and whether a
+confident tone is deserved. For tasks of invention, where nothing is claimed, rate N/A.
+1: confidently wrong throughout. 2: often surer than it can be, or evasive where the answer is known. 3: mixed.
+4: nearly always right about its own certainty. 5: sure where it is right, open where it is not.""",
+    "truthfulness": """\
+Is what the text says true, and does it hold together? Weigh facts, reasoning, numbers, and whether it stays with what the
+instruction gives. Something made up counts as false.
+1: false or made up for the most part. 2: several serious errors. 3: right in the main, with an error that matters.
+4: a slip that changes nothing. 5: no error found.""",
+}
+"""Rubric by aspect."""
+
+SYSTEM = """\
+You rate texts that were written as answers to one instruction. Look at one aspect only. Judge each text by itself; their
+order means nothing, and neither does their length unless the instruction asks for one."""
+LAYOUT = """\
+## Aspect: {aspect}
+{rubric}
+
+## Instruction
+{instruction}
+
+{texts}
+## Your ratings
+For each text write one line "Text N: R", where R is a whole number from 1 to 5{or_na}, and after it, on a line of its own,
+the reason in one sentence. Write nothing else."""
+
+
+def questionnaire(aspect: str, rubric: str, messages: Sequence[Message], responses: Sequence[str]) -> list[Message]:
+    """The conversation that a judge gets: all responses to one prompt, one aspect.
+
+    Args:
+        aspect: its name.
+        rubric: what the numbers mean.
+        messages: the prompt.
+        responses: in the order in which they are to be shown.
+    """
+    if len(messages) == 1:
+        instruction = messages[0]["content"]
+    else:
+        instruction = "\n\n".join(f"[{message['role']}]\n{message['content']}" for message in messages)
+    texts = "".join(f"## Text {number}\n{text}\n\n" for number, text in enumerate(responses, start=1))
+    filled = LAYOUT.replace("{aspect}", aspect.replace("_", " ")).replace("{rubric}", rubric)
+    filled = filled.replace("{or_na}", " or N/A" if "N/A" in rubric else "")
+    # Last, so that braces in what people wrote are not taken for slots.
+    before, after = filled.split("{instruction}")
+    before_texts, after_texts = after.split("{texts}")
+    return [
+        {"role": "system", "content": SYSTEM},
+        {"role": "user", "content": before + instruction + before_texts + texts + after_texts},
+    ]
+
+
+_VALUE = r"(N\s?/\s?A|\d{1,3}(?:\.\d{1,3})?)(?:\s{0,3}/\s{0,3}5(?:\.0)?)?(?![\w./])"
+_DRESS = r"[\s\"'*_`:#=()\[\]-]{0,20}"
+_NUMBERED = re.compile(
+    rf"(?:\b(?:text|response|answer|output)\b|#){_DRESS}(\d{{1,3}})\b{_DRESS}(?:(?:rating|score)\b{_DRESS})?{_VALUE}",
+    re.IGNORECASE,
+)
+_LABELLED = re.compile(rf"\b(?:rating|score)s?\b{_DRESS}{_VALUE}", re.IGNORECASE)
+_LISTED = re.compile(rf"^\s{{0,5}}(\d{{1,3}})\s{{0,3}}[.):]\s{{0,5}}{_VALUE}\s{{0,5}}$", re.IGNORECASE | re.MULTILINE)
+_ALONE = re.compile(rf"^{_DRESS}{_VALUE}[\s*_`.]{{0,5}}$", re.IGNORECASE | re.MULTILINE)
+
+
+def read_ratings(answer: str, count: int, scale: tuple[int, int] = (1, 5)) -> list[Rating]:
+    """The rating of each text in a judge's answer, in the order shown; None where there is none.
+
+    Reads, in this order, the first form that gives any: `Text 2: 4` (also response, answer, `#2`; with `rating` between;
+    `4/5`); `2. 4` alone on a line; `Rating: 4` once for each text, in order; one number a line for each text. What a
+    reasoning model wrote up to `</think>` does not count. A number that is not whole or off the scale is no rating; of
+    two for one text the last counts.
+
+    Args:
+        answer: the judge's words.
+        count: texts that it was shown.
+        scale: lowest and highest rating.
+    """
+    answer = answer.rpartition("</think>")[2]
+    for pattern in (_NUMBERED, _LISTED):
+        found = {int(number): value for number, value in pattern.findall(answer)}
+        if found:
+            return [_rating(found.get(number), scale) for number in range(1, count + 1)]
+    for pattern in (_LABELLED, _ALONE):
+        values = pattern.findall(answer)
+        if len(values) == count:
+            return [_rating(value, scale) for value in values]
+    return [None] * count
+
+
+def _rating(value: str | None, scale: tuple[int, int]) -> Rating:
+    if value is None:
+        return None
+    if value.upper().replace(" ", "") == NOT_APPLICABLE:
+        return NOT_APPLICABLE
+    number = float(value)
+    return number if number.is_integer() and scale[0] <= number <= scale[1] else None

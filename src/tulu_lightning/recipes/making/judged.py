@@ -1,0 +1,69 @@
+"""What the ratings of `tulu judge` come to: means, what could not be read, and how far raters agree."""
+
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from tulu_lightning.core.agreement import agreement
+from tulu_lightning.core.binarise import NOT_APPLICABLE, Rating
+
+__all__ = ["VERIFIER", "agreements", "ratings_told", "tell"]
+
+VERIFIER = "verifier"
+"""What rating rows call the verifiers, as judge and as aspect."""
+
+
+def ratings_told(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """By judge and aspect: mean, how many could not be read, how many do not apply."""
+    by: dict[tuple[str, str], list[Rating]] = defaultdict(list)
+    for row in rows:
+        by[row["judge"], row["aspect"]].extend(row["ratings"])
+    told = []
+    for (judge, aspect), ratings in by.items():
+        numbers = [rating for rating in ratings if isinstance(rating, int | float)]
+        told.append(
+            {
+                "judge": judge,
+                "aspect": aspect,
+                "n": len(ratings),
+                "mean": sum(numbers) / len(numbers) if numbers else None,
+                "unreadable": sum(rating is None for rating in ratings),
+                "not_applicable": sum(rating == NOT_APPLICABLE for rating in ratings),
+                "counts": {f"{value:g}": count for value, count in sorted(Counter(numbers).items())},
+            }
+        )
+    return told
+
+
+def agreements(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Of any two judges (round 0), and of each judge with itself (round 0 with each later one), over all aspects."""
+    raters: dict[tuple[str, int], dict[Any, float]] = defaultdict(dict)
+    for row in rows:
+        if row["judge"] == VERIFIER:
+            continue
+        for response, rating in zip(row["responses"], row["ratings"], strict=True):
+            if isinstance(rating, int | float):
+                raters[row["judge"], row["round"]][(row["prompt_key"], row["aspect"]), response] = float(rating)
+    told = []
+    names = sorted(raters)
+    for place, one in enumerate(names):
+        for other in names[place + 1 :]:
+            itself = one[0] == other[0] and one[1] == 0
+            if (itself or (one[1] == other[1] == 0)) and (found := agreement(raters[one], raters[other])):
+                names_of = {"first": f"{one[0]}, round {one[1]}", "second": f"{other[0]}, round {other[1]}"}
+                told.append(names_of | found._asdict())
+    return told
+
+
+def tell(summary: Mapping[str, Any], output: str) -> None:
+    """Print what a summary of ratings says."""
+    for each in summary["ratings"]:
+        mean = "no rating" if each["mean"] is None else f"mean {each['mean']:.2f}"
+        print(f"{each['judge']}, {each['aspect']}: {mean} of {each['n']:,}, {each['unreadable']} unreadable")
+    for each in summary["agreement"]:
+        order = "" if each["same_order"] is None else f", same order of two responses {each['same_order']:.0%}"
+        kappa = "" if each["kappa"] is None else f", kappa {each['kappa']:.2f}"
+        print(f"{each['first']} and {each['second']}: same rating {each['same']:.0%}{kappa}{order} (n = {each['n']:,})")
+    if summary["failed"]:
+        print(f"{summary['failed']:,} questions got no answer; the same command asks them again")
+    print(f"ratings of {summary['prompts']:,} prompts: {output}", flush=True)

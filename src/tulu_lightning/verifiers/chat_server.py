@@ -1,0 +1,151 @@
+"""One request to a server of OpenAI's chat interface, with tries again: a local `vllm serve`, or any other."""
+
+import json
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from http.client import HTTPException
+from typing import Any, NamedTuple, TypeVar
+from urllib.error import HTTPError
+from urllib.parse import urlsplit
+from urllib.request import OpenerDirector, ProxyHandler, Request, build_opener
+
+from tulu_lightning.errors import InputError
+
+__all__ = ["Reply", "RequestFailed", "check_server", "request_chat", "with_tries"]
+
+ANSWER_BYTES = 1 << 20
+RETRIED = (408, 409, 425, 429)
+"""HTTP statuses below 500 that may pass by themselves."""
+LONGEST_PAUSE = 30.0
+T = TypeVar("T")
+
+
+class Reply(NamedTuple):
+    """A server's answer."""
+
+    text: str
+    finish: str
+    """As the server says: "stop", "length" or another word."""
+    prompt_tokens: int
+    tokens: int
+    """Of the answer; both are 0 where the server does not count."""
+
+
+class RequestFailed(Exception):
+    """One request came to nothing."""
+
+    def __init__(self, what: str, pause: float | None) -> None:
+        super().__init__(what)
+        self.pause = pause
+        """Seconds to wait before another try is worth it; None if it is not."""
+
+
+def check_server(where: str, url: str, api_key_env: str | None) -> None:
+    """Refuse an address that is none, and a key that is not set.
+
+    Raises:
+        InputError: either.
+    """
+    parts = urlsplit(url)
+    if parts.scheme not in ("http", "https") or not parts.netloc:
+        raise InputError(f"{where}.url", f"is {url!r}", "Give an address such as http://localhost:8000/v1.")
+    if api_key_env is not None and not os.environ.get(api_key_env):
+        what = f"the environment variable {api_key_env} is not set"
+        raise InputError(f"{where}.api_key_env", what, "Set it to the server's key, or leave api_key_env out.")
+
+
+def request_chat(
+    url: str,
+    model: str,
+    messages: Sequence[Mapping[str, Any]],
+    seconds: float,
+    api_key_env: str | None = None,
+    **options: Any,
+) -> Reply:
+    """Ask `URL/chat/completions` once.
+
+    Args:
+        url: of the server, up to `/v1`, which is added to an address without a path.
+        model: as the server names it.
+        messages: the conversation.
+        seconds: longest wait, answer included.
+        api_key_env: environment variable that holds the key, which goes into the request and nowhere else.
+        options: `temperature`, `max_tokens` and what else the server reads.
+
+    Raises:
+        RequestFailed: no answer, or one that is no chat completion.
+    """
+    headers = {"Content-Type": "application/json"}
+    if api_key_env is not None:
+        headers["Authorization"] = f"Bearer {os.environ.get(api_key_env, '')}"
+    body = {"model": model, "messages": [_plain(message) for message in messages], **options}
+    request = Request(_endpoint(url), json.dumps(body).encode(), headers)
+    try:
+        return _reply(json.loads(_read(_opener(url), request, seconds)))
+    except HTTPError as error:
+        with error:
+            told = error.read(200).decode("utf-8", "replace").strip()
+        again = error.code >= 500 or error.code in RETRIED
+        wait = (error.headers or {}).get("Retry-After", "")
+        pause = float(wait) if wait.isdecimal() else 0.0
+        raise RequestFailed(f"HTTP {error.code}: {told!r}", pause if again else None) from None
+    except (OSError, HTTPException) as error:
+        raise RequestFailed(f"{getattr(error, 'reason', None) or error or type(error).__name__}", 0.0) from None
+    except (ValueError, LookupError, TypeError) as error:
+        raise RequestFailed(f"its answer is no chat completion ({type(error).__name__}: {error})", 0.0) from None
+
+
+def with_tries(once: Callable[[], T], retries: int, backoff_seconds: float) -> T:
+    """Call until it does not fail, with pauses that double.
+
+    Raises:
+        RequestFailed: the last try failed, or one for a reason that does not pass.
+    """
+    pause = backoff_seconds
+    for left in range(retries, -1, -1):
+        try:
+            return once()
+        except RequestFailed as failure:
+            if failure.pause is None or left == 0:
+                raise
+            time.sleep(min(LONGEST_PAUSE, max(failure.pause, pause)))
+            pause *= 2
+    raise AssertionError("unreachable")
+
+
+def _plain(message: Mapping[str, Any]) -> dict[str, str]:
+    """Role and content alone; a lone surrogate is no text to a server."""
+    return {name: str(message[name]).encode("utf-8", "replace").decode("utf-8") for name in ("role", "content")}
+
+
+def _reply(answer: Any) -> Reply:
+    choice = answer["choices"][0]
+    usage = answer.get("usage") or {}
+    counts = [int(usage.get(name) or 0) for name in ("prompt_tokens", "completion_tokens")]
+    return Reply(str(choice["message"]["content"] or ""), str(choice.get("finish_reason") or "stop"), *counts)
+
+
+def _endpoint(url: str) -> str:
+    base = url.rstrip("/")
+    return f"{base}/chat/completions" if urlsplit(base).path else f"{base}/v1/chat/completions"
+
+
+def _opener(url: str) -> OpenerDirector:
+    """Opens addresses; one on this machine without the proxy that the environment may name."""
+    local = urlsplit(url).hostname in ("localhost", "127.0.0.1", "::1")
+    return build_opener(ProxyHandler({})) if local else build_opener()
+
+
+def _read(opener: OpenerDirector, request: Request, seconds: float) -> bytes:
+    """The body of the answer, all within the time: a server that sends a byte now and then is slow too."""
+    end = time.monotonic() + seconds
+    parts = bytearray()
+    with opener.open(request, timeout=seconds) as answer:
+        while part := answer.read1(1 << 16):
+            parts += part
+            if len(parts) > ANSWER_BYTES:
+                raise ValueError(f"longer than {ANSWER_BYTES} bytes")
+            if time.monotonic() > end:
+                raise TimeoutError(f"no whole answer in {seconds:g} seconds")
+    return bytes(parts)

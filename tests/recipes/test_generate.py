@@ -1,0 +1,309 @@
+"""`tulu generate`: who answers what, rows that survive a kill, and servers that fail."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from tulu_lightning import cli
+from tulu_lightning.data.prompt_source import PromptSource
+from tulu_lightning.data.sources import Source
+from tulu_lightning.errors import InputError
+from tulu_lightning.recipes.making.asks import prompt_key, read_asks
+from tulu_lightning.recipes.making.generate import POLICY, GenerateConfig, assigned, generate
+from tulu_lightning.recipes.making.pool import Decoding, Model
+from tulu_lightning.recipes.making.store import RowStore, read_rows
+
+sys.path.append(str(Path(__file__).parents[1] / "verifiers"))
+from chat_toy import Server
+
+SUMS = PromptSource("sums", rows="tulu_lightning.assets.arithmetic.prompt_rows", args={"count": 20})
+
+
+@pytest.fixture
+def server():
+    made = Server()
+    made.replies = lambda request: f"{request['model']} says {request['messages'][-1]['content'][:20]}"
+    yield made
+    made.http.shutdown()
+    made.http.server_close()
+
+
+def pool(url, *names, **settings):
+    options = {"retries": 1, "backoff_seconds": 0.0, **settings}
+    return [Model(name, url=url, **options) for name in names]
+
+
+def config(tmp_path, models, **settings):
+    return GenerateConfig(
+        **{"output": str(tmp_path / "out"), "sources": [SUMS], "models": models, "responses": 2, **settings}
+    )
+
+
+def rows_of(made):
+    return list(read_rows(made.output))
+
+
+# Prompts --------------------------------------------------------------------------------------------------------------
+
+
+def test_prompts_come_from_rows_of_training_too_and_no_prompt_comes_twice(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    hello, other = [{"role": "user", "content": "Hello"}], [{"role": "user", "content": "Other"}]
+    answer = {"role": "assistant", "content": "Hi"}
+    rows = [[*hello, answer], hello, [*hello, answer, *other, answer], [{"role": "system", "content": "s"}, answer]]
+    path.write_text("".join(json.dumps({"messages": row}) + "\n" for row in rows))
+    found = read_asks([PromptSource("chat", path=str(path))])
+    assert [ask.messages for ask in found.kept] == [hello, [*hello, answer, *other]]
+    assert (found.repeated, found.left_out) == (1, 1)
+    assert found.kept[0].key == prompt_key(hello)
+    assert all(ask.checks == () for ask in found.kept)
+    alpaca = tmp_path / "alpaca.jsonl"
+    alpaca.write_text(json.dumps({"instruction": "Hello", "output": "Hi"}) + "\n")
+    both = read_asks([PromptSource("chat", path=str(path)), PromptSource("a", path=str(alpaca), read="alpaca")])
+    assert len(both.kept) == 2, "the same prompt of another source is the same prompt"
+
+
+def test_what_verifies_an_answer_stays_with_the_prompt_and_limits_hold():
+    found = read_asks([replace(SUMS, count=7)], limit=5)
+    assert len(found.kept) == 5
+    assert {ask.checks[0].verifier for ask in found.kept} == {"last_number"}
+    with pytest.raises(InputError, match="upsample is 2"):
+        read_asks([replace(SUMS, upsample=2.0)])
+
+
+# Who answers ----------------------------------------------------------------------------------------------------------
+
+
+def test_models_are_drawn_anew_for_each_prompt_without_repetition(tmp_path):
+    made = config(tmp_path, pool("http://127.0.0.1:1", *"abcd"), responses=2, model="tiny", on_policy_share=0.25)
+    keys = [f"{n * 7919:016x}" for n in range(4000)]
+    drawn = [assigned(made, key) for key in keys]
+    assert all(set(each.values()) == {1} and len(each) == 2 for each in drawn)
+    counts = Counter(name for each in drawn for name in each)
+    assert counts[POLICY] / 4000 == pytest.approx(0.25, abs=0.03)
+    # The rest is spread evenly: (2 - 0.25) / 4 of the prompts each.
+    assert all(counts[name] / 4000 == pytest.approx(0.4375, abs=0.035) for name in "abcd")
+    assert assigned(made, keys[5]) == drawn[5], "by the prompt and the seed alone"
+    assert [assigned(replace(made, seed=1), key) for key in keys] != drawn
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"models": []}, "models: there is none"),
+        ({"responses": 3}, "responses: is 3, and there are 2 models"),
+        ({"responses": 0}, "responses"),
+        ({"on_policy_share": 1.5}, "on_policy_share"),
+        ({"limit": 0}, "limit"),
+        ({"output": ""}, "output"),
+        ({"models": [Model("x", url="http://a/v1"), Model("x", url="http://b/v1")]}, "two are called 'x'"),
+    ],
+)
+def test_settings_that_cannot_be_meant_are_refused(tmp_path, settings, told):
+    with pytest.raises(InputError, match=told):
+        config(tmp_path, pool("http://127.0.0.1:1", "a", "b"), **{}).__class__(
+            **{"output": "o", "sources": [SUMS], "models": pool("http://127.0.0.1:1", "a", "b"), **settings}
+        ).check()
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({}, "neither or both of path and url"),
+        ({"path": "p", "url": "http://a"}, "neither or both"),
+        ({"url": "localhost:8000"}, "Give an address"),
+        ({"url": "http://a", "api_key_env": "NO_SUCH_KEY_HERE"}, "NO_SUCH_KEY_HERE is not set"),
+        ({"url": "http://a", "concurrency": 0}, "concurrency"),
+        ({"url": "http://a", "requests_per_minute": 0.0}, "requests_per_minute"),
+    ],
+)
+def test_a_model_that_cannot_be_asked_is_refused(settings, told):
+    with pytest.raises(InputError, match=told):
+        Model("m", **settings)
+
+
+# Rows -----------------------------------------------------------------------------------------------------------------
+
+
+def test_a_row_says_who_wrote_it_and_what_it_cost(tmp_path, server):
+    usage = {"prompt_tokens": 1000, "completion_tokens": 50}
+
+    def reply(request):
+        choice = {"message": {"content": "hi"}, "finish_reason": "length"}
+        return 200, json.dumps({"choices": [choice], "usage": usage}), {}
+
+    server.replies = reply
+    made = config(tmp_path, pool(server.url, "a", "b", price_prompt=2.0, price_tokens=10.0), limit=3)
+    summary = generate(made)
+    rows = rows_of(made)
+    assert len(rows) == 6 == summary["responses"]
+    row = rows[0]
+    assert (row["tokens"], row["prompt_tokens"], row["finish"]) == (50, 1000, "length")
+    assert row["cost"] == pytest.approx(1000 * 2e-6 + 50 * 10e-6)
+    assert summary["cost"] == pytest.approx(6 * row["cost"])
+    assert (row["prompt_key"], row["checks"][0]["verifier"]) == (prompt_key(row["messages"]), "last_number")
+    request = server.requests[0]
+    assert (request["temperature"], request["top_p"], request["max_tokens"]) == (1.0, 1.0, 7500)
+
+
+def test_a_request_that_fails_costs_its_prompt_alone_and_the_same_command_tries_it_again(tmp_path, server):
+    bad = read_asks([SUMS]).kept[3].messages[-1]["content"]
+    answered = server.replies
+
+    def reply(request):
+        return (500, "no", {}) if request["messages"][-1]["content"] == bad else answered(request)
+
+    server.replies = reply
+    made = config(tmp_path, pool(server.url, "a", "b"))
+    assert generate(made)["failed"] == 1
+    before = rows_of(made)
+    assert len(before) == 38
+    server.replies, asked = answered, len(server.requests)
+    summary = generate(made)
+    assert (summary["failed"], len(server.requests) - asked) == (0, 2)
+    assert rows_of(made)[:38] == before
+    keys = Counter(row["key"] for row in rows_of(made))
+    assert len(keys) == 40
+    assert set(keys.values()) == {1}
+
+
+@pytest.mark.parametrize(
+    "reply", [(500, "down", {}), (401, "no key", {}), (200, "<html>", {}), (200, '{"choices": []}', {})]
+)
+def test_a_server_that_is_down_refuses_or_answers_garbage_ends_the_command(tmp_path, server, reply):
+    server.replies = lambda request: reply
+    made = config(tmp_path, pool(server.url, "a", "b", give_up=3, concurrency=1))
+    with pytest.raises(InputError, match=r"model 'a' at .* gave no answer to 3 prompts in a row, last: .*"):
+        generate(made)
+
+
+def test_nobody_listens(tmp_path):
+    made = config(tmp_path, pool("http://127.0.0.1:9", "a", "b", give_up=2))
+    with pytest.raises(InputError, match="refused"):
+        generate(made)
+
+
+def test_requests_begin_at_a_pace(tmp_path, server):
+    times = []
+    answered = server.replies
+
+    def reply(request):
+        times.append(time.monotonic())
+        return answered(request)
+
+    server.replies = reply
+    generate(config(tmp_path, pool(server.url, "a", "b", requests_per_minute=1200.0), limit=6))
+    by_model = sorted(times)[:6]
+    assert by_model[-1] - by_model[0] > 4.5 * 60 / 1200
+
+
+def test_the_key_is_in_the_request_and_nowhere_else(tmp_path, server, monkeypatch, capsys):
+    monkeypatch.setenv("MY_KEY", "secret-7")
+    generate(config(tmp_path, pool(server.url, "a", "b", api_key_env="MY_KEY"), limit=2))
+    assert server.headers[0]["Authorization"] == "Bearer secret-7"
+    written = "".join(path.read_text() for path in (tmp_path / "out").iterdir())
+    told = capsys.readouterr()
+    assert "secret-7" not in written + told.out + told.err
+
+
+def test_a_dry_run_shows_the_first_request_and_makes_nothing(tmp_path, capsys, tiny):
+    made = config(tmp_path, [], model=tiny, template="tulu", draw="each", dry_run=True)
+    assert generate(made) == {}
+    said = capsys.readouterr().out
+    assert "20 prompts, 40 responses" in said
+    assert "<|user|>\nWhat is" in said
+    assert "<|assistant|>" in said
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_checkpoint_and_servers_are_one_pool(tmp_path, server, tiny):
+    decoding = Decoding(max_new_tokens=2)
+    made = config(
+        tmp_path, pool(server.url, "a", "b"), model=tiny, template="tulu", decoding=decoding, limit=6, dtype="float32"
+    )
+    summary = generate(made)
+    rows = rows_of(made)
+    assert {len(group) for group in _by_prompt(rows).values()} == {2}
+    assert summary["models"][POLICY]["responses"] == 6
+    for row in rows:
+        assert ("ids" in row) == (row["model"] == POLICY)
+    assert len(summary["start_digest"]) == 64
+
+
+def _by_prompt(rows):
+    found: dict[str, list] = {}
+    for row in rows:
+        found.setdefault(row["prompt_key"], []).append(row)
+    return found
+
+
+# Kills ----------------------------------------------------------------------------------------------------------------
+
+
+def test_a_store_drops_a_torn_line_and_refuses_a_damaged_one(tmp_path):
+    with RowStore(tmp_path, "test", {"a": 1}, shard_rows=2) as store:
+        store.add({"key": f"k{n}"} for n in range(5))
+        with pytest.raises(ValueError, match="there already"):
+            store.add([{"key": "k3"}])
+        with pytest.raises(InputError, match="another process is writing it"):
+            RowStore(tmp_path, "test", {"a": 1})
+    assert [path.name for path in sorted(tmp_path.glob("rows-*"))] == [f"rows-0000{n}.jsonl" for n in range(3)]
+    with (tmp_path / "rows-00002.jsonl").open("a") as file:
+        file.write('{"key": "k5", "te')
+    assert [row["key"] for row in read_rows(tmp_path)] == [f"k{n}" for n in range(5)]
+    with RowStore(tmp_path, "test", {"a": 1}, shard_rows=2) as store:
+        assert store.done == {f"k{n}" for n in range(5)}
+        store.add([{"key": "k5"}, {"key": "k6"}])
+    assert [row["key"] for row in read_rows(tmp_path)] == [f"k{n}" for n in range(7)]
+    with pytest.raises(InputError, match="holds rows made with a = 1, not 2"):
+        RowStore(tmp_path, "test", {"a": 2})
+    first = tmp_path / "rows-00000.jsonl"
+    first.write_text('{"key": "k0"\n' + first.read_text().splitlines()[1] + "\n")
+    with pytest.raises(InputError, match=r"rows-00000\.jsonl, line 1"):
+        RowStore(tmp_path, "test", {"a": 1})
+
+
+def test_sigkill_loses_and_doubles_no_row(tmp_path, server):
+    answered, release = server.replies, []
+
+    def slow(request):
+        time.sleep(0.02)
+        release.append(1)
+        return answered(request)
+
+    server.replies = slow
+    file = tmp_path / "generate.yaml"
+    models = ", ".join(f"{{name: {name}, url: '{server.url}', concurrency: 2}}" for name in "ab")
+    file.write_text(
+        f"output: {tmp_path}/out\nresponses: 2\nmodels: [{models}]\n"
+        "sources: [{name: sums, rows: tulu_lightning.assets.arithmetic.prompt_rows, args: {count: 60}}]\n"
+    )
+    command = [sys.executable, "-m", "tulu_lightning", "generate", "--config", str(file)]
+    for wanted in (15, 60):
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        while len(release) < wanted and process.poll() is None:
+            time.sleep(0.005)
+        os.kill(process.pid, signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL
+    done = len(list(read_rows(tmp_path / "out")))
+    assert 0 < done < 120
+    assert cli.main(command[3:]) == 0
+    rows = list(read_rows(tmp_path / "out"))
+    assert len({row["key"] for row in rows}) == len(rows) == 120
+    assert all(row["response"] == f"{row['model']} says {row['messages'][-1]['content'][:20]}" for row in rows)
+
+
+def test_a_plain_source_without_a_user_turn_leaves_nothing(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"messages": [{"role": "system", "content": "s"}]}) + "\n")
+    with pytest.raises(InputError, match=r"no prompt is left \(1 rows left out\)"):
+        read_asks([PromptSource(**{"name": "s", "path": str(path)})])
+    assert Source("s", path=str(path)).upsample == 1

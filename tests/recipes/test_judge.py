@@ -1,0 +1,251 @@
+"""`tulu judge`: what a judge is shown, how its words are read, and how far raters agree."""
+
+import json
+import re
+import sys
+from collections import Counter, defaultdict
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from tulu_lightning.data.prompt_source import PromptSource
+from tulu_lightning.errors import InputError
+from tulu_lightning.recipes.making.aspects import ASPECTS, questionnaire, read_ratings
+from tulu_lightning.recipes.making.generate import GenerateConfig, generate
+from tulu_lightning.recipes.making.judge import JudgeConfig, judge
+from tulu_lightning.recipes.making.pool import Model
+from tulu_lightning.recipes.making.store import read_rows
+from tulu_lightning.recipes.pairs import PairsConfig, make_pairs
+
+sys.path.append(str(Path(__file__).parents[1] / "verifiers"))
+from chat_toy import Server
+
+NA = "N/A"
+SUMS = PromptSource("sums", rows="tulu_lightning.assets.arithmetic.prompt_rows", args={"count": 10})
+
+
+@pytest.mark.parametrize(
+    ("answer", "ratings"),
+    [
+        ("Text 1: 4\nGood.\nText 2: 2\nBad.\nText 3: N/A\nInvention.", [4, 2, NA]),
+        ("**Text 1**: 4/5\n**Text 2**: 3 / 5\n**Text 3**: 5/5", [4, 3, 5]),
+        ("Response 2: rating 5\nResponse 1 - Rating: 1\nResponse #3: 3", [1, 5, 3]),
+        ("#1: 5\n#2: 4\n#3: n/a", [5, 4, NA]),
+        ("1. 5\n2) 4\n3: 3", [5, 4, 3]),
+        ("Rating: 5\nwhy\nRating: 2\nwhy\nRating: N/A", [5, 2, NA]),
+        ("4\n2\n5", [4, 2, 5]),
+        ("<think>Text 1: 1\nText 2: 1\nText 3: 1</think>\nText 1: 5\nText 2: 4\nText 3: 3", [5, 4, 3]),
+        ("Text 1: 4\nText 1: 5\nText 2: 3", [5, 3, None]),
+        ("Text 1: 3.5\nText 2: 6\nText 3: 0", [None, None, None]),
+        ("Text 1: 4.0\nText 2: 10\nText 3: 3.", [4, None, None]),
+        ("They are all fine, I would give them four.", [None] * 3),
+        ("Rating: 5\nRating: 2", [None] * 3),
+        ("", [None] * 3),
+    ],
+)
+def test_ratings_are_read_out_of_many_forms_and_never_guessed(answer, ratings):
+    assert read_ratings(answer, 3) == ratings
+
+
+def test_long_answers_are_read_in_linear_time():
+    for junk in ("Text " * 40_000, "Rating: " * 40_000, "1. " * 40_000, " " * 200_000):
+        assert read_ratings(junk, 3) == [None] * 3
+
+
+def test_a_question_has_all_texts_one_aspect_and_takes_braces_as_they_are():
+    messages = [{"role": "user", "content": "Say {texts} and {rubric}"}]
+    system, user = questionnaire("honesty", ASPECTS["honesty"], messages, ["first {instruction}", "second"])
+    assert (system["role"], user["role"]) == ("system", "user")
+    text = user["content"]
+    assert text.count("Say {texts} and {rubric}") == 1
+    assert text.index("## Text 1\nfirst {instruction}\n") < text.index("## Text 2\nsecond\n")
+    assert "from 1 to 5 or N/A" in text
+    assert "or N/A" not in questionnaire("truthfulness", ASPECTS["truthfulness"], messages, ["a"])[1]["content"]
+
+
+# Against servers ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def server():
+    made = Server()
+    yield made
+    made.http.shutdown()
+    made.http.server_close()
+
+
+QUALITY = {"good": 5, "fair": 3, "poor": 1}
+"""What each writer's answers are worth; a writer answers with its name."""
+
+
+def reply(request):
+    """Writers say their names; judges rate by them: `even` by quality, `first` likes what is shown first."""
+    texts = re.findall(r"## Text \d+\n(\w+)", request["messages"][-1]["content"])
+    if not texts:
+        return request["model"]
+    if request["model"] == "first":
+        return "\n".join(f"Text {n}: {max(1, 6 - n)}" for n, _ in enumerate(texts, start=1))
+    return "\n".join(f"Text {n}: {QUALITY[text]}" for n, text in enumerate(texts, start=1))
+
+
+def models(url, *names):
+    return [Model(name, url=url, retries=0, backoff_seconds=0.0, give_up=5) for name in names]
+
+
+@pytest.fixture
+def responses(server, tmp_path):
+    server.replies = reply
+    generate(
+        GenerateConfig(
+            output=str(tmp_path / "responses"), sources=[SUMS], models=models(server.url, *QUALITY), responses=3
+        )
+    )
+    server.requests.clear()
+    return str(tmp_path / "responses")
+
+
+def config(responses, server, tmp_path, *judges, **settings):
+    return JudgeConfig(
+        **{"input": responses, "output": str(tmp_path / "ratings"), "judges": models(server.url, *judges), **settings}
+    )
+
+
+def test_one_call_an_aspect_with_all_texts_in_an_order_of_its_own(responses, server, tmp_path):
+    made = config(responses, server, tmp_path, "even")
+    summary = judge(made)
+    assert len(server.requests) == 10 * 4
+    rows = list(read_rows(made.output))
+    written = {row["key"]: row for row in read_rows(responses)}
+    orders = Counter()
+    for row in rows:
+        by = {written[key]["model"]: rating for key, rating in zip(row["responses"], row["ratings"], strict=True)}
+        assert by == QUALITY, "whatever the order, a rating is that of its text"
+        orders[tuple(written[key]["model"] for key in row["responses"])] += 1
+    assert len(orders) == 6, "all orders come up in 40 questions"
+    assert Counter(row["aspect"] for row in rows) == dict.fromkeys(ASPECTS, 10)
+    assert [each["mean"] for each in summary["ratings"]] == [3.0] * 4
+    assert server.requests[0]["temperature"] == 0.0
+
+
+def test_agreement_of_two_judges_and_of_a_judge_with_itself(responses, server, tmp_path):
+    made = config(responses, server, tmp_path, "even", "first", rounds=2)
+    summary = judge(made)
+    told = {(each["first"], each["second"]): each for each in summary["agreement"]}
+    itself = told["even, round 0", "even, round 1"]
+    assert (itself["same"], itself["kappa"], itself["same_order"]) == (1.0, 1.0, 1.0)
+    # `first` rates places: 5, 4, 3. In a new order its agreement is that of chance.
+    place = told["first, round 0", "first, round 1"]
+    assert abs(place["kappa"]) < 0.35
+    assert abs(told["even, round 0", "first, round 0"]["kappa"]) < 0.35
+    assert len(told) == 3
+
+
+def test_unreadable_ratings_are_counted_and_make_no_order(responses, server, tmp_path):
+    def partly(request):
+        text = reply(request)
+        return (
+            text.replace("Text 2:", "the second one gets") if "honesty" in request["messages"][-1]["content"] else text
+        )
+
+    server.replies = partly
+    made = config(responses, server, tmp_path, "even")
+    summary = judge(made)
+    assert {each["aspect"]: each["unreadable"] for each in summary["ratings"]} == {
+        name: 10 * (name == "honesty") for name in ASPECTS
+    }
+    pairs = make_pairs(PairsConfig(output=str(tmp_path / "pairs"), input=responses, ratings=made.output))
+    rows = [json.loads(line) for line in (tmp_path / "pairs" / "pairs.jsonl").read_text().splitlines()]
+    assert pairs["pairs"] == 10, "two of three responses are left to each prompt"
+    assert all(row["chosen_rating"] > row["rejected_rating"] for row in rows)
+
+
+def test_pairs_take_the_best_against_any_lower_one(responses, server, tmp_path):
+    made = config(responses, server, tmp_path, "even")
+    judge(made)
+    summary = make_pairs(PairsConfig(output=str(tmp_path / "pairs"), input=responses, ratings=made.output))
+    assert summary["chosen_models"] == {"good": 10}
+    assert set(summary["rejected_models"]) == {"fair", "poor"}
+    row = json.loads((tmp_path / "pairs" / "pairs.jsonl").read_text().splitlines()[0])
+    assert (row["chosen"], row["chosen_rating"]) == ("good", 5.0)
+    assert "chosen_ids" not in row, "a server gives no ids"
+
+
+def test_a_judge_that_goes_down_keeps_what_it_rated_and_goes_on(responses, server, tmp_path):
+    made = config(responses, server, tmp_path, "even", aspects=["honesty"])
+    made = replace(made, judges=[replace(made.judges[0], concurrency=1)])
+    server.replies = lambda request: reply(request) if len(server.requests) <= 4 else (503, "gone", {})
+    with pytest.raises(InputError, match="gave no answer to 5 prompts in a row, last: HTTP 503"):
+        judge(made)
+    assert len(list(read_rows(made.output))) == 4
+    server.replies = reply
+    server.requests.clear()
+    assert judge(made)["failed"] == 0
+    assert len(server.requests) == 6
+
+
+def test_only_prompts_that_have_all_responses_are_rated(responses, server, tmp_path):
+    path = Path(responses, "rows-00000.jsonl")
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))
+    summary = judge(config(responses, server, tmp_path, "even"))
+    assert (summary["prompts"], summary["incomplete"]) == (9, 1)
+
+
+def test_verifiers_and_models_together_give_verified_pairs(server, tmp_path):
+    """Chosen by the judge; kept only where the row's verifier finds it right."""
+    sums = defaultdict(str)
+
+    def writer(request):
+        text = request["messages"][-1]["content"]
+        if "## Text" in text:
+            return "\n".join(f"Text {n}: {n}" for n in (1, 2))
+        one, other = map(int, re.findall(r"\d+", text)[:2])
+        sums[text] = str(one + other)
+        return str(one + other) if request["model"] == "adds" else "no idea"
+
+    server.replies = writer
+    folder = str(tmp_path / "responses")
+    generate(GenerateConfig(output=folder, sources=[SUMS], models=models(server.url, "adds", "idles"), responses=2))
+    made = config(folder, server, tmp_path, "even", verify=True, aspects=["honesty"])
+    judge(made)
+    pairs = PairsConfig(output=str(tmp_path / "pairs"), input=folder, ratings=made.output, verified=True)
+    summary = make_pairs(pairs)
+    assert summary["right_share"] == 0.5
+    assert summary["chosen_models"] == {"adds": summary["pairs"]}
+    assert summary["without"] == {"the chosen response is not verified": 10 - summary["pairs"]}
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"judges": []}, "judges: there is none"),
+        ({"aspects": ["honest"]}, "there is none called 'honest'.*honesty"),
+        ({"aspects": []}, "aspects: is empty"),
+        ({"rounds": 0}, "rounds"),
+        ({"input": "/nowhere"}, "there are no rows"),
+    ],
+)
+def test_bad_settings(responses, server, tmp_path, settings, told):
+    with pytest.raises(InputError, match=told):
+        judge(replace(config(responses, server, tmp_path, "even"), **settings))
+
+
+def test_verify_wants_what_verifies(server, tmp_path):
+    server.replies = reply
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"messages": [{"role": "user", "content": "Hello"}]}) + "\n")
+    folder = str(tmp_path / "responses")
+    prompts = [PromptSource("chat", path=str(path))]
+    generate(GenerateConfig(output=folder, sources=prompts, models=models(server.url, *QUALITY), responses=3))
+    with pytest.raises(InputError, match="says nothing of what verifies"):
+        judge(config(folder, server, tmp_path, verify=True))
+
+
+def test_a_dry_run_shows_the_first_question(responses, server, tmp_path, capsys):
+    made = config(responses, server, tmp_path, "even", dry_run=True)
+    assert judge(made) == {}
+    said = capsys.readouterr().out
+    assert "10 prompts, 40 questions to each of 1 judges" in said
+    assert "## Text 3" in said
+    assert not server.requests
+    assert not Path(made.output).exists()
