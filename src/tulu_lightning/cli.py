@@ -61,6 +61,7 @@ COMMANDS = (
     Command(
         "eval", "score a model on the paper's tasks, with intervals; compare two", "tulu_lightning.launch.evaluate"
     ),
+    Command("export", "write a training checkpoint as a Hugging Face folder", "tulu_lightning.launch.export"),
     Command("report", "write a run as one HTML page", "tulu_lightning.recipes.report"),
 )
 

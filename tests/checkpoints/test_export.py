@@ -9,9 +9,11 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tulu_lightning.assets.models import load_tokenizer
-from tulu_lightning.checkpoints.export import export, full_state, publish
+from tulu_lightning.checkpoints import shards
+from tulu_lightning.checkpoints.export import export, publish, weights_of
 from tulu_lightning.core.packing import pack
 from tulu_lightning.data.chat import chat_template, stop_ids
+from tulu_lightning.errors import InputError
 from tulu_lightning.models.backbone import Backbone, PackedLM
 from tulu_lightning.types import Document, Segment
 
@@ -33,11 +35,11 @@ def policy(tiny):
     return lm
 
 
-def write(policy, folder, template="tulu", state=None):
+def write(policy, folder, template="tulu", **settings):
     tokenizer = load_tokenizer(policy.lm.config._name_or_path)
     bound = chat_template(template, tokenizer)
     stops = stop_ids(tokenizer, bound)
-    return export(policy.lm, state or full_state(policy.lm), tokenizer, folder, bound.jinja, stops), bound, stops
+    return export(policy.lm, tokenizer, folder, bound.jinja, stops, **settings), bound, stops
 
 
 def test_transformers_loads_it_with_the_same_logits(policy, tmp_path):
@@ -80,15 +82,15 @@ def test_its_generation_config_knows_every_stop_token(policy, tmp_path):
 
 
 def test_a_tied_head_is_written_once_even_if_its_memory_is_no_longer_shared(policy, tmp_path):
-    state = full_state(policy.lm)
+    state = dict(weights_of(policy.lm))
     assert "lm_head.weight" not in state
-    folder, *_ = write(policy, tmp_path / "out", state={name: tensor.clone() for name, tensor in state.items()})
+    folder, *_ = write(policy, tmp_path / "out")
     assert load_file(folder / "model.safetensors").keys() == state.keys()
     model = AutoModelForCausalLM.from_pretrained(folder)
     assert torch.equal(model.lm_head.weight, state["model.embed_tokens.weight"])
 
 
-@pytest.mark.parametrize("method", ["save_pretrained", "rename"])
+@pytest.mark.parametrize("method", ["weights", "rename"])
 def test_killed_midway_it_leaves_no_half_folder(method, policy, tmp_path, monkeypatch):
     class Killed(BaseException):
         pass
@@ -101,7 +103,7 @@ def test_killed_midway_it_leaves_no_half_folder(method, policy, tmp_path, monkey
         if method == "rename":
             patch.setattr(os, "rename", die)
         else:
-            patch.setattr(type(policy.lm), "save_pretrained", die)
+            patch.setattr(shards, "save_file", die)
         with pytest.raises(Killed):
             write(policy, folder)
     assert not folder.exists()
@@ -117,7 +119,7 @@ def test_a_failed_second_export_leaves_the_first_one(policy, tmp_path, monkeypat
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(type(policy.lm), "save_pretrained", full)
+    monkeypatch.setattr(shards, "save_file", full)
     with pytest.raises(OSError, match="No space left"):
         write(policy, folder)
     assert (folder / "model.safetensors").read_bytes() == before
@@ -145,3 +147,31 @@ def test_promoted_points_to_the_old_or_the_new_export_and_never_nowhere(tmp_path
     tmp_path.rename(tmp_path.with_name("moved"))
     moved = tmp_path.with_name("moved") / "promoted" / "name"
     assert moved.read_text() == "b", "a run folder can be moved"
+
+
+def test_it_comes_in_files_of_a_chosen_size_and_transformers_reads_them_together(policy, tmp_path):
+    folder, *_ = write(policy, tmp_path / "out", max_shard_bytes=2_000_000)
+    files = sorted(folder.glob("*.safetensors"))
+    assert len(files) > 3
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    held = {file.name: load_file(file) for file in files}
+    for name, tensors in held.items():
+        size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+        assert size <= 2_000_000 or len(tensors) == 1
+        assert all(index["weight_map"][each] == name for each in tensors)
+    assert sum(map(len, held.values())) == len(index["weight_map"])
+    size = sum(tensor.numel() * 4 for tensors in held.values() for tensor in tensors.values())
+    assert index["metadata"]["total_size"] == size
+    loaded = AutoModelForCausalLM.from_pretrained(folder).state_dict()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in weights_of(policy.lm))
+
+
+@pytest.mark.parametrize(("text", "size"), [("5GB", 5 * 10**9), ("200mb", 2 * 10**8), ("1.5KB", 1500)])
+def test_sizes_are_read(text, size):
+    assert shards.parse_size("max_shard_size", text) == size
+
+
+@pytest.mark.parametrize("text", ["", "5", "GB", "-1GB", "5TB", "nanGB", "infGB"])
+def test_what_is_no_size_is_refused(text):
+    with pytest.raises(InputError, match="max_shard_size: is"):
+        shards.parse_size("max_shard_size", text)

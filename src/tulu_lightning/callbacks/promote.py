@@ -12,7 +12,7 @@ import lightning as L
 
 from tulu_lightning.callbacks.evaluate import Evaluate
 from tulu_lightning.callbacks.records import Records
-from tulu_lightning.checkpoints.export import export, full_state, publish
+from tulu_lightning.checkpoints.export import export, publish
 from tulu_lightning.core.promotion import Decision, PromotionRule
 from tulu_lightning.errors import InputError
 from tulu_lightning.evaluation.heldout import compare
@@ -60,12 +60,10 @@ class Promote(L.Callback):
             return
         run = Path(trainer.default_root_dir)
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
-        state = full_state(pl_module.model.lm)
+        folder = run / "exports" / f"step-{pl_module.step:06d}"
+        export(pl_module.model.lm, data.tokenizer, folder, data.template.jinja, pl_module.stop_ids())
         if not trainer.is_global_zero:
             return
-        folder = run / "exports" / f"step-{pl_module.step:06d}"
-        stops = pl_module.stop_ids()
-        export(pl_module.model.lm, state, data.tokenizer, folder, data.template.jinja, stops)
         decision = self._decide(trainer)
         if decision.promote:
             publish(folder, run / "promoted")

@@ -3,7 +3,7 @@
 import copy
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -12,19 +12,22 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.core_model_loading import WeightRenaming, revert_weight_conversion
 
+from tulu_lightning.checkpoints.shards import SHARD_BYTES, ShardWriter
 from tulu_lightning.models.weights import full, plain_weights
 
-__all__ = ["export", "publish"]
+__all__ = ["as_files_name_them", "export", "publish", "weights_of", "write_beside_weights"]
 
 
 def export(
     lm: PreTrainedModel,
-    state: dict[str, Tensor],
     tokenizer: PreTrainedTokenizerBase,
     folder: Path,
     chat_template: str,
     stop_ids: tuple[int, ...],
+    max_shard_bytes: int = SHARD_BYTES,
+    extra: Callable[[Path], None] = lambda folder: None,
 ) -> Path:
     """Write safetensors, config, tokenizer with its chat template, and what its readers must know of tokens.
 
@@ -32,40 +35,86 @@ def export(
     conversation ends with: transformers reads the reward at the last token that is not padding.
     Written beside and renamed: the folder is whole or not there.
 
+    Of a sharded model all ranks call this. Tensors are gathered one at a time, and each rank writes every so manieth file,
+    so none holds more than a file and a tensor.
+
     Args:
-        lm: the model whose config and class are written.
-        state: its full state dict, on the CPU.
+        lm: the model: its weights, adapters merged, in fp32, or in bf16 where every weight is stored so.
         tokenizer: as loaded; it is given the template it was trained with.
         folder: where to; replaced if it is there.
         chat_template: Jinja source.
         stop_ids: every token that ends a response.
+        max_shard_bytes: of a file of weights.
+        extra: writes further files into the folder, on the first rank, before it gets its name.
 
     Returns:
         `folder`.
     """
+    rank, ranks = _place(lm)
     beside = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir(parents=True)
-    tokenizer.chat_template = chat_template
-    if not lm.can_generate():
-        tokenizer = padded_apart(tokenizer, stop_ids)
+    if rank == 0:
+        shutil.rmtree(beside, ignore_errors=True)
+        beside.mkdir(parents=True)
+    _wait(ranks)
     try:
-        with _as_others_know_it(lm, tokenizer, stop_ids):
-            lm.save_pretrained(beside, state_dict=state)
-        tokenizer.save_pretrained(beside)
+        writer = ShardWriter(beside, max_shard_bytes, rank, ranks)
+        for name, tensor in weights_of(lm):
+            writer.add(name, tensor)
+        writer.finish()
+        _wait(ranks)
+        if rank == 0:
+            writer.name_files()
+            write_beside_weights(lm, tokenizer, beside, chat_template, stop_ids, stored_dtype(lm))
+            extra(beside)
+            shutil.rmtree(folder, ignore_errors=True)
+            os.rename(beside, folder)
     except BaseException:
         shutil.rmtree(beside, ignore_errors=True)  # half a folder would keep a full disk full
         raise
-    shutil.rmtree(folder, ignore_errors=True)
-    os.rename(beside, folder)
+    _wait(ranks)
     return folder
 
 
+def write_beside_weights(
+    lm: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    chat_template: str,
+    stop_ids: tuple[int, ...],
+    dtype: torch.dtype,
+) -> None:
+    """Write everything of a Hugging Face folder but the weights, which have that dtype.
+
+    Other arguments as of `export`; `lm` may be on meta.
+    """
+    tokenizer.chat_template = chat_template
+    if not lm.can_generate():
+        tokenizer = padded_apart(tokenizer, stop_ids)
+    with _as_others_know_it(lm, tokenizer, stop_ids, dtype):
+        lm.config.save_pretrained(folder)
+        if lm.can_generate():
+            lm.generation_config.save_pretrained(folder)  # type: ignore[union-attr]
+    tokenizer.save_pretrained(folder)
+
+
+def _place(lm: PreTrainedModel) -> tuple[int, int]:
+    """This rank and the number of ranks that write a model together."""
+    sharded = any(isinstance(parameter, DTensor) for parameter in lm.parameters())
+    return (dist.get_rank(), dist.get_world_size()) if sharded else (0, 1)
+
+
+def _wait(ranks: int) -> None:
+    if ranks > 1:
+        dist.barrier()
+
+
 @contextmanager
-def _as_others_know_it(lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, stop_ids: tuple[int, ...]) -> Iterator:
+def _as_others_know_it(
+    lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, stop_ids: tuple[int, ...], dtype: torch.dtype
+) -> Iterator:
     """The config without what exists only inside this package, for as long as the context lasts."""
     config = lm.config
-    names = {"_attn_implementation": "sdpa", "use_cache": True}
+    names = {"_attn_implementation": "sdpa", "use_cache": True, "dtype": dtype}
     if lm.can_generate():
         lm.generation_config = GenerationConfig(
             bos_token_id=tokenizer.bos_token_id, eos_token_id=list(stop_ids), pad_token_id=tokenizer.pad_token_id
@@ -96,25 +145,34 @@ def padded_apart(tokenizer: PreTrainedTokenizerBase, stop_ids: tuple[int, ...]) 
     return result
 
 
-def full_state(lm: PreTrainedModel) -> dict[str, Tensor]:
-    """The whole state dict on the CPU, adapters merged, gathered from shards where there are any.
+def weights_of(lm: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
+    """Names and whole tensors as transformers' files have them, adapters merged, gathered one at a time.
 
-    In fp32, unless every weight is stored in bf16.
-
-    Gathering is a collective, and only the first rank keeps what comes of it. Of tied tensors only the first name is in
-    it: the copies are no longer one piece of memory, so nothing downstream could tell that they are one tensor.
+    In fp32, unless every weight is stored in bf16. Gathering is a collective: of a sharded model all ranks must go
+    through it. Of tied tensors only the first name is there: the copies are no longer one piece of memory, so nothing
+    downstream could tell that they are one tensor.
     """
-    sharded = any(isinstance(p, DTensor) for p in lm.parameters())
-    kept = not sharded or dist.get_rank() == 0
     every, first = ({name for name, _ in lm.named_parameters(remove_duplicate=once)} for once in (False, True))
-    dtype = torch.bfloat16 if {p.dtype for p in lm.parameters()} == {torch.bfloat16} else torch.float32
-    state: dict[str, Tensor] = {}
-    for name, tensor in plain_weights(lm):
-        if name not in every - first:
-            whole = full(tensor.detach())
-            if kept:
-                state[name] = whole.to("cpu", dtype)
-    return state
+    dtype = stored_dtype(lm)
+    plain = ((name, full(tensor.detach()).to(dtype)) for name, tensor in plain_weights(lm) if name not in every - first)
+    yield from as_files_name_them(lm, plain)
+
+
+def stored_dtype(lm: PreTrainedModel) -> torch.dtype:
+    """What an export writes: bf16 where every weight is stored so, else fp32."""
+    return torch.bfloat16 if {p.dtype for p in lm.parameters()} == {torch.bfloat16} else torch.float32
+
+
+def as_files_name_them(lm: PreTrainedModel, plain: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    """Weights as the architecture's files have them, where transformers renames or merges some when it loads them."""
+    conversions = getattr(lm, "_weight_conversions", None)
+    if not conversions:
+        yield from plain
+    elif all(isinstance(each, WeightRenaming) for each in conversions):
+        for name, tensor in plain:
+            yield from revert_weight_conversion(lm, {name: tensor}).items()
+    else:  # such as the experts of a mixture, which are one tensor here and many there: all of them are needed
+        yield from revert_weight_conversion(lm, dict(plain)).items()
 
 
 def publish(folder: Path, link: Path) -> None:
