@@ -10,17 +10,20 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from tulu_lightning import __version__
-from tulu_lightning.errors import InputError, RunStopped, nearest
+from tulu_lightning.errors import InputError, Preempted, RunStopped, nearest
 
 __all__ = ["main"]
 
 BAD_INPUT = 2
 STOPPED = 1
 INTERRUPTED = 130
+PREEMPTED = 75
+"""EX_TEMPFAIL of sysexits.h: nothing is wrong, try again later."""
 
 DISK_REMEDIES = {
     errno.ENOSPC: "Free some space, or choose another folder (trainer.default_root_dir)",
     errno.EDQUOT: "Free some space, or choose another folder (trainer.default_root_dir)",
+    errno.EFBIG: "Raise the limit on file sizes (ulimit -f), or choose another folder (trainer.default_root_dir)",
     errno.EROFS: "Choose a folder on a writable disk (trainer.default_root_dir)",
     errno.EACCES: "Change its permissions, or choose another folder (trainer.default_root_dir)",
 }
@@ -95,8 +98,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: arguments without the program's name; those of the process by default.
 
     Returns:
-        Exit status: 0, 1 for a run that stopped itself, 2 for bad input or a disk that cannot be written, 130 after
-        Ctrl-C.
+        Exit status: 0, 1 for a run that stopped itself, 2 for bad input or a disk that cannot be written, 75 after
+        SIGTERM or SIGUSR1, 130 after Ctrl-C. After 75 and 130 the same command goes on.
     """
     try:
         return _dispatch(list(sys.argv[1:] if argv is None else argv))
@@ -105,6 +108,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except RunStopped as error:
         print(f"tulu: stopped: {error}", file=sys.stderr)
         return STOPPED
+    except Preempted:
+        print("tulu: stopped by a signal; run the same command again to go on", file=sys.stderr)
+        return PREEMPTED
     except KeyboardInterrupt:
         print("tulu: interrupted; run the same command again to go on", file=sys.stderr)
         return INTERRUPTED

@@ -31,6 +31,14 @@ class RunStopped(RuntimeError):
     """
 
 
+class Preempted(KeyboardInterrupt):
+    """The machine is wanted back (SIGTERM, SIGUSR1): what was computed is saved, and the same command goes on.
+
+    The command line exits with status 75, which says "try again later" to whoever started it. Like Ctrl-C it passes by
+    what only handles errors.
+    """
+
+
 def nearest(name: str, choices: Iterable[str]) -> str:
     """A remedy that offers the nearest of the known names, or lists them all."""
     known = sorted(choices)

@@ -1,8 +1,17 @@
-"""Small text files that are whole or not there."""
+"""Files and folders that are whole or not there, also after a kill or a power cut."""
 
+import hashlib
+import os
+import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
-__all__ = ["write_whole"]
+__all__ = ["content_digest", "put_in_place", "remove", "remove_whole", "sync", "write_whole"]
+
+FULL_BYTES = 8 << 30
+"""Files of up to this size in all are read in full for a digest."""
+STRIDE, PIECE = 64 << 20, 1 << 20
+"""Of larger ones, the first `PIECE` bytes of every `STRIDE` in each file, and the last."""
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -10,3 +19,60 @@ def write_whole(path: Path, text: str) -> None:
     beside = path.with_name(f".{path.name}.tmp")
     beside.write_text(text, encoding="utf-8")
     beside.replace(path)
+
+
+def put_in_place(beside: Path, path: Path) -> None:
+    """Give a finished file or folder its name, once all that it holds is on the disk.
+
+    What has the name already is replaced: a file in one step; a folder is removed first.
+    """
+    for file in (*beside.rglob("*"), beside) if beside.is_dir() else (beside,):
+        sync(file)
+    if path.is_dir() or (path.exists() and beside.is_dir()):
+        remove_whole(path)
+    os.replace(beside, path)
+    sync(path.parent)
+
+
+def sync(path: Path) -> None:
+    """Have the disk hold what was written to a file, or which names a folder has."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def remove(path: Path) -> None:
+    """Remove a file or a folder with all that is in it; nothing if it is not there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def remove_whole(path: Path) -> None:
+    """Remove a file or folder that others take for whole while it has its name: a kill leaves a hidden rest."""
+    beside = path.with_name(f".{path.name}.gone.tmp")
+    os.replace(path, beside)
+    remove(beside)
+
+
+def content_digest(files: Sequence[Path]) -> str:
+    """Hash of files' names, sizes and content (spread pieces of it beyond 8 GiB in all).
+
+    Returns:
+        Hexadecimal; of no files, too.
+    """
+    sizes = [path.stat().st_size for path in files]
+    digest = hashlib.sha256()
+    for path, size in zip(files, sizes, strict=True):
+        digest.update(f"{path.name} {size}\n".encode())
+        with path.open("rb") as file:
+            if sum(sizes) <= FULL_BYTES:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+                continue
+            for at in (*range(0, size, STRIDE), max(0, size - PIECE)):
+                file.seek(at)
+                digest.update(file.read(PIECE))
+    return digest.hexdigest()

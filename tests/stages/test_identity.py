@@ -186,7 +186,7 @@ def test_the_digest_is_of_names_sizes_and_content(tmp_path, monkeypatch):
     (tmp_path / "a.safetensors").rename(tmp_path / "b.safetensors")
     assert len({one, two, weights_digest(tmp_path)}) == 3
 
-    own = "tulu_lightning.checkpoints.identity."
+    own = "tulu_lightning.files."
     for name, value in (("FULL_BYTES", 0), ("STRIDE", 64), ("PIECE", 8)):
         monkeypatch.setattr(own + name, value)
     sampled = weights_digest(tmp_path)

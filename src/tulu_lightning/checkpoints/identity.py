@@ -5,25 +5,31 @@ sets speed (packing, ranks, saving, logging) is not in it.
 """
 
 import dataclasses
-import hashlib
+import importlib.metadata
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_info
 
-from tulu_lightning.errors import InputError
-from tulu_lightning.files import write_whole
+from tulu_lightning import __version__
+from tulu_lightning.errors import InputError, nearest
+from tulu_lightning.files import content_digest, write_whole
 
-__all__ = ["Value", "check_identity", "check_run", "flat", "read_identity", "weights_digest", "write_identity"]
+__all__ = [
+    "Value",
+    "check_identity",
+    "check_run",
+    "flat",
+    "read_identity",
+    "versions",
+    "weights_digest",
+    "write_identity",
+]
 
 Value = str | int | float | bool | None
 NAME = "identity.json"
-FULL_BYTES = 8 << 30
-"""Weights up to this size are read in full."""
-STRIDE, PIECE = 64 << 20, 1 << 20
-"""Of larger ones, the first `PIECE` bytes of every `STRIDE` in each file: training changes nearly every value."""
 
 
 def weights_digest(folder: str | Path) -> str:
@@ -32,19 +38,7 @@ def weights_digest(folder: str | Path) -> str:
     Returns:
         Hexadecimal; of no files, too: whether there are weights is `resolve_model`'s to say.
     """
-    files = sorted(Path(folder).glob("*.safetensors"))
-    sizes = [path.stat().st_size for path in files]
-    digest = hashlib.sha256()
-    for path, size in zip(files, sizes, strict=True):
-        digest.update(f"{path.name} {size}\n".encode())
-        with path.open("rb") as file:
-            if sum(sizes) <= FULL_BYTES:
-                digest.update(hashlib.file_digest(file, "sha256").digest())
-                continue
-            for at in (*range(0, size, STRIDE), max(0, size - PIECE)):
-                file.seek(at)
-                digest.update(file.read(PIECE))
-    return digest.hexdigest()
+    return content_digest(sorted(Path(folder).glob("*.safetensors")))
 
 
 def flat(name: str, value: Any) -> dict[str, Value]:
@@ -70,15 +64,17 @@ def _flat(name: str, value: Any) -> Iterator[tuple[str, Value]]:
 
 DATA = "data rows"
 """The entry that holds the digest of the rows."""
+WITH_DATA = (DATA, "total steps")
+"""What `data.accept_changed_data` accepts: the rows, and with them the number of steps that an epoch takes."""
 
 
 def check_identity(
     where: str,
     before: Mapping[str, Value],
     now: Mapping[str, Value],
-    accept_changed_data: bool = False,
-    may_accept: bool = True,
-) -> str:
+    accepted: Collection[str] = (),
+    never: Collection[str] = (),
+) -> dict[str, str]:
     """Refuse to go on with other settings than those that a run was started with.
 
     Names that only one side has are left out: they belong to another version of this package, or to a `flat` part whose
@@ -88,40 +84,69 @@ def check_identity(
         where: what is gone on with, for the message.
         before: the record of the start.
         now: the present one.
-        accept_changed_data: go on although the rows are others, and with them the number of steps that an epoch takes.
-        may_accept: whether the message may offer that.
+        accepted: names that may differ.
+        never: names that the message does not offer to accept.
 
     Returns:
-        What was accepted, in words; empty if nothing changed.
+        What differs and was accepted: in words, by name.
 
     Raises:
-        InputError: a value differs; it names each, with both values.
+        InputError: an accepted name is none of the settings', or another value differs; it names each, with both.
     """
+    for name in accepted:
+        if name not in before and name not in now:
+            what = f"names {name!r}, and no such setting decides the course of this run"
+            raise InputError("accept_changes", what, nearest(name, {*before, *now}))
     changed = [name for name in before if name in now and before[name] != now[name]]
-    accepted = (DATA, "total steps") if accept_changed_data and DATA in changed else ()
     said = {name: f"{name} was {_said(before[name])} and is {_said(now[name])}" for name in changed}
-    refused = [said[name] for name in changed if name not in accepted]
+    refused = [name for name in changed if name not in accepted]
     if refused:
         remedy = "Set it back to go on, give another run folder (trainer.default_root_dir), or remove this one."
-        if DATA in changed and not accept_changed_data and may_accept:
+        if may := [name for name in refused if name not in never]:
+            remedy += f" To go on all the same, as another run than it was: --accept_changes='{','.join(may)}'."
+        if DATA in may:
             remedy += " To go on with the changed rows, set data.init_args.accept_changed_data to true."
-        raise InputError(where, f"the run was started with other settings: {'; '.join(refused)}", remedy)
-    return "; ".join(said.values())
+        what = f"the run was started with other settings: {'; '.join(said[name] for name in refused)}"
+        raise InputError(where, what, remedy)
+    return said
 
 
-def check_run(where: str, before: Mapping[str, Value], stage: Any) -> None:
-    """`check_identity` of a stage that is about to train; its data module may accept changed rows, which is said.
+NEVER = ("stage",)
+"""What nobody can accept: the weights of one stage's networks are no other's."""
+
+
+def check_run(where: str, before: Mapping[str, Value], stage: Any, say: bool = False) -> None:
+    """`check_identity` of a stage that is about to train; callbacks and the data module may accept changes.
+
+    Args:
+        where: what is gone on with, for the message.
+        before: its record.
+        stage: with a trainer.
+        say: say which changes were accepted.
 
     Raises:
         InputError: what `check_identity` finds, or changed rows in a stage that keeps numbers about each of them.
     """
-    accept = bool(getattr(stage.trainer.datamodule, "accept_changed_data", False))
-    accepted = check_identity(where, before, stage.identity(), accept, may_accept=not stage.keeps_rows)
-    if accepted and stage.keeps_rows:
-        what = f"is true, and {type(stage).__name__} keeps numbers about each row that it started with ({accepted})"
-        raise InputError("data.accept_changed_data", what, f"Start a new run on the changed rows.{stage.without_rows}")
-    if accepted:
-        rank_zero_info(f"{where}: going on with changed data, as accept_changed_data says: {accepted}")
+    trainer, now = stage.trainer, stage.identity()
+    names = {name for callback in trainer.callbacks for name in getattr(callback, "accept_changes", ())} - {*NEVER}
+    data = bool(getattr(trainer.datamodule, "accept_changed_data", False))
+    if data and DATA in before and before[DATA] != now.get(DATA):
+        names |= {*WITH_DATA} & {*before, *now}
+    never = (*NEVER, *(WITH_DATA if stage.keeps_rows or data else ()))
+    accepted = check_identity(where, before, now, sorted(names), never)
+    if DATA in accepted and stage.keeps_rows:
+        key, value = ("data.accept_changed_data", "true") if data else ("accept_changes", repr(DATA))
+        kept = f"{type(stage).__name__} keeps numbers about each row that it started with"
+        remedy = f"Start a new run on the changed rows.{stage.without_rows}"
+        raise InputError(key, f"is {value}, and {kept} ({accepted[DATA]})", remedy)
+    if accepted and say:
+        rank_zero_info(f"{where}: going on with accepted changes: {'; '.join(accepted.values())}")
+
+
+def versions() -> dict[str, str]:
+    """Of this package, and of those that its numbers depend on."""
+    packages = ("torch", "lightning", "transformers")
+    return {"tulu_lightning": __version__, **{name: importlib.metadata.version(name) for name in packages}}
 
 
 def _said(value: Value) -> str:

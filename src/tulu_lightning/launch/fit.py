@@ -5,12 +5,13 @@ A config is checked in full (keys, classes, values, the run folder) before any w
 
 import argparse
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.cli import LightningCLI, SaveConfigCallback
@@ -19,7 +20,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 
 import tulu_lightning.models.sharding  # noqa: F401  registers `strategy: fsdp2`
 from tulu_lightning.callbacks.checkpoints import Checkpoints
-from tulu_lightning.errors import InputError
+from tulu_lightning.errors import InputError, Preempted
 from tulu_lightning.files import write_whole
 from tulu_lightning.launch.arguments import (
     linked_options,
@@ -30,10 +31,13 @@ from tulu_lightning.launch.arguments import (
 )
 from tulu_lightning.launch.compose import Layer, merge, origin
 from tulu_lightning.launch.parser import IncludingConfigFile, TuluParser, in_own_words
+from tulu_lightning.launch.preemption import preemptible, requeue, started_by_lightning
 from tulu_lightning.launch.quiet import without_noise
-from tulu_lightning.launch.run_folder import ensure_writable, resolve_checkpoint, step_of
+from tulu_lightning.launch.resuming import ACCEPT_HELP, CKPT_HELP, header_for, start_line, tell_checkpoints
+from tulu_lightning.launch.run_folder import ensure_writable, resolve_checkpoint
 from tulu_lightning.launch.schema import check_keys
 from tulu_lightning.launch.signatures import parameters
+from tulu_lightning.models.saved import Header
 
 __all__ = ["SaveConfig", "TuluCLI", "fit", "main"]
 
@@ -73,6 +77,17 @@ class TuluCLI(LightningCLI):
             load_from_checkpoint_support=False,
             args=list(argv),
         )
+
+    def add_arguments_to_parser(self, parser: Any) -> None:
+        """What is ours beside Lightning's own."""
+        parser.add_argument("--accept_changes", type=list[str] | str, default=[], help=ACCEPT_HELP)
+
+    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> Any:
+        parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        for action in parser._actions:
+            if action.dest == "ckpt_path":
+                action.help = CKPT_HELP
+        return parser
 
     # Parsing ----------------------------------------------------------------------------------------------------
 
@@ -125,8 +140,20 @@ class TuluCLI(LightningCLI):
     @property
     def stop_requested(self) -> bool:
         """Whether `Checkpoints` took a Ctrl-C; in the last step the run is finished all the same."""
-        callbacks: list[Any] = self.trainer.callbacks  # type: ignore[attr-defined]
-        return any(isinstance(c, Checkpoints) and c.stop_requested for c in callbacks)
+        return any(callback.stop_requested for callback in self._checkpoints)
+
+    @property
+    def preempted(self) -> bool:
+        """Whether that was a scheduler's signal, not Ctrl-C."""
+        return any(callback.stopping.preempted for callback in self._checkpoints)
+
+    def stopped(self) -> KeyboardInterrupt:
+        """What to raise for a run that was stopped before its end; after a scheduler's signal its job is queued again."""
+        if not self.preempted:
+            return KeyboardInterrupt()
+        if self.trainer.is_global_zero and any(callback.requeue for callback in self._checkpoints):
+            requeue()
+        return Preempted()
 
     def before_instantiate_classes(self) -> None:
         """Settle the run folder, and prove that it can be written, before anything is built."""
@@ -162,8 +189,22 @@ class TuluCLI(LightningCLI):
         self._refuse_without_rows(subcommand)
         kwargs = super()._prepare_subcommand_kwargs(subcommand)
         kwargs["ckpt_path"] = resolve_checkpoint(kwargs.get("ckpt_path"), self.run_folder)
-        self._announce(subcommand, kwargs["ckpt_path"])
+        header = header_for(kwargs["ckpt_path"], type(self.model).__name__)
+        config = self._plain_config()
+        if subcommand == "fit":
+            accepted = self._get(self.config, "accept_changes")
+            tell_checkpoints(self._checkpoints, config, kwargs["ckpt_path"], header, accepted)
+        self._announce(subcommand, kwargs["ckpt_path"], header, config)
         return kwargs
+
+    @property
+    def _checkpoints(self) -> list[Checkpoints]:
+        callbacks: list[Any] = self.trainer.callbacks  # type: ignore[attr-defined]
+        return [callback for callback in callbacks if isinstance(callback, Checkpoints)]
+
+    def _plain_config(self) -> dict[str, Any]:
+        parser: Any = self._parser(self.subcommand)
+        return yaml.safe_load(parser.dump(self.config.get(str(self.subcommand), self.config), skip_unset=False))
 
     def _refuse_without_rows(self, subcommand: str) -> None:
         """A loop that the data has no rows for; Lightning would say so with a traceback."""
@@ -175,14 +216,10 @@ class TuluCLI(LightningCLI):
             raise InputError(f"tulu {subcommand}", what, remedy)
 
     @rank_zero_only
-    def _announce(self, subcommand: str, checkpoint: str | None) -> None:
-        if checkpoint is None:
-            start = "starting fresh" if subcommand == "fit" else "with the start weights"
-            print(f"{subcommand}: {start}, run folder {self.run_folder}", flush=True)
-        else:
-            step = step_of(checkpoint)
-            done = "" if step is None else f" (step {step})"
-            print(f"{subcommand}: {'resuming from' if subcommand == 'fit' else 'using'} {checkpoint}{done}", flush=True)
+    def _announce(
+        self, subcommand: str, checkpoint: str | None, header: Header | None, config: Mapping[str, Any]
+    ) -> None:
+        print(start_line(subcommand, checkpoint, header, config, self.run_folder), flush=True)
 
 
 def fit(config: str | Path, overrides: Sequence[str] = ()) -> TuluCLI:
@@ -220,16 +257,22 @@ def main(argv: Sequence[str]) -> int:
     """
     try:
         _run(argv)
+    except KeyboardInterrupt:
+        if started_by_lightning():
+            return (
+                0  # Lightning's launcher kills the first rank when another has a status, and that rank's is the run's
+            )
+        raise
     except SystemExit as leaving:  # --help and --print_config
         return leaving.code if isinstance(leaving.code, int) else 0
     return 0
 
 
 def _run(argv: Sequence[str]) -> TuluCLI:
-    with _interruptible(), without_noise():
+    with preemptible(), _interruptible(), without_noise():
         cli = TuluCLI(argv)
     if cli.stop_requested and not cli.model.finished:
-        raise KeyboardInterrupt
+        raise cli.stopped()
     return cli
 
 
@@ -242,5 +285,5 @@ def _interruptible() -> Iterator[None]:
     except SystemExit as leaving:
         if isinstance(leaving.__context__, KeyboardInterrupt):
             signal.signal(signal.SIGINT, before)
-            raise KeyboardInterrupt from leaving
+            raise type(leaving.__context__) from leaving
         raise

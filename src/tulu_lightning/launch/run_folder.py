@@ -10,7 +10,7 @@ from tulu_lightning.errors import InputError, nearest
 __all__ = ["ensure_writable", "latest_checkpoint", "resolve_checkpoint", "step_of"]
 
 STEP = re.compile(r"step-(\d+)\.ckpt")
-LIGHTNING_NAMES = ("last", "best", "hpc", "registry")
+LIGHTNING_NAMES = ("best", "hpc", "registry")
 """Values of `ckpt_path` that Lightning itself resolves."""
 
 
@@ -51,15 +51,23 @@ def latest_checkpoint(folder: str | Path) -> Path | None:
 
 
 def resolve_checkpoint(wanted: str | Path | None, folder: str | Path) -> str | None:
-    """What `ckpt_path` means: `auto` is the run's newest checkpoint, or none yet.
+    """What `ckpt_path` means.
+
+    Args:
+        wanted: `auto` is the run's newest checkpoint, or none if there is none yet; `last` is the same, but there must
+            be one; `none` starts from the start weights; anything else is a checkpoint's path.
+        folder: the run folder.
 
     Raises:
-        InputError: a checkpoint given by path does not exist.
+        InputError: there is no such checkpoint.
     """
-    if wanted is None:
+    if wanted is None or str(wanted) == "none":
         return None
-    if str(wanted) == "auto":
+    if str(wanted) in ("auto", "last"):
         newest = latest_checkpoint(folder)
+        if newest is None and str(wanted) == "last":
+            what = f"is last, and {Path(folder, 'checkpoints')} holds no checkpoint"
+            raise InputError("ckpt_path", what, "Use auto, which starts where there is nothing to go on with.")
         return None if newest is None else str(newest)
     if str(wanted) in LIGHTNING_NAMES or "://" in str(wanted) or Path(wanted).exists():
         return str(wanted)

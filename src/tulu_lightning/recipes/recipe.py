@@ -23,6 +23,7 @@ from tulu_lightning.checkpoints.identity import weights_digest
 from tulu_lightning.errors import InputError
 from tulu_lightning.files import write_whole
 from tulu_lightning.launch.fit import fit
+from tulu_lightning.launch.preemption import preemptible
 from tulu_lightning.launch.run_folder import ensure_writable
 from tulu_lightning.recipes.check import check_fit, fill, require_plotly
 from tulu_lightning.recipes.config import read_config
@@ -70,7 +71,8 @@ def main(argv: Sequence[str]) -> int:
     """`tulu recipe --config FILE`."""
     config, file = read_config(RecipeConfig, "tulu recipe", argv)
     try:
-        report = run_recipe(config, file.parent if file else Path(), command="tulu recipe " + " ".join(argv))
+        with preemptible():
+            report = run_recipe(config, file.parent if file else Path(), command="tulu recipe " + " ".join(argv))
     except KeyboardInterrupt:
         print(f"\nstopped; the same command goes on from where {config.run} is")
         raise
@@ -102,7 +104,7 @@ def run_recipe(config: RecipeConfig, base: Path, command: str = "") -> Path:
         InputError: a config is missing or bad, the run folder belongs to another recipe, or a finished stage had
             started from other weights than those it would start from now.
         NotPromoted: a stage was not promoted and `on_reject` is stop; the report is written all the same.
-        KeyboardInterrupt: Ctrl-C; a step in progress was finished and saved.
+        KeyboardInterrupt: Ctrl-C, or as `Preempted` a scheduler's signal; a step in progress was finished and saved.
     """
     _check(config, base)
     run = Path(config.run)
@@ -218,7 +220,7 @@ def _run_step(step: Step, config: RecipeConfig, base: Path, start: str | None) -
         return
     done: Any = fit(base / step.fit, options)  # type: ignore[operator]
     if done.stop_requested or not done.model.finished:  # asked in its last step, the stage is done but the recipe stops
-        raise KeyboardInterrupt
+        raise done.stopped()
 
 
 def _check_start(folder: Path, start: str | None) -> None:

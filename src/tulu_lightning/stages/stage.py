@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 
 from tulu_lightning.assets.models import generation_eos, resolve_model
-from tulu_lightning.checkpoints.identity import Value, check_run, flat, weights_digest
+from tulu_lightning.checkpoints.identity import Value, flat, weights_digest
 from tulu_lightning.data import chat
 from tulu_lightning.data.base import StepData
 from tulu_lightning.data.packed import PackedData
@@ -29,11 +29,11 @@ from tulu_lightning.models.quantize import check_bitsandbytes
 from tulu_lightning.models.sharding import Fsdp2
 from tulu_lightning.ranks import data_place
 from tulu_lightning.rollout.local import LocalEngine
+from tulu_lightning.stages import saving
 from tulu_lightning.stages.checks import (
     check_processes,
     check_trainer,
     check_validation,
-    reopen_epoch,
     warn_of_bf16_weights,
 )
 from tulu_lightning.stages.optimizer import AdamW, NonFiniteError, clip, differing, samples
@@ -246,24 +246,11 @@ class Stage(L.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep our own step counter, and what the run is."""
-        own = {"step": self.step, "skipped": self.skipped, "class": type(self).__name__, "identity": self.identity()}
-        checkpoint["tulu_stage"] = own
+        saving.save(self, checkpoint)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Go on at the step that was finished.
-
-        Raises:
-            InputError: the checkpoint is another stage's; or, when training, the run's settings are not those it was
-                started with.
-        """
-        state = checkpoint.get("tulu_stage", {})
-        if state.get("class") != type(self).__name__:
-            what = f"is a checkpoint of {state.get('class')}"
-            raise InputError("ckpt_path", what, f"Give one of {type(self).__name__}.")
-        if self._trainer is not None and self._trainer.state.fn == "fit":
-            check_run("ckpt_path", state.get("identity", {}), self)
-            reopen_epoch(checkpoint)
-        self.step, self.skipped = state["step"], state["skipped"]
+        """Go on at the step that was finished; refuses what `stages.saving.restore` refuses."""
+        saving.restore(self, checkpoint)
 
     def identity(self) -> dict[str, Value]:
         """What decides the course of the run, as plain values by name; see `checkpoints.identity`.

@@ -1,0 +1,67 @@
+"""Work that goes on beside training, one piece at a time: checkpoints being written."""
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+__all__ = ["Background", "snapshot"]
+
+
+class Background:
+    """Runs one piece of work in a thread, and hands on what goes wrong in it to whoever waits."""
+
+    def __init__(self) -> None:
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+        self._what = ""
+
+    def start(self, work: Callable[[], None], what: str) -> None:
+        """Begin, once what went before has ended.
+
+        Args:
+            work: what to do.
+            what: it, for the messages, e.g. "checkpoint step-000004.ckpt".
+
+        Raises:
+            BaseException: what went wrong with the work before.
+        """
+        self.wait()
+        self._what = what
+        self._thread = threading.Thread(target=self._run, args=(work,), name=what)
+        self._thread.start()
+
+    def _run(self, work: Callable[[], None]) -> None:
+        try:
+            work()
+        except BaseException as error:  # raised in the thread that waits
+            self._error = error
+            print(f"\n{self._what} could not be written: {error}; the run stops at the next save", flush=True)
+
+    def wait(self) -> None:
+        """Wait for the end of it.
+
+        Raises:
+            BaseException: what went wrong.
+        """
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        error, self._error = self._error, None
+        if error is not None:
+            raise error
+
+
+def snapshot(value: Any) -> Any:
+    """A copy on the CPU of all tensors in nested dicts, lists and tuples: what training changes next is not in it."""
+    if isinstance(value, Tensor):  # sharded ones, too: of those it is this rank's part
+        own = value.detach()
+        return own.clone() if own.device.type == "cpu" else own.to("cpu")
+    if isinstance(value, dict):
+        return type(value)((key, snapshot(item)) for key, item in value.items()) if value else value
+    if isinstance(value, list):
+        return [snapshot(item) for item in value]
+    if type(value) is tuple:
+        return tuple(snapshot(item) for item in value)
+    return value
