@@ -47,20 +47,23 @@ def config(folder, *callbacks):
     return ["fit", "--config", str(path)]
 
 
-def two_processes(argv, count=2):
+def two_processes(argv, count=2, sharded=True):
+    """The command under torchrun; one process that is not sharded runs by itself."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
     launch = ["torch.distributed.run", "--nproc-per-node", str(count), "--master-port", port, "-m", "tulu_lightning"]
-    sharded = ["--trainer.strategy", "fsdp2", "--trainer.devices", str(count), "--trainer.accelerator", "cpu"]
+    options = ["--trainer.strategy", "fsdp2", "--trainer.devices", str(count), "--trainer.accelerator", "cpu"]
+    if not sharded:
+        launch, options = ["tulu_lightning"], []
     path = os.pathsep.join([str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     return subprocess.run(
-        [sys.executable, "-m", *launch, *argv, *sharded],
+        [sys.executable, "-m", *launch, *argv, *options],
         capture_output=True,
         text=True,
         env=environment,
-        timeout=240,
+        timeout=500,
         check=False,
     )
 
