@@ -2,9 +2,14 @@
 
 import json
 import os
+import random
+import resource
 import signal
+import time
 
 import lightning as L
+import numpy as np
+import torch
 
 
 class Interrupt(L.Callback):
@@ -19,17 +24,59 @@ class Interrupt(L.Callback):
 
 
 class DieWhileSaving(L.Callback):
-    """The machine stops in the middle of writing the checkpoint of a step."""
+    """The machine stops while the checkpoint of a step is written: when its first file is to be synced, or a later one."""
 
-    def __init__(self, step: int) -> None:
-        self.step = step
+    def __init__(self, step: int, rank: int = 0, file: int = 1) -> None:
+        self.step, self.rank, self.left = step, rank, file
+
+    def on_save_checkpoint(self, trainer, pl_module, checkpoint):
+        if pl_module.step == self.step and trainer.global_rank == self.rank:
+            os.fsync = self._fsync
+
+    def _fsync(self, descriptor):
+        self.left -= 1
+        if not self.left:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+class SmallDisk(L.Callback):
+    """Files may not grow beyond some bytes while the checkpoint of a step is written."""
+
+    def __init__(self, step: int, limit: int) -> None:
+        self.step, self.limit = step, limit
 
     def on_save_checkpoint(self, trainer, pl_module, checkpoint):
         if pl_module.step == self.step:
-            folder = os.path.join(trainer.default_root_dir, "checkpoints")
-            with open(os.path.join(folder, f".step-{self.step:06d}.ckpt.tmp"), "wb") as file:
-                file.write(b"PK\x03\x04 half a file")
-            os.kill(os.getpid(), signal.SIGKILL)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (self.limit, resource.RLIM_INFINITY))
+
+
+class LateWrite(L.Callback):
+    """A save in the background waits for the next step before it writes the first byte; the last one need not."""
+
+    def on_fit_start(self, trainer, pl_module):
+        write, strategy = trainer.strategy._write, trainer.strategy
+
+        def late(*args):
+            saved = pl_module.step
+            for _ in range(500):
+                if pl_module.step > saved or pl_module.finished:
+                    break
+                time.sleep(0.01)
+            if pl_module.step > saved:
+                print(f"the write of step {saved} began after step {pl_module.step}", flush=True)
+            write(*args)
+
+        strategy._write = late
+
+
+class Draws(L.Callback):
+    """Draws from every generator of the process in each step, as a callback of a user's own might."""
+
+    def __init__(self) -> None:
+        self.drawn = []
+
+    def on_train_batch_end(self, trainer, pl_module, *_):
+        self.drawn.append((random.random(), float(np.random.rand()), float(torch.rand(()))))
 
 
 class KeepRows(L.Callback):

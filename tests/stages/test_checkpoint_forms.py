@@ -1,14 +1,20 @@
 """A checkpoint goes on as any form of itself: a file, a folder of 2 or 4 ranks; same examples, same weights, same numbers."""
 
 import json
+import re
+import shutil
 
 import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
+from test_resume import assert_same
 from test_sharding import CONFIGS, lines, two_processes
 
 from tulu_lightning import cli
+from tulu_lightning.errors import InputError
+from tulu_lightning.models.saved import header_of
+from tulu_lightning.models.single_file import read_folder
 
 OWN = "tulu_lightning.callbacks."
 STEPS, STOP = 6, 3
@@ -58,10 +64,7 @@ EVEN = {"sources": [{"name": "even", "rows": "stage_runs.even_rows", "args": {"c
 
 def start(argv, ranks):
     """The command on so many processes: (status, what it said)."""
-    if ranks == 1:
-        done = two_processes(argv, 1, sharded=False)
-    else:
-        done = two_processes(argv, ranks)
+    done = two_processes(argv, ranks, sharded=ranks > 1)
     return done.returncode, done.stdout + done.stderr
 
 
@@ -116,7 +119,9 @@ def check(run, straight, stage, exact=False):
 
 def test_a_file_goes_on_on_two_ranks_and_their_folder_on_one(tmp_path, straight):
     check(resumed(tmp_path, "sft", 1, 2), straight("sft"), "sft")
-    check(resumed(tmp_path, "sft", 2, 1), straight("sft"), "sft")
+    run = resumed(tmp_path, "sft", 2, 1)
+    check(run, straight("sft"), "sft")
+    check_spoilt(run / "checkpoints" / f"step-{STOP:06d}.ckpt", tmp_path / "spoilt")
 
 
 @pytest.mark.slow
@@ -124,3 +129,99 @@ def test_a_file_goes_on_on_two_ranks_and_their_folder_on_one(tmp_path, straight)
 @pytest.mark.parametrize("stage", STAGES)
 def test_any_number_of_ranks_goes_on_from_any_other(tmp_path, straight, stage, first, then):
     check(resumed(tmp_path, stage, first, then), straight(stage), stage, exact=first == then == 1)
+
+
+# A folder that is not what was written, and kills and full disks within the save of one ----------------------------
+
+
+def _cut(file):
+    file.write_bytes(file.read_bytes()[:-1])
+
+
+def _flip(file):
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+
+
+SPOILT = {
+    "missing": (
+        "__1_0.distcp",
+        lambda f: f.unlink(),
+        r"__1_0\.distcp: is missing: the checkpoint is not whole\. Remove",
+    ),
+    "cut": ("__0_0.distcp", _cut, r"__0_0\.distcp: has \d+ bytes, and was written with \d+\. Remove"),
+    "flipped": ("__1_0.distcp", _flip, r"__1_0\.distcp: is damaged: its content is not what was written\. Remove"),
+    "half": (".metadata", lambda f: f.unlink(), r"is no checkpoint, or half of one: it has no \.metadata\. Remove"),
+    "header": ("tulu.json", _cut, r"tulu\.json: is damaged \(.*\)\. Remove"),
+}
+
+
+def check_spoilt(checkpoint, tmp_path):
+    assert header_of(checkpoint).ranks == 2
+    for name, (file, spoil, said) in SPOILT.items():
+        copy = tmp_path / name / checkpoint.name
+        shutil.copytree(checkpoint, copy)
+        spoil(copy / file)
+        with pytest.raises(InputError, match=said):
+            header_of(copy)
+
+
+def faulty(folder, fault, **saving):
+    """SFT on two ranks that something happens to while it saves."""
+    argv = config(folder, "sft", fault)
+    path = folder / "config.yaml"
+    settings = yaml.safe_load(path.read_text())
+    settings["trainer"]["callbacks"][-2]["init_args"] |= {"every_n_steps": 1, **saving}
+    path.write_text(yaml.safe_dump(settings))
+    return argv
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("background", [False, True])
+@pytest.mark.parametrize(("rank", "file"), [(0, 1), (1, 1), (0, 3)])
+def test_killed_within_the_save_of_a_folder_and_run_again(tmp_path, straight, rank, file, background):
+    fault = {"class_path": "stage_faults.DieWhileSaving", "init_args": {"step": 4, "rank": rank, "file": file}}
+    status, said = start(faulty(tmp_path, fault, background=background), 2)
+    assert status != 0
+    left = sorted(path.name for path in (tmp_path / "run/checkpoints").iterdir() if not path.name.startswith("."))
+    assert left == ["step-000002.ckpt", "step-000003.ckpt"], said
+    status, said = start(faulty(tmp_path, {"class_path": "stage_faults.KeepRows"}, background=background), 2)
+    assert status == 0, said
+    assert "(step 3)" in said
+    check_weights(tmp_path / "run", straight("sft"))
+    names = sorted(path.name for path in (tmp_path / "run/checkpoints").iterdir())
+    assert names == ["step-000005.ckpt", "step-000006.ckpt"], "and nothing half is left"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("background", [False, True])
+def test_a_disk_too_small_for_one_ranks_part_leaves_the_last_good_folder(tmp_path, background):
+    fault = {"class_path": "stage_faults.SmallDisk", "init_args": {"step": 4, "limit": 50_000}}
+    status, said = start(faulty(tmp_path, fault, background=background), 2)
+    assert status != 0
+    assert re.search(r"tulu: error: \S+/\.step-000004\.ckpt\.tmp: File too large\. Raise the limit", said), said
+    left = sorted(path.name for path in (tmp_path / "run/checkpoints").iterdir())
+    assert left == ["step-000002.ckpt", "step-000003.ckpt"]
+
+
+@pytest.mark.slow
+def test_a_folder_that_is_written_beside_training_holds_what_was_there(tmp_path):
+    """Every save of the second run is held up until a later step has changed all weights."""
+    late = {"class_path": "stage_faults.LateWrite"}
+    for name, fault, background in (("plain", {"class_path": "stage_faults.KeepRows"}, False), ("late", late, True)):
+        status, said = start(faulty(tmp_path / name, fault, background=background, keep=9), 2)
+        assert status == 0, said
+    for step in range(1, STEPS + 1):
+        one, other = (
+            read_folder(tmp_path / name / f"run/checkpoints/step-{step:06d}.ckpt") for name in ("plain", "late")
+        )
+        assert_same(one["state_dict"], other["state_dict"])
+        assert_same(one["optimizer_states"], other["optimizer_states"])
+    assert "began after step" in said
+
+
+def check_weights(run, straight):
+    one, other = (load_file(folder / "promoted" / "model.safetensors") for folder in (straight, run))
+    for name, tensor in one.items():
+        torch.testing.assert_close(other[name], tensor, rtol=1e-4, atol=1e-5)

@@ -59,7 +59,7 @@ def test_changed_rows_can_be_accepted_and_are_those_that_are_trained(stopped, su
     data = runs.sft_data(sources=rows, accept_changed_data=True)
     with caplog.at_level(logging.INFO):
         watch = runs.fit(runs.sft(), data, stopped, ckpt_path=checkpoint_path(stopped, STOP))
-    noted = [line for line in caplog.messages if "going on with changed data" in line]
+    noted = [line for line in caplog.messages if "going on with accepted changes" in line]
     assert noted
     assert all("data rows was" in line and "total steps was 3 and is 5" in line for line in noted)
     assert len(watch.history) == 5 - STOP

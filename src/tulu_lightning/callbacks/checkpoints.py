@@ -121,7 +121,8 @@ class Checkpoints(L.Callback):
             strategy.published = self._drop_older
         elif isinstance(strategy, SingleDeviceStrategy):
             strategy.checkpoint_io = SingleFile(self.background, self._drop_older)
-        # Each step would begin with a broadcast of whether Lightning's own handler, which is replaced, saw a signal.
+        # Lightning's own handler runs a collective inside itself, and each step would begin with one about what it saw.
+        trainer._signal_connector._sigterm_notifier_fn = lambda *_: None
         trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: Any) -> None:
