@@ -225,3 +225,38 @@ def check_weights(run, straight):
     one, other = (load_file(folder / "promoted" / "model.safetensors") for folder in (straight, run))
     for name, tensor in one.items():
         torch.testing.assert_close(other[name], tensor, rtol=1e-4, atol=1e-5)
+
+
+ADAPTERS = {
+    "lora": {"backbone": {"lora": {"r": 4}}},
+    "qlora": {"backbone": {"lora": {"r": 4}, "quantize": {}}},
+    "8 bits": {"optimizer": {"lr": 1e-2, "state_bits": 8}},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("first", "then"), [(1, 2), (2, 1), (2, 4)])
+@pytest.mark.parametrize("name", ["lora", "qlora"])
+def test_adapters_and_a_4_bit_base_go_on_on_other_ranks(tmp_path, name, first, then):
+    assert start(config(tmp_path / "straight", "sft", **ADAPTERS[name]), 1)[0] == 0
+    status, said = start(config(tmp_path / "run", "sft", PREEMPT, **ADAPTERS[name]), first)
+    status, said = start(config(tmp_path / "run", "sft", **ADAPTERS[name]), then)
+    assert status == 0, said
+    assert f"(step {STOP})" in said
+    check_weights(tmp_path / "run/run", tmp_path / "straight/run")
+
+
+@pytest.mark.slow
+def test_8_bit_moments_go_on_as_they_are_and_are_refused_on_other_ranks(tmp_path):
+    for first, then, form in (
+        (2, 1, "2 sharded ranks, and this is one process"),
+        (1, 2, "one process, and this is 2 sharded"),
+    ):
+        folder = tmp_path / f"{first}"
+        start(config(folder, "sft", PREEMPT, **ADAPTERS["8 bits"]), first)
+        status, said = start(config(folder, "sft", **ADAPTERS["8 bits"]), then)
+        assert status != 0
+        assert f"has 8-bit moments (optimizer.state_bits) of {form}" in said, said
+        status, said = start(config(folder, "sft", **ADAPTERS["8 bits"]), first)
+        assert status == 0, said
+        assert f"(step {STOP})" in said

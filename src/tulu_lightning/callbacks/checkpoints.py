@@ -24,7 +24,7 @@ from tulu_lightning.checkpoints.space import check_space
 from tulu_lightning.data.base import StepData
 from tulu_lightning.errors import InputError
 from tulu_lightning.files import remove, remove_whole, write_whole
-from tulu_lightning.models.saved import FORMAT, KEY, Header
+from tulu_lightning.models.saved import FORMAT, KEY, Header, check_ranks
 from tulu_lightning.models.sharding import Fsdp2
 from tulu_lightning.models.single_file import SingleFile
 
@@ -102,7 +102,9 @@ class Checkpoints(L.Callback):
         run = Path(trainer.default_root_dir)
         identity = pl_module.identity()
         if self.resumes is not None:
-            check_run(self.resumes[0], self.resumes[1].identity, pl_module)
+            path, header = self.resumes
+            check_run(path, header.identity, pl_module)
+            check_ranks(Path(path), header, trainer.world_size, isinstance(trainer.strategy, Fsdp2))
         if _left(run, *LEFT, SCORES):
             check_run(str(run), read_identity(run), pl_module)
         if self.check_disk and trainer.is_global_zero:
@@ -122,7 +124,8 @@ class Checkpoints(L.Callback):
         elif isinstance(strategy, SingleDeviceStrategy):
             strategy.checkpoint_io = SingleFile(self.background, self._drop_older)
         # Lightning's own handler runs a collective inside itself, and each step would begin with one about what it saw.
-        trainer._signal_connector._sigterm_notifier_fn = lambda *_: None
+        connector: Any = trainer._signal_connector
+        connector._sigterm_notifier_fn = lambda *_: None
         trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: Any) -> None:

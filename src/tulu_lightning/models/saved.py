@@ -14,7 +14,17 @@ from typing import Any, NamedTuple
 from tulu_lightning.errors import InputError
 from tulu_lightning.files import FULL_BYTES, content_digest
 
-__all__ = ["FORMAT", "KEY", "Header", "check_names", "check_whole", "header_of", "read_header", "write_header"]
+__all__ = [
+    "FORMAT",
+    "KEY",
+    "Header",
+    "check_names",
+    "check_ranks",
+    "check_whole",
+    "header_of",
+    "read_header",
+    "write_header",
+]
 
 FORMAT = 1
 """Version of the layout; one that is newer than this is refused."""
@@ -154,6 +164,30 @@ def remedy_for(path: Path) -> str:
         return f"Remove {path}, and run the same command again: it starts anew."
     newest = max(others, key=lambda name: (len(name), name))
     return f"Remove {path}; ckpt_path: auto then goes on from {newest}."
+
+
+def check_ranks(path: Path, header: Header | None, ranks: int, sharded: bool) -> None:
+    """Refuse 8-bit moments of another number of ranks: they are kept in blocks of what a rank holds.
+
+    Args:
+        path: the checkpoint.
+        header: what it says of itself.
+        ranks: of this run.
+        sharded: whether they share one model, even if it is one rank.
+
+    Raises:
+        InputError: the checkpoint has such moments, and is of others.
+    """
+    if header is None or (header.ranks == ranks and path.is_dir() == sharded):
+        return
+    eight = [name for name, value in header.identity.items() if name.endswith("state_bits") and value == 8]
+    if eight:
+        what = f"has 8-bit moments ({eight[0]}) of {_ranks(header.ranks, path.is_dir())}, and this is {_ranks(ranks, sharded)}"
+        raise InputError(str(path), what, "Go on with as many ranks as it was saved by, and the same strategy.")
+
+
+def _ranks(count: int, sharded: bool) -> str:
+    return f"{count} sharded {'rank' if count == 1 else 'ranks'}" if sharded else "one process"
 
 
 def check_names(where: str, saved: Mapping[str, Sequence[int]], built: Mapping[str, Sequence[int]]) -> None:

@@ -11,7 +11,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from lightning.fabric.utilities.load import _METADATA_FILENAME
-from torch.distributed.checkpoint import CheckpointException, FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -24,7 +26,7 @@ from torch.optim import Optimizer
 from tulu_lightning.errors import InputError
 from tulu_lightning.files import content_digest, put_in_place, remove
 from tulu_lightning.models.background import Background, snapshot
-from tulu_lightning.models.saved import KEY, check_names, write_header
+from tulu_lightning.models.saved import KEY, check_names, check_ranks, read_header, write_header
 from tulu_lightning.models.watched import WatchedRanks
 
 __all__ = ["ShardedSaving"]
@@ -121,13 +123,15 @@ class ShardedSaving(WatchedRanks):
             InputError: it holds another model, or 8-bit moments of another number of ranks.
         """
         path = Path(self.broadcast(checkpoint_path))
+        check_ranks(path, read_header(path), self.world_size, True)
         if path.is_dir():
             saved = FileSystemReader(path).read_metadata().state_dict_metadata
-            shapes = {n: m.size for n, m in saved.items() if n.startswith("state_dict.") and hasattr(m, "size")}
-            self._check(path, {name.partition(".")[2]: tuple(shape) for name, shape in shapes.items()})
+            shapes = {n: tuple(m.size) for n, m in saved.items() if isinstance(m, TensorStorageMetadata)}
+            weights = {n.partition(".")[2]: shape for n, shape in shapes.items() if n.startswith("state_dict.")}
+            self._check(path, weights)
             return super().load_checkpoint(path, weights_only=weights_only is not False)
         checkpoint = torch.load(path, mmap=True, map_location="cpu", weights_only=weights_only is not False)
-        weights = checkpoint.pop("state_dict")
+        weights: dict[str, Any] = checkpoint.pop("state_dict")
         self._check(path, {name: tuple(tensor.shape) for name, tensor in weights.items()})
         whole = StateDictOptions(full_state_dict=True)
         assert self.model is not None
@@ -140,7 +144,8 @@ class ShardedSaving(WatchedRanks):
 
     def _check(self, path: Path, saved: dict[str, tuple[int, ...]]) -> None:
         assert self.model is not None
-        built = {name: tuple(tensor.shape) for name, tensor in get_model_state_dict(self.model).items()}
+        tensors: dict[str, Any] = get_model_state_dict(self.model)
+        built = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
         check_names(str(path), saved, built)
 
     def _named(self, optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any]:

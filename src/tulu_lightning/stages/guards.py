@@ -42,6 +42,14 @@ class Watchman:
             return self._equal(step, metrics, rewards)
         return ""
 
+    def state(self) -> dict[str, int]:
+        """The counts, for a checkpoint."""
+        return {"apart": self.apart, "equal": self.equal}
+
+    def restore(self, state: Mapping[str, int]) -> None:
+        """Go on with what `state` gave."""
+        self.apart, self.equal = state["apart"], state["equal"]
+
     def _apart(self, step: int, metrics: Mapping[str, float]) -> str:
         names = ("mismatch_kl", "mismatch_mean", "mismatch_max", "ess", "correction_clipped")
         numbers = ", ".join(f"{name} {metrics[name]:.3g}" for name in names if name in metrics)

@@ -15,8 +15,12 @@ KEY = "tulu_stage"
 
 
 def save(stage: Any, checkpoint: dict[str, Any]) -> None:
-    """The step counter, the updates skipped in a row, and what the run is."""
+    """The step counter, what is counted over steps in a row, the engine's version, and what the run is."""
     own = {"step": stage.step, "skipped": stage.skipped, "class": type(stage).__name__, "identity": stage.identity()}
+    if (watchman := getattr(stage, "watchman", None)) is not None:
+        own["watchman"] = watchman.state()
+    if (engine := getattr(stage, "engine", None)) is not None:
+        own["engine version"] = engine.version
     checkpoint[KEY] = own
 
 
@@ -38,6 +42,8 @@ def restore(stage: Any, checkpoint: dict[str, Any]) -> None:
         saved, built = (_shapes(tensors) for tensors in (checkpoint["state_dict"], stage.state_dict()))
         check_names("ckpt_path", saved, built)
     stage.step, stage.skipped = state["step"], state["skipped"]
+    if "watchman" in state:
+        stage.watchman.restore(state["watchman"])
 
 
 def _shapes(tensors: dict[str, Any]) -> dict[str, tuple[int, ...]]:
