@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-__all__ = ["content_digest", "put_in_place", "remove", "remove_whole", "sync", "write_whole"]
+__all__ = ["content_digest", "of_the_disk", "put_in_place", "remove", "remove_whole", "sync", "write_whole"]
 
 FULL_BYTES = 8 << 30
 """Files of up to this size in all are read in full for a digest."""
@@ -56,6 +56,14 @@ def remove_whole(path: Path) -> None:
     beside = path.with_name(f".{path.name}.gone.tmp")
     os.replace(path, beside)
     remove(beside)
+
+
+def of_the_disk(error: BaseException, path: Path) -> OSError | None:
+    """What the system said behind an error of `torch.save`, which tells a full disk in words of its own; else None."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, OSError):
+        cause = cause.__cause__ or cause.__context__
+    return None if cause is None else OSError(cause.errno, cause.strerror, str(path))
 
 
 def content_digest(files: Sequence[Path]) -> str:

@@ -24,7 +24,7 @@ from torch.distributed.checkpoint.state_dict_saver import save as save_sharded
 from torch.optim import Optimizer
 
 from tulu_lightning.errors import InputError
-from tulu_lightning.files import content_digest, put_in_place, remove
+from tulu_lightning.files import content_digest, of_the_disk, put_in_place, remove
 from tulu_lightning.models.background import Background, snapshot
 from tulu_lightning.models.saved import KEY, check_names, check_ranks, read_header, write_header
 from tulu_lightning.models.watched import WatchedRanks
@@ -92,7 +92,7 @@ class ShardedSaving(WatchedRanks):
     def _write(self, state: dict[str, Any], rest: dict[str, Any], beside: Path, path: Path, group: Any) -> None:
         """On all ranks; the first one gives the folder its name, once all parts lie on the disk."""
         try:
-            save_sharded(state, storage_writer=FileSystemWriter(beside, sync_files=True), process_group=group)
+            save_sharded(state, storage_writer=_Writer(beside, sync_files=True), process_group=group)
             own = {p.name: content_digest([p]) for p in sorted(beside.glob(f"__{self.global_rank}_*.distcp"))}
             everyones: list[Any] = [None] * self.world_size
             dist.all_gather_object(everyones, own, group=group)
@@ -103,7 +103,8 @@ class ShardedSaving(WatchedRanks):
         except BaseException as error:
             if self.global_rank == 0:
                 remove(beside)  # half a checkpoint would keep a full disk full
-            if isinstance(error, CheckpointException) and (cause := _of_the_disk(error)) is not None:
+            failures = error.failures.values() if isinstance(error, CheckpointException) else ()
+            for cause in (found for found, _ in failures if isinstance(found, OSError)):
                 raise OSError(cause.errno, cause.strerror, str(beside)) from error
             raise
         if self.global_rank == 0 and self.published is not None:
@@ -166,12 +167,13 @@ class ShardedSaving(WatchedRanks):
         super().teardown()
 
 
-def _of_the_disk(error: CheckpointException) -> OSError | None:
-    """What the system said to the rank that could not write."""
-    for found, _ in error.failures.values():
-        cause: BaseException | None = found
-        while cause is not None:
-            if isinstance(cause, OSError):
-                return cause
-            cause = cause.__cause__ or cause.__context__
-    return None
+class _Writer(FileSystemWriter):
+    """Writes a rank's part; what the disk refuses reaches all ranks as the system said it, which a chain would not."""
+
+    def write_data(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super().write_data(*args, **kwargs)
+        except (OSError, RuntimeError) as error:
+            if (told := of_the_disk(error, Path(self.path))) is None:
+                raise
+            raise told from error

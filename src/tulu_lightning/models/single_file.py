@@ -11,7 +11,7 @@ from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlan
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
 
-from tulu_lightning.files import put_in_place, remove
+from tulu_lightning.files import of_the_disk, put_in_place, remove
 from tulu_lightning.models.background import Background, snapshot
 from tulu_lightning.models.saved import KEY, check_ranks, read_header, write_header
 
@@ -76,10 +76,9 @@ def _write_file(checkpoint: dict[str, Any], beside: Path) -> None:
         with beside.open("wb") as file:
             torch.save(checkpoint, file)
     except (OSError, RuntimeError) as error:
-        cause = error if isinstance(error, OSError) else error.__context__
-        if not isinstance(cause, OSError):
+        if (told := of_the_disk(error, beside)) is None:
             raise
-        raise OSError(cause.errno, cause.strerror, str(beside)) from error
+        raise told from error
 
 
 def read_folder(path: Path, weights_only: bool | None = None) -> dict[str, Any]:
