@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from lightning.fabric.utilities.load import _METADATA_FILENAME
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -26,6 +26,7 @@ from torch.optim import Optimizer
 from tulu_lightning.errors import InputError
 from tulu_lightning.files import content_digest, of_the_disk, put_in_place, remove
 from tulu_lightning.models.background import Background, snapshot
+from tulu_lightning.models.safe_reader import SafeReader
 from tulu_lightning.models.saved import KEY, check_names, check_ranks, read_header, write_header
 from tulu_lightning.models.watched import WatchedRanks
 
@@ -126,7 +127,8 @@ class ShardedSaving(WatchedRanks):
         path = Path(self.broadcast(checkpoint_path))
         check_ranks(path, read_header(path), self.world_size, True)
         if path.is_dir():
-            saved = FileSystemReader(path).read_metadata().state_dict_metadata
+            # Read here first: what comes after unpickles the same table as it stands.
+            saved = SafeReader(path).read_metadata().state_dict_metadata
             shapes = {n: tuple(m.size) for n, m in saved.items() if isinstance(m, TensorStorageMetadata)}
             weights = {n.partition(".")[2]: shape for n, shape in shapes.items() if n.startswith("state_dict.")}
             self._check(path, weights)

@@ -8,11 +8,11 @@ import torch
 from lightning.fabric.utilities.load import _METADATA_FILENAME
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlanner
-from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
 
 from tulu_lightning.files import of_the_disk, put_in_place, remove
 from tulu_lightning.models.background import Background, snapshot
+from tulu_lightning.models.safe_reader import SafeReader
 from tulu_lightning.models.saved import KEY, check_ranks, read_header, write_header
 
 __all__ = ["SingleFile", "numbered", "read_folder"]
@@ -89,7 +89,7 @@ def read_folder(path: Path, weights_only: bool | None = None) -> dict[str, Any]:
     """
     parts: dict[str, Any] = {}
     planner = _EmptyStateDictLoadPlanner()
-    _load_state_dict(parts, FileSystemReader(path), planner=planner, no_dist=True)
+    _load_state_dict(parts, SafeReader(path), planner=planner, no_dist=True)
     result = torch.load(path / _METADATA_FILENAME, map_location="cpu", weights_only=weights_only is not False)
     count = sum(name.startswith("optimizer_") for name in parts)
     result["state_dict"] = parts["state_dict"]
