@@ -61,7 +61,7 @@ def where(folder: Path, born: float) -> str:
         return "save"
     if (folder / GENERATING).exists():
         return "generation"
-    records = [path for path in folder.glob("**/metrics.jsonl") if path.stat().st_size]
+    records = [path for path in _below(folder, "metrics.jsonl") if path.stat().st_size]
     return "step" if records else "start"
 
 
@@ -89,10 +89,17 @@ def attempt(argv: list[str], folder: Path, log: Path, aim: str, delay: float) ->
 def _times(folder: Path) -> list[float]:
     """When the files of saves in progress were last written."""
     found = []
-    for path in folder.glob("**/checkpoints/.step-*.tmp"):
+    for path in _below(folder, "checkpoints/.step-*.tmp"):
         with contextlib.suppress(FileNotFoundError):
             found.append(path.stat().st_mtime)
     return found
+
+
+def _below(folder: Path, pattern: str) -> list[Path]:
+    """In a run folder, or those of a recipe's stages. Not by `**`: that fails where a folder is renamed meanwhile."""
+    with contextlib.suppress(FileNotFoundError):
+        return [*folder.glob(pattern), *folder.glob(f"*/{pattern}")]
+    return []
 
 
 def main() -> int:
