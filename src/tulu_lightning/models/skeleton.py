@@ -34,6 +34,9 @@ __all__ = [
     "without_weights",
 ]
 
+PIECE = 16 * 2**20
+"""Bytes that are read at a time."""
+
 _asked: ContextVar[bool] = ContextVar("without_weights", default=False)
 
 
@@ -201,8 +204,17 @@ def _read(places: list[tuple[nn.Module, str]], files: dict[str, WeightFiles]) ->
 
 
 def _copy(parameter: Any, source: WeightFiles, name: str) -> None:
+    """Copy this rank's part of a tensor out of its file, some rows at a time."""
     local: Tensor = parameter.to_local() if isinstance(parameter, DTensor) else parameter
-    if local.numel():
-        block = source.read_part(name, own_block(parameter))
+    if not local.numel():
+        return
+    if not local.ndim:
+        local.copy_(source.read(name))
+        return
+    rows, *others = own_block(parameter)
+    step = max(1, PIECE // max(local[0].nbytes, 1))
+    for first in range(0, len(local), step):
+        last = min(first + step, len(local))
+        block = source.read_part(name, [slice(rows.start + first, rows.start + last), *others])
         # Through fp32, as models are loaded whole: a bf16 weight is what its fp32 one rounds to.
-        local.copy_(block.float().to(local.dtype))
+        local[first:last].copy_(block.float().to(local.dtype))

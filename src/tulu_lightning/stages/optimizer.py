@@ -130,7 +130,7 @@ def _clip_parts(grads: Sequence[Tensor], max_norm: float) -> float:
     world = dist.get_world_size() if meshes else 1
     many: Any = torch  # its operations on many tensors at once have names that begin with _
     locals_ = [grad.to_local() if isinstance(grad, DTensor) else grad for grad in grads]
-    norms = torch.stack([norm.float().cpu() for norm in many._foreach_norm(locals_)]).double()
+    norms = torch.stack(many._foreach_norm(locals_, dtype=torch.float32)).cpu().double()
     copies = torch.tensor([world / _owners(grad) for grad in grads], dtype=torch.float64)
     total = (norms.square() / copies).sum().to(device)
     if world > 1:
