@@ -89,7 +89,7 @@ def odd(tmp_path_factory):
     folder = tmp_path_factory.mktemp("odd")
     torch.manual_seed(0)
     sizes = {"vocab_size": 259, "hidden_size": 54, "intermediate_size": 106, "num_hidden_layers": 2}
-    heads = {"num_attention_heads": 6, "num_key_value_heads": 2, "tie_word_embeddings": False}
+    heads = {"num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 10, "tie_word_embeddings": False}
     model = Qwen2ForCausalLM(Qwen2Config(**sizes, **heads))
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):

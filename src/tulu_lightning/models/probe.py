@@ -47,10 +47,18 @@ def check_packed(lm: PreTrainedModel, folder: str) -> None:
 
     Raises:
         InputError: they differ, or the architecture cannot run packed at all.
-        NotStreamedError: no small one of its kind can be made.
+        NotStreamedError: no small one of its kind can be made, or it fails: then the model itself has to be asked.
     """
-    if any(parameter.is_meta for parameter in lm.parameters()):
-        lm = _small(lm)
+    if not any(parameter.is_meta for parameter in lm.parameters()):
+        _check(lm, folder)
+        return
+    try:
+        _check(_small(lm), folder)
+    except InputError as error:
+        raise NotStreamedError(f"a small one of its kind fails a trial ({error.what})") from error
+
+
+def _check(lm: PreTrainedModel, folder: str) -> None:
     speaks = lm.can_generate()  # else it is a reward model, whose head is `load_scorer`'s to check
     head: Any = lm.get_output_embeddings()
     cap = getattr(lm.config, "final_logit_softcapping", None)
