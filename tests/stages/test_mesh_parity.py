@@ -194,21 +194,17 @@ def check_rows(one, other, places):
         assert sum(map(len, by_place.values())) == len(whole)
 
 
-def test_sft_split_over_two_ranks_is_that_of_one_and_resumes(tmp_path):
-    """Tensor parallelism through the command line; a signal to one rank stops both, and the same command goes on."""
+def test_sft_split_over_two_ranks_is_that_of_one(tmp_path):
+    """Tensor parallelism through the command line, with a checkpoint and a promoted folder."""
     assert cli.main(config(tmp_path / "one", "sft", None, 1)) == 0
-    fault = {"class_path": "stage_faults.Interrupt", "init_args": {"step": 2, "rank": 1}}
-    stopped = fit(tmp_path / "two", "sft", 2, fault, tensor_parallel=2)
-    assert "interrupted; run the same command again" in stopped.stderr, stopped.stderr[-4000:]
+    done = fit(tmp_path / "two", "sft", 2, tensor_parallel=2)
+    assert done.returncode == 0, done.stderr[-4000:]
+    check_run(tmp_path / "one/run", tmp_path / "two/run")
+    check_rows(tmp_path / "one/run", tmp_path / "two/run", [0, 0])
     sizes = sharded_sizes(next((tmp_path / "two/run/checkpoints").glob("step-*.ckpt")))
     parts = {name: len(chunks) for name, chunks in sizes.items() if "_proj" in name or "embed" in name}
     assert any("exp_avg" in name for name in parts)
     assert {n for name, n in parts.items() if not name.endswith("step")} == {2}, "each rank wrote its part"
-    resumed = fit(tmp_path / "two", "sft", 2, tensor_parallel=2)
-    assert resumed.returncode == 0, resumed.stderr[-4000:]
-    assert "step-000002.ckpt (step 2)" in resumed.stdout
-    check_run(tmp_path / "one/run", tmp_path / "two/run")
-    check_rows(tmp_path / "one/run", tmp_path / "two/run", [0, 0])
 
 
 MESHES = {
@@ -234,13 +230,24 @@ def test_whole_runs_over_every_mesh_are_those_of_one_process(tmp_path, stage, mo
 
 
 @pytest.mark.slow
-def test_a_checkpoint_goes_on_over_another_mesh(tmp_path):
-    """Stopped split over two of four ranks, resumed unsplit over two; the run is that of one process."""
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ((2, {"tensor_parallel": 2}), (2, {"tensor_parallel": 2})),
+        ((4, {"tensor_parallel": 2}), (2, {})),
+        ((2, {}), (4, {"tensor_parallel": 2})),
+        ((4, {"replicas": 2}), (2, {"tensor_parallel": 2})),
+    ],
+)
+def test_a_checkpoint_goes_on_over_the_same_mesh_or_another(tmp_path, before, after):
+    """A signal to one rank stops them all; run again, over another mesh maybe, the run is that of one process."""
     assert cli.main(config(tmp_path / "one", "sft", None, 1)) == 0
-    fault = {"class_path": "stage_faults.Interrupt", "init_args": {"step": 2, "rank": 3}}
-    stopped = fit(tmp_path / "other", "sft", 4, fault, tensor_parallel=2)
+    ranks, settings = before
+    fault = {"class_path": "stage_faults.Interrupt", "init_args": {"step": 2, "rank": ranks - 1}}
+    stopped = fit(tmp_path / "other", "sft", ranks, fault, **settings)
     assert "interrupted; run the same command again" in stopped.stderr, stopped.stderr[-4000:]
-    resumed = fit(tmp_path / "other", "sft", 2)
+    ranks, settings = after
+    resumed = fit(tmp_path / "other", "sft", ranks, **settings)
     assert resumed.returncode == 0, resumed.stderr[-4000:]
     assert "step-000002.ckpt (step 2)" in resumed.stdout
     check_run(tmp_path / "one/run", tmp_path / "other/run")

@@ -27,7 +27,7 @@ from tulu_lightning.models.backbone import Backbone, PackedLM
 from tulu_lightning.models.limits import check_documents
 from tulu_lightning.models.quantize import check_bitsandbytes
 from tulu_lightning.models.sharding import Fsdp2
-from tulu_lightning.ranks import data_place
+from tulu_lightning.ranks import data_place, over_rows
 from tulu_lightning.rollout.local import LocalEngine
 from tulu_lightning.stages.checks import (
     check_processes,
@@ -165,7 +165,7 @@ class Stage(L.LightningModule):
         """Begin metrics anew, in the mode of this validation: those of `trainer.validate` are inference tensors."""
         for part in self.modules():
             if isinstance(part, Metric):
-                part.reset()
+                over_rows(part, self._trainer).reset()
 
     def log_validation(self, metrics: Mapping[str, Metric | float]) -> None:
         """Give the metrics of a validation to Lightning, those of torchmetrics to be computed at its end.
