@@ -4,6 +4,7 @@ Run by torchrun: `mesh_ranks.py OUTPUT FOLDER TENSOR,REPLICAS ...`; the first ra
 """
 
 import json
+import math
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -92,6 +93,18 @@ def apart(one, other):
     return max(float((one[name] - other[name]).abs().max()) for name in one)
 
 
+def ranks_that_see_a_hole(network):
+    """How many ranks get a norm that is not finite when one gradient of the last rank holds one number that is not."""
+    trained = [p for p in network.parameters() if p.requires_grad]
+    for parameter in trained:
+        parameter.grad = torch.ones_like(parameter)
+    if dist.get_rank() == dist.get_world_size() - 1:
+        next(p.grad.to_local() for p in trained if p.to_local().numel()).view(-1)[0] = float("nan")
+    seen = torch.tensor(float(not math.isfinite(clip(trained, 1.0))))
+    dist.all_reduce(seen)
+    return int(seen)
+
+
 def compare(case, folder, own, reference):
     """How far a network over a mesh is from the same one on one process: at the start, and after some steps."""
     kind, settings = CASES[case]
@@ -104,9 +117,13 @@ def compare(case, folder, own, reference):
     found = train(network, start, rank, ranks)
     losses = torch.tensor([loss for loss, _ in found])
     dist.all_reduce(losses, group=own.device_mesh["data_parallel"].get_group())
+    frozen = [p for p in network.parameters() if not p.requires_grad]
+    ended = weights(network)
     return {
+        "holes": ranks_that_see_a_hole(network) / dist.get_world_size(),
+        "gradients of frozen weights": sum(p.grad is not None for p in frozen),
         "start": apart(at_start, expected_start),
-        "end": apart(weights(network), expected),
+        "end": apart(ended, expected),
         "moved": apart(expected_start, expected),
         "losses": losses.tolist(),
         "expected losses": [loss for loss, _ in numbers],

@@ -57,6 +57,8 @@ def check_exact(found):
     assert found["losses"] == pytest.approx(found["expected losses"], rel=1e-5)
     assert found["norms"] == pytest.approx(found["expected norms"], rel=1e-5)
     assert min(found["norms"]) > 0.5, "clipping is in it"
+    assert found["holes"] == 1, "all ranks skip an update of which one has a gradient that is not finite"
+    assert found["gradients of frozen weights"] == 0
 
 
 def test_two_ranks_are_one(tmp_path, tiny):

@@ -51,26 +51,24 @@ class Fsdp2(ShardedSaving):
             cpu_offload: keep weights, gradients and optimiser states on the host, and update them there.
             async_save: write checkpoints while training goes on.
             timeout_minutes: how long a rank may wait for the others in one place.
-
-        Raises:
-            InputError: a size or a time that cannot be.
         """
-        mesh_sizes(tensor_parallel * replicas, tensor_parallel, replicas)
-        if not 0 < timeout_minutes < float("inf"):
-            raise InputError(
-                "trainer.strategy.init_args.timeout_minutes", f"is {timeout_minutes}", "Use minutes above 0."
-            )
-        super().__init__(timeout=timedelta(minutes=timeout_minutes))
+        super().__init__()
         self.tensor_parallel, self.replicas = tensor_parallel, replicas
         self.cpu_offload, self.async_save = cpu_offload, async_save
+        self.timeout_minutes = timeout_minutes
         self._meshes: Meshes | None = None
 
     def setup_environment(self) -> None:
         """Divide the ranks, and set the mesh before Lightning builds it.
 
         Raises:
-            InputError: they do not divide, or the accelerator leaves nothing to offload from.
+            InputError: they do not divide, a setting cannot be, or the accelerator leaves nothing to offload from.
         """
+        # Here, and not where they are given: a config's classes are made behind a parser that hides such errors.
+        if not 0 < self.timeout_minutes < float("inf"):
+            where, what = "trainer.strategy.init_args.timeout_minutes", f"is {self.timeout_minutes}"
+            raise InputError(where, what, "Use minutes above 0.")
+        self._timeout = timedelta(minutes=self.timeout_minutes)
         sizes = mesh_sizes(self.num_nodes * self.num_processes, self.tensor_parallel, self.replicas)
         if self.cpu_offload and self.root_device.type == "cpu":
             what = "is true, and the accelerator is the CPU, whose memory everything is in already"
