@@ -178,6 +178,7 @@ def size_of(folder):
     return 4 * sum(t.numel() for file in Path(folder).glob("*.safetensors") for t in load_file(file).values())
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_no_rank_ever_holds_the_whole_model(smol, tmp_path):
     whole = size_of(smol)

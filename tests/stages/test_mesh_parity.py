@@ -218,7 +218,7 @@ MESHES = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", ["sft", "dpo", "ppo", "grpo"])
+@pytest.mark.parametrize("stage", ["sft", "reward", "dpo", "ppo", "grpo"])
 def test_whole_runs_over_every_mesh_are_those_of_one_process(tmp_path, stage, monkeypatch):
     monkeypatch.setenv("TULU_REFERENCE", str(tmp_path / "reference"))
     assert cli.main(config(tmp_path / "one", stage, None, 1)) == 0

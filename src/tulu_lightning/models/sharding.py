@@ -105,7 +105,8 @@ class Fsdp2(ShardedSaving):
             split(decoder_of(module), self.meshes.tensor, config.path)
         offload = CPUOffloadPolicy(pin_memory=True) if self.cpu_offload else OffloadPolicy()
         shard(module, self.meshes.data, getattr(torch, config.compute_dtype), self.meshes.whole, offload)
-        materialise(module, torch.device("cpu") if self.cpu_offload else self.root_device, config.lora)
+        home = torch.device("cpu") if self.cpu_offload else self.root_device
+        materialise(module, home, config.lora, self.root_device)
         return module
 
     def model_to_device(self) -> None:
@@ -113,8 +114,9 @@ class Fsdp2(ShardedSaving):
         if not self.cpu_offload:
             super().model_to_device()
             return
-        assert self.model is not None
-        for part in self.model.modules():
+        assert self.lightning_module is not None
+        self.lightning_module._device = self.root_device  # where it computes
+        for part in self.lightning_module.modules():
             for name, buffer in part._buffers.items():
                 part._buffers[name] = None if buffer is None else buffer.to(self.root_device)
 

@@ -131,7 +131,9 @@ def mark(lm: PreTrainedModel, folder: str) -> None:
 
 
 @torch.no_grad()
-def materialise(module: nn.Module, device: torch.device, lora: Lora | None = None) -> None:
+def materialise(
+    module: nn.Module, device: torch.device, lora: Lora | None = None, buffers: torch.device | None = None
+) -> None:
     """Give a network's parameters memory and numbers: this rank's part of them if they are sharded.
 
     One tensor's part at a time is held beside them; of a 4-bit layer one whole matrix, which is quantised.
@@ -140,6 +142,7 @@ def materialise(module: nn.Module, device: torch.device, lora: Lora | None = Non
         module: with parameters on meta, marked; a network without any is left as it is.
         device: where to.
         lora: of the adapters in it.
+        buffers: where buffers go, if elsewhere.
 
     Raises:
         InputError: a file is damaged.
@@ -156,7 +159,7 @@ def materialise(module: nn.Module, device: torch.device, lora: Lora | None = Non
     for part in module.modules():
         nested: Any = part.nested if isinstance(part, Linear4bit) else None
         if nested is not None and nested.is_meta:
-            part.nested = torch.empty_like(nested, device=device)
+            part.nested = torch.empty_like(nested, device=buffers or device)
     module._apply(lambda tensor: tensor)  # FSDP2 takes note of its parameters' new memory
     files: dict[str, WeightFiles] = {}
     for places in owners.values():

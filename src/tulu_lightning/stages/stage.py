@@ -105,7 +105,7 @@ class Stage(L.LightningModule):
     def make_engine(self, dtype: torch.dtype | None = None) -> LocalEngine:
         """An engine with a copy of the policy's present weights, stamped with the present step."""
         dtype = dtype or getattr(torch, self.backbone.compute_dtype)
-        return LocalEngine.from_model(self.model.lm, dtype, version=self.step)
+        return LocalEngine.from_model(self.model.lm, dtype, self.device, self.step)
 
     def stop_ids(self) -> tuple[int, ...]:
         """Token ids that end a response: those of the data module and of the start checkpoint's generation config."""
