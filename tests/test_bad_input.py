@@ -125,6 +125,45 @@ def test_a_trainer_setting_that_the_stage_has_its_own_for(key, value, instead, r
     assert instead in said
 
 
+def sharded(**settings):
+    strategy = {"class_path": "tulu_lightning.models.sharding.Fsdp2", "init_args": settings}
+    return {"strategy": strategy, "devices": 1, "accelerator": "cpu"}
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"tensor_parallel": 2},
+            "trainer.strategy: has tensor_parallel 2 and replicas 1, and 1 ranks are not a multiple",
+        ),
+        (
+            {"replicas": 3},
+            "trainer.strategy: has tensor_parallel 1 and replicas 3, and 1 ranks are not a multiple of 3",
+        ),
+        ({"replicas": 0}, "trainer.strategy.init_args.replicas: is 0. Use at least 1."),
+        ({"timeout_minutes": 0}, "trainer.strategy.init_args.timeout_minutes: is 0.0"),
+        ({"cpu_offload": True}, "trainer.strategy.init_args.cpu_offload: is true, and the accelerator is the CPU"),
+    ],
+)
+def test_a_mesh_that_the_ranks_do_not_make(settings, message, refused, tmp_path):
+    assert refused(*leaf(tmp_path, "sft", trainer=sharded(**settings))).startswith(message)
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "16-mixed", "64-true", "transformer-engine"])
+def test_a_precision_beside_that_of_the_shards(precision, refused, tmp_path):
+    said = refused(*leaf(tmp_path, "sft", trainer={**sharded(), "precision": precision}))
+    assert said.startswith("trainer")
+    assert "precision" in said or "transformer_engine" in said
+
+
+def test_offload_by_a_strategy_that_has_none(refused, tmp_path):
+    strategy = {"class_path": "lightning.pytorch.strategies.SingleDeviceStrategy", "init_args": {"cpu_offload": True}}
+    assert "cpu_offload" in refused(*leaf(tmp_path, "sft", trainer={"strategy": strategy}))
+    said = refused(*leaf(tmp_path, "sft", trainer={"strategy": "fsdp_cpu_offload", "accelerator": "cpu"}))
+    assert said.startswith("trainer: The strategy `fsdp` requires a GPU accelerator")
+
+
 # Models -------------------------------------------------------------------------------------------------------------
 
 

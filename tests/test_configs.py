@@ -244,6 +244,13 @@ def init_arg(config: dict, key: str):
     return value_at(config, (section, "init_args", *rest))
 
 
+def strategy(size: str):
+    """fsdp2 by its name, or with sizes of its mesh."""
+    if size != "405b":
+        return "fsdp2"
+    return {"class_path": "tulu_lightning.models.sharding.Fsdp2", "init_args": {"tensor_parallel": 8}}
+
+
 @pytest.mark.parametrize("size", SIZES)
 def test_a_full_size_sft_config_holds_the_papers_numbers(size):
     config = composed(f"sft_{size}.yaml")
@@ -252,7 +259,7 @@ def test_a_full_size_sft_config_holds_the_papers_numbers(size):
             assert config["trainer"]["devices"] * config["trainer"]["num_nodes"] == expected
         else:
             assert (init_arg(config, key), type(init_arg(config, key))) == (expected, type(expected)), key
-    assert config["trainer"]["strategy"] == "fsdp2"
+    assert config["trainer"]["strategy"] == strategy(size)
     assert config["seed_everything"] == SIZES[size].get("data.seed", 1)
     (source,) = init_arg(config, "data.sources")
     assert source == {"name": "tulu3", "hub": "allenai/tulu-3-sft-mixture"}
@@ -313,7 +320,7 @@ def test_a_full_size_dpo_config_holds_the_papers_numbers(size):
             assert config["trainer"]["devices"] * config["trainer"]["num_nodes"] == expected
         else:
             assert (init_arg(config, key), type(init_arg(config, key))) == (expected, type(expected)), key
-    assert config["trainer"]["strategy"] == "fsdp2"
+    assert config["trainer"]["strategy"] == strategy(size)
     (source,) = init_arg(config, "data.sources")
     assert source == {
         "name": f"tulu3-preferences-{size}",

@@ -1,8 +1,10 @@
 """Which share of a step's rows a process gets: ranks that split one model over tensor parallelism share theirs."""
 
-from typing import Any
+from typing import Any, TypeVar
 
-__all__ = ["data_place", "replaces_sampler"]
+__all__ = ["data_place", "over_rows", "replaces_sampler"]
+
+Metric = TypeVar("Metric", bound=Any)
 
 
 def data_place(trainer: Any) -> tuple[int, int]:
@@ -18,6 +20,19 @@ def data_place(trainer: Any) -> tuple[int, int]:
         return 0, 1
     place = trainer.distributed_sampler_kwargs or {}
     return place.get("rank", 0), place.get("num_replicas", 1)
+
+
+def over_rows(metric: Metric, trainer: Any) -> Metric:
+    """A torchmetrics metric that is summed over ranks with different rows alone; by default each rank counts.
+
+    Args:
+        metric: is changed.
+        trainer: a Lightning Trainer, or None.
+    """
+    mesh = getattr(getattr(trainer, "strategy", None), "_device_mesh", None)
+    if mesh is not None:
+        metric.process_group = mesh["data_parallel"].get_group()
+    return metric
 
 
 def replaces_sampler(trainer: Any) -> bool:

@@ -3,7 +3,6 @@
 import os
 import signal
 import time
-from datetime import timedelta
 
 import lightning as L
 
@@ -48,8 +47,7 @@ class Impatient(Fsdp2):
     """Waits for the other ranks for eight seconds."""
 
     def __init__(self) -> None:
-        super().__init__()
-        self._timeout = timedelta(seconds=8)
+        super().__init__(timeout_minutes=8 / 60)
 
 
 class AllRaise(L.Callback):

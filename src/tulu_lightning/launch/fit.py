@@ -179,7 +179,7 @@ class TuluCLI(LightningCLI):
             kwargs["logger"] = TensorBoardLogger(save_dir=self.run_folder / "tensorboard", name="", version="")
         try:
             return super().instantiate_trainer(**kwargs)
-        except (MisconfigurationException, ValueError) as error:
+        except (MisconfigurationException, ModuleNotFoundError, ValueError) as error:
             if isinstance(error, InputError):
                 raise
             remedy = "Change the trainer's settings; `tulu fit --help` lists them."

@@ -26,6 +26,7 @@ from tulu_lightning.models.loading import decoder_layers, load_causal_lm, load_s
 from tulu_lightning.models.lora import Lora, adapt, save_trained_only
 from tulu_lightning.models.probe import check_packed
 from tulu_lightning.models.quantize import Quantize, quantize
+from tulu_lightning.models.skeleton import building_without_weights, mark
 from tulu_lightning.types import Pack
 
 __all__ = ["Backbone", "Packed", "PackedLM"]
@@ -118,6 +119,8 @@ class Backbone:
             for part in (lm, lm.get_decoder()):  # a critic takes the decoder alone
                 save_trained_only(part)
         self._switch(lm, folder)
+        if building_without_weights():
+            mark(lm, folder)
         return lm.train()
 
     def _switch(self, lm: PreTrainedModel, folder: str) -> None:

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from tulu_lightning.errors import InputError
 from tulu_lightning.models.limits import read_config
+from tulu_lightning.models.skeleton import NotStreamedError, building_without_weights, skeleton
 
 __all__ = ["SCORE", "decoder_layers", "is_classifier", "load_causal_lm", "load_scorer"]
 
@@ -30,6 +31,8 @@ def is_classifier(folder: str | Path) -> bool:
 
 def load_causal_lm(folder: str | Path, dtype: torch.dtype, attention: str | None = None) -> PreTrainedModel:
     """Load a causal LM from a local folder, from safetensors, without running code of the folder.
+
+    Inside `skeleton.without_weights` it gets none yet.
 
     Args:
         folder: the model folder.
@@ -72,6 +75,11 @@ def _load(
     """The model, and the names of the tensors that its files lack."""
     chosen: dict[str, Any] = settings if attention is None else {"attn_implementation": attention, **settings}
     try:
+        if building_without_weights():
+            model, missing = skeleton(kind, folder, dtype, attention, **settings)
+            if any(name != SCORE for name in missing):
+                raise NotStreamedError(f"its files have no {missing[0]}")
+            return model, missing
         model, report = kind.from_pretrained(
             folder,
             dtype=dtype,
@@ -81,6 +89,8 @@ def _load(
             output_loading_info=True,
             **chosen,
         )
+    except InputError:
+        raise
     except (SafetensorError, OSError, ValueError, KeyError, RuntimeError) as error:
         raise InputError(str(folder), f"its weights do not load ({_first_line(error)})", REMEDY) from error
     return model, sorted(report["missing_keys"])

@@ -85,6 +85,10 @@ class WatchedRanks(ModelParallelStrategy):
     def setup_environment(self) -> None:
         """Start the ranks together; the groups of the mesh get the timeout of the whole, which is else NCCL's 10 minutes."""
         super().setup_environment()
+        self.set_timeouts()
+
+    def set_timeouts(self) -> None:
+        """Give every group of ranks that there is the timeout of the whole."""
         timeout = timedelta(seconds=self._seconds()) + MARGIN
         for group in list(distributed_c10d._world.pg_map):
             distributed_c10d._set_pg_timeout(timeout, group)

@@ -5,15 +5,44 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor.placement_types import _StridedShard
 
-__all__ = ["fill", "full", "plain_weights"]
+__all__ = ["fill", "full", "own_block", "plain_weights"]
 
 
 def full(tensor: Tensor) -> Tensor:
     """The whole tensor, gathered if it is sharded (then all ranks must call)."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    if not isinstance(tensor, DTensor):
+        return tensor
+    device = tensor.device_mesh.device_type
+    # What is kept on the host is gathered where the ranks can talk.
+    near: Any = tensor if tensor.to_local().device.type == device else tensor.to(device)
+    if any(isinstance(placement, _StridedShard) for placement in near.placements):  # then the shards of a split first
+        near = near.redistribute(
+            placements=[Replicate() if isinstance(p, _StridedShard) else p for p in near.placements]
+        )
+    return near.full_tensor()
+
+
+def own_block(tensor: Tensor) -> tuple[slice, ...]:
+    """Where this rank's part of a tensor lies in the whole: one slice for each dimension.
+
+    Args:
+        tensor: plain (all of it), or sharded by FSDP2, by tensor parallelism, or by both: then first by the latter.
+    """
+    starts, sizes = [0] * tensor.ndim, list(tensor.shape)
+    if isinstance(tensor, DTensor):
+        own: Any = tensor.device_mesh.get_coordinate()
+        parts = [(p, tensor.device_mesh.size(i), own[i]) for i, p in enumerate(tensor.placements)]
+        for placement, ranks, rank in sorted(parts, key=lambda part: isinstance(part[0], _StridedShard)):
+            if isinstance(placement, Shard | _StridedShard):
+                size = sizes[placement.dim]
+                step = -(-size // ranks)  # torch.chunk's rule
+                before = min(rank * step, size)
+                starts[placement.dim] += before
+                sizes[placement.dim] = min(step, size - before)
+    return tuple(slice(start, start + size) for start, size in zip(starts, sizes, strict=True))
 
 
 @torch.no_grad()
@@ -21,15 +50,11 @@ def fill(target: Tensor, whole: Tensor) -> None:
     """Copy a whole tensor into another, or this rank's part of it if that is sharded.
 
     Args:
-        target: plain, or sharded evenly by FSDP2.
+        target: plain, or sharded.
         whole: of the same shape.
     """
-    if not isinstance(target, DTensor):
-        target.copy_(whole)
-        return
-    shape, offset = compute_local_shape_and_global_offset(target.shape, target.device_mesh, target.placements)
-    own = whole[tuple(slice(at, at + size) for at, size in zip(offset, shape, strict=True))]
-    target.to_local().copy_(own)
+    local = target.to_local() if isinstance(target, DTensor) else target
+    local.copy_(whole[own_block(target)])
 
 
 @torch.no_grad()

@@ -10,6 +10,7 @@ from tulu_lightning.core.preference import PreferenceLoss, pair_metrics
 from tulu_lightning.core.settings import require
 from tulu_lightning.data.rows import Documents
 from tulu_lightning.models.backbone import Backbone
+from tulu_lightning.ranks import over_rows
 from tulu_lightning.stages.checks import check_pairs, check_tokenizer
 from tulu_lightning.stages.optimizer import AdamW
 from tulu_lightning.stages.pair_metrics import PairMetrics
@@ -80,7 +81,7 @@ class DPO(Stage):
 
     def _totals(self) -> PairMetrics:
         names = (*METRICS, *(KL if self.reference else ()))
-        return PairMetrics(names, self._data.source_names, BY_SOURCE).to(self.device)
+        return over_rows(PairMetrics(names, self._data.source_names, BY_SOURCE), self._trainer).to(self.device)
 
     def _count(self, totals: PairMetrics, pack: Pack, values: dict[str, Tensor]) -> None:
         if pack.rows:  # a filler counts for nothing
@@ -91,7 +92,7 @@ class DPO(Stage):
 
     def on_validation_epoch_start(self) -> None:
         """Count anew."""
-        self.validation = PairMetrics(VALIDATED).to(self.device)
+        self.validation = over_rows(PairMetrics(VALIDATED), self._trainer).to(self.device)
 
     def validation_step(self, batch: StepBatch, batch_idx: int) -> None:
         """The same numbers without an update: `val_loss`, `val_accuracy`, `val_margin` over all validation pairs."""

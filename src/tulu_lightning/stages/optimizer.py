@@ -1,11 +1,13 @@
 """AdamW and its schedule, as settings, and the update that they make."""
 
 import importlib.util
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -108,11 +110,43 @@ def clip(parameters: Iterable[nn.Parameter], max_norm: float) -> float:
         max_norm: 0 leaves the gradients as they are.
     """
     parameters = [p for p in parameters if p.grad is not None]
-    norm: Tensor = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-    value = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
-    if max_norm and value > max_norm:  # else the factor is 1, and would cost a pass over them
+    grads = [p.grad for p in parameters if p.grad is not None]
+    if any(isinstance(grad, DTensor) or grad.dtype != torch.float32 for grad in grads):
+        return _clip_parts(grads, max_norm)
+    norm = torch.nn.utils.get_total_norm(grads)
+    if max_norm and float(norm) > max_norm:  # else the factor is 1, and would cost a pass over them
         torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
-    return value
+    return float(norm)
+
+
+@torch.no_grad()
+def _clip_parts(grads: Sequence[Tensor], max_norm: float) -> float:
+    """The same for gradients that are sharded, maybe not all over the same ranks: one number is summed over all.
+
+    PyTorch's own functions take the gradients of one mesh only, and round the norm of bf16 ones to bf16.
+    """
+    meshes = [grad.device_mesh for grad in grads if isinstance(grad, DTensor)]
+    device = torch.device(meshes[0].device_type) if meshes else grads[0].device
+    world = dist.get_world_size() if meshes else 1
+    many: Any = torch  # its operations on many tensors at once have names that begin with _
+    locals_ = [grad.to_local() if isinstance(grad, DTensor) else grad for grad in grads]
+    norms = torch.stack(many._foreach_norm(locals_, dtype=torch.float32)).cpu().double()
+    copies = torch.tensor([world / _owners(grad) for grad in grads], dtype=torch.float64)
+    total = (norms.square() / copies).sum().to(device)
+    if world > 1:
+        dist.all_reduce(total)
+    norm = float(total) ** 0.5
+    if max_norm and norm > max_norm:
+        many._foreach_mul_(locals_, max_norm / (norm + 1e-6))
+    return norm
+
+
+def _owners(tensor: Tensor) -> int:
+    """Over how many ranks a tensor is cut; all others hold the same again."""
+    if not isinstance(tensor, DTensor):
+        return 1
+    placements = zip(tensor.placements, tensor.device_mesh.shape, strict=True)
+    return math.prod(size for placement, size in placements if not placement.is_replicate())
 
 
 def samples(parameters: Iterable[nn.Parameter]) -> list[Tensor]:

@@ -15,6 +15,7 @@ from tulu_lightning.data.preference import PreferenceData
 from tulu_lightning.errors import InputError
 from tulu_lightning.models.backbone import Backbone
 from tulu_lightning.models.heads import PackedReward, has_reward_head
+from tulu_lightning.ranks import over_rows
 from tulu_lightning.stages.checks import check_pairs, check_tokenizer
 from tulu_lightning.stages.optimizer import AdamW
 from tulu_lightning.stages.pair_metrics import PairMetrics
@@ -81,7 +82,7 @@ class RewardModel(Stage):
     def training_step(self, batch: StepBatch, batch_idx: int) -> None:
         """One global step: every micro-batch forward and backward, then one update."""
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
-        metrics = PairMetrics(NAMES, data.source_names, BY_SOURCE).to(self.device)
+        metrics = over_rows(PairMetrics(NAMES, data.source_names, BY_SOURCE), self._trainer).to(self.device)
         for pack in batch.packs:
             rewards = self.rewards(pack)
             loss_B = bradley_terry(rewards)

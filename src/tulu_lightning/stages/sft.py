@@ -11,6 +11,7 @@ from tulu_lightning.core.reduce import Reduction, document_of, reduced_weights
 from tulu_lightning.core.settings import require
 from tulu_lightning.errors import InputError
 from tulu_lightning.models.backbone import Backbone
+from tulu_lightning.ranks import over_rows
 from tulu_lightning.stages.optimizer import AdamW
 from tulu_lightning.stages.sft_metrics import SourceLoss
 from tulu_lightning.stages.stage import Stage
@@ -65,7 +66,7 @@ class SFT(Stage):
         """One global step: every micro-batch forward and backward, then one update."""
         denominator = self._denominator(batch)
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
-        totals = SourceLoss([source.name for source in data.sources]).to(self.device)
+        totals = over_rows(SourceLoss([source.name for source in data.sources]), self._trainer).to(self.device)
         for pack in batch.packs:
             weight_N = self._weights(pack)
             stats = self.model(pack, weight_N=weight_N / denominator, noise_TD=self._noise(pack, batch.step))

@@ -27,7 +27,7 @@ from tulu_lightning.models.backbone import Backbone, PackedLM
 from tulu_lightning.models.limits import check_documents
 from tulu_lightning.models.quantize import check_bitsandbytes
 from tulu_lightning.models.sharding import Fsdp2
-from tulu_lightning.ranks import data_place
+from tulu_lightning.ranks import data_place, over_rows
 from tulu_lightning.rollout.local import LocalEngine
 from tulu_lightning.stages import saving
 from tulu_lightning.stages.checks import (
@@ -105,7 +105,7 @@ class Stage(L.LightningModule):
     def make_engine(self, dtype: torch.dtype | None = None) -> LocalEngine:
         """An engine with a copy of the policy's present weights, stamped with the present step."""
         dtype = dtype or getattr(torch, self.backbone.compute_dtype)
-        return LocalEngine.from_model(self.model.lm, dtype, version=self.step)
+        return LocalEngine.from_model(self.model.lm, dtype, self.device, self.step)
 
     def stop_ids(self) -> tuple[int, ...]:
         """Token ids that end a response: those of the data module and of the start checkpoint's generation config."""
@@ -165,7 +165,7 @@ class Stage(L.LightningModule):
         """Begin metrics anew, in the mode of this validation: those of `trainer.validate` are inference tensors."""
         for part in self.modules():
             if isinstance(part, Metric):
-                part.reset()
+                over_rows(part, self._trainer).reset()
 
     def log_validation(self, metrics: Mapping[str, Metric | float]) -> None:
         """Give the metrics of a validation to Lightning, those of torchmetrics to be computed at its end.
