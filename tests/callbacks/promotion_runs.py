@@ -4,9 +4,8 @@ import json
 from pathlib import Path
 
 import lightning as L
-import torch
-
 import stage_runs as runs
+import torch
 
 from tulu_lightning.callbacks.checkpoints import Checkpoints
 from tulu_lightning.callbacks.evaluate import Evaluate

@@ -51,7 +51,10 @@ def test_without_scores_that_compare_nothing_is_promoted(before, after, said, tm
 
 
 def test_a_gain_is_held_against_what_was_promoted_and_a_guard_against_the_start(tmp_path):
-    earlier = [{"moment": "step_000002", "decision": {"promote": True}}, {"moment": "x", "decision": {"promote": False}}]
+    earlier = [
+        {"moment": "step_000002", "decision": {"promote": True}},
+        {"moment": "x", "decision": {"promote": False}},
+    ]
     scores(120).to_json(tmp_path / "scores" / "step_000002.json")
     gained = decided(tmp_path, scores(60), scores(130), earlier)
     assert gained.difference == pytest.approx(10 / 200)
