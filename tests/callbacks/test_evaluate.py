@@ -90,8 +90,9 @@ class Draws(L.Callback):
 
 def disturb():
     """Rows of a data set that draws from every generator as it is read."""
-    random.random(), np.random.rand(), torch.rand(3)
-    return toy_tasks.ASKED.rows()
+    drawn = random.random(), np.random.rand(), torch.rand(3)
+    assert len(drawn) == 3
+    return toy_tasks.all_rows()
 
 
 def suite(**settings):
@@ -118,7 +119,7 @@ def test_a_suite_changes_nothing_of_the_training_and_is_written_and_logged(tmp_p
     assert moments(tmp_path / "watched") == ["before", "step_000001", "step_000002", "after"]
     assert sorted(path.name for path in (scores / "step_000001").iterdir()) == ["asked.json", "ranked.json"]
     result = json.loads((scores / "after" / "ranked.json").read_text())["summary"]
-    tasks = dict((task.name, (task, items)) for task, items in suite().read())
+    tasks = {task.name: (task, items) for task, items in suite().read()}
     task, items = tasks["ranked"]
     assert (result["n"], result["settings"], result["version"]) == (6, task.settings(items), 2)
     low, high = result["interval"]

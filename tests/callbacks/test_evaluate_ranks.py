@@ -33,6 +33,7 @@ def config(folder, evaluates):
             "suite": {"tasks": ["toy_tasks.ASKED", "toy_tasks.RANKED"], "limit": 9, "limits": {"ranked": 5}},
         },
     }
+    lenient = {"when": "each", "rule": {"max_loss": 0.9, "min_items": 1}}
     settings = {
         "include": [str(CONFIGS / "sft_tiny.yaml")],
         "model": {"init_args": {"optimizer": {"lr": 1.0e-2, "eps": 1.0e-2}}},
@@ -44,7 +45,7 @@ def config(folder, evaluates):
                 {"class_path": "noticing.Notice"},
                 {"class_path": OWN + "checkpoints.Checkpoints"},
                 *([evaluate] if evaluates else []),
-                {"class_path": OWN + "promote.Promote"},
+                {"class_path": OWN + "promote.Promote", "init_args": lenient if evaluates else {}},
             ],
         },
     }
@@ -100,7 +101,7 @@ def test_random_states_and_batches_of_each_rank_are_as_without_it(folders, rank)
 
 def test_the_trained_weights_are_those_of_a_run_without_it(folders):
     scored, alone, *_ = folders
-    one, other = (load_file(next(run.glob("exports/*/model.safetensors"))) for run in (scored, alone))
+    one, other = (load_file(run / "exports" / "step-000004" / "model.safetensors") for run in (scored, alone))
     assert one.keys() == other.keys()
     assert all(torch.equal(one[name], other[name]) for name in one)
 
@@ -130,3 +131,19 @@ def test_each_item_is_asked_once_and_the_files_are_whole(folders):
     assert read(scored / "scores" / "step_000002.json")["summary"]["n"] == 7
     assert [path.name for path in (scored / "scores").rglob(".*")] == [], "sheets of finished items are gone"
     assert said.stdout.count("step_000002: asked") == 1, "one rank speaks"
+
+
+def test_each_look_is_decided_on_once_and_exported_by_both(folders):
+    scored, _, one, _ = folders
+    for step in (2, 4):
+        here, there = (read(run / "promotions" / f"step-{step:06d}.json") for run in (scored, one))
+        assert here["decision"]["promote"]
+        assert here["decision"]["level"] == there["decision"]["level"] == pytest.approx(0.025)
+        assert here["identity"] == there["identity"]
+        weights = [load_file(run / "exports" / f"step-{step:06d}" / "model.safetensors") for run in (scored, one)]
+        for name, tensor in weights[1].items():
+            torch.testing.assert_close(weights[0][name], tensor, rtol=1e-4, atol=1e-4)
+    assert os.readlink(scored / "promoted") == "exports/step-000004"
+    chain = read(scored / "promoted" / "lineage.json")
+    assert [(entry["stage"], entry["step"]) for entry in chain] == [("SFT", 4)]
+    assert "held-out" in chain[0]["scores"]

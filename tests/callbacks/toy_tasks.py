@@ -36,7 +36,8 @@ class Likeliest(EvenBytes):
         return "Likeliest()"
 
 
-def _rows():
+def all_rows():
+    """Forty sums."""
     return heldout_rows(40)
 
 
@@ -50,10 +51,10 @@ def _ranked(row, place):
 
 
 ASKED = Task(
-    name="asked", version=1, skill="Math", rows=_rows, example=_asked, verifier="even", own=EvenBytes(),
+    name="asked", version=1, skill="Math", rows=all_rows, example=_asked, verifier="even", own=EvenBytes(),
     max_new_tokens=6, temperature=1.0, samples=2,
 )  # fmt: skip
 RANKED = Task(
-    name="ranked", version=2, skill="Math", rows=_rows, example=_ranked, verifier="likeliest", own=Likeliest(),
+    name="ranked", version=2, skill="Math", rows=all_rows, example=_ranked, verifier="likeliest", own=Likeliest(),
     average="macro",
 )  # fmt: skip

@@ -158,7 +158,8 @@ class Evaluate(L.Callback):
         )
         run = Path(trainer.default_root_dir)
         # One rank looks, or a file system that is late would have some of them score and others not.
-        kept, other = trainer.strategy.broadcast(self._kept(run, "before") if trainer.is_global_zero else None)
+        here = self._kept(run, "before") if trainer.is_global_zero else ({}, "")
+        kept, other = trainer.strategy.broadcast(here)
         if kept:
             self._take("before", 0, kept)
         elif pl_module.step == 0:

@@ -93,12 +93,14 @@ class Series:
         self.count, self.window = 0, window
 
     def add(self, step: int, value: float) -> None:
+        """Read the next one."""
         if self.count < self.window:
             self.first.append((step, value))
         self.recent.append((step, value))
         self.count += 1
 
     def last(self, n: int) -> _Window | None:
+        """The last n values, if there are as many."""
         if len(self.recent) < n:
             return None
         steps, values = zip(*list(self.recent)[-n:], strict=True)
