@@ -121,10 +121,13 @@ class Promote(L.Callback):
         Raises:
             InputError: the rule plans fewer looks than there will be.
         """
+        evaluate = self._evaluate(trainer)
         planned = self.rule.looks if self.rule is not None else None
         if planned is not None and planned < (count := len(self._looks(trainer, pl_module))):
             what = f"is {planned}, and this run has {count}"
             raise InputError("promotion.looks", what, "Leave it out, or give at least as many.")
+        if trainer.is_global_zero and evaluate is not None and self.best is None:
+            self._warn_of_few(evaluate)
         if self.best is not None:
             self.best.start(Path(trainer.default_root_dir))
         self.on_train_batch_end(trainer, pl_module)
@@ -159,6 +162,14 @@ class Promote(L.Callback):
             self._promote_best(trainer, pl_module)
         if trainer.is_global_zero:
             self._close(run, pl_module)
+
+    def _warn_of_few(self, evaluate: Evaluate) -> None:
+        """Say at once that a rule cannot pass."""
+        rule, scores = self.rule or PromotionRule(), evaluate.scores.get("before", {})
+        for task, _, _ in rule.roles(list(scores)) if scores else ():
+            if task in scores and scores[task].n < rule.min_items:
+                asked = f"{task} has {scores[task].n} items and the rule asks for {rule.min_items}"
+                print(f"promotion: {asked} (min_items): nothing will be promoted", flush=True)
 
     def _looks(self, trainer: L.Trainer, pl_module: Any) -> list[int]:
         """The steps after which the run may be promoted."""
