@@ -209,8 +209,9 @@ class Promote(L.Callback):
         record = read_record(path) if decided else write_record(path, record_of(run, pl_module, offer))
         if record["decision"]["promote"]:
             move(run, record)
+        which = f"step {offer.step} " if self.when == "each" or self.best is not None else ""
         said = "promoted" if record["decision"]["promote"] else "not promoted"
-        print(f"{said} (step {offer.step}): {record['decision']['reason']}", flush=True)
+        print(f"{which}{said}: {record['decision']['reason']}", flush=True)
 
     @staticmethod
     def _export(trainer: L.Trainer, pl_module: Any, moment: str) -> None:
