@@ -65,6 +65,11 @@ COMMANDS = (
         "eval", "score a model on the paper's tasks, with intervals; compare two", "tulu_lightning.launch.evaluate"
     ),
     Command("export", "write a training checkpoint as a Hugging Face folder", "tulu_lightning.launch.export"),
+    Command(
+        "lineage",
+        "what a checkpoint was made from, stage by stage, with gains and cost",
+        "tulu_lightning.launch.lineage",
+    ),
     Command("report", "write a run as one HTML page", "tulu_lightning.recipes.report"),
 )
 

@@ -1,21 +1,23 @@
 """Held-out scores during training, which training does not notice; and the table of rollouts."""
 
-import sys
-from pathlib import Path
-
-import pytest
-import torch
-
-sys.path.append(str(Path(__file__).parents[1] / "stages"))
+import json
+import random
+from dataclasses import replace
 
 import lightning as L
+import numpy as np
+import pytest
 import stage_runs as runs
+import torch
+import toy_tasks
 from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from tulu_lightning.callbacks.checkpoints import Checkpoints, checkpoint_path
 from tulu_lightning.callbacks.evaluate import Evaluate
 from tulu_lightning.callbacks.records import Records, rollout_table
 from tulu_lightning.callbacks.refresh import RolloutRefresh
+from tulu_lightning.callbacks.suite import Suite, moments, read_moment
 from tulu_lightning.data.sources import Source
 from tulu_lightning.errors import InputError
 from tulu_lightning.evaluation.heldout import Scores
@@ -53,9 +55,11 @@ def test_the_logger_gets_held_out_accuracy_and_a_table_of_rollouts(tmp_path):
     trainer.fit(stage, runs.even_data(max_steps=2))
     events = EventAccumulator(str(tmp_path))
     events.Reload()
-    (accuracy,) = events.Scalars("heldout_accuracy")
-    assert accuracy.step == 1
-    assert accuracy.value == pytest.approx(Scores.from_json(tmp_path / "scores" / "step_000001.json").accuracy)
+    logged = events.Scalars("heldout_accuracy")
+    assert [accuracy.step for accuracy in logged] == [0, 1, 2]
+    for accuracy, moment in zip(logged, ("before", "step_000001", "after"), strict=True):
+        scores = Scores.from_json(tmp_path / "scores" / f"{moment}.json")
+        assert accuracy.value == pytest.approx(scores.accuracy)
     assert [event.step for event in events.Tensors("rollouts/text_summary")] == [1, 2]
     (text,) = events.Tensors("rollouts/text_summary")[-1].tensor_proto.string_val
     lines = text.decode().splitlines()
@@ -71,6 +75,124 @@ def test_a_table_shows_text_as_it_is():
     assert row == r"| a\|b<br>&lt;b&gt;\*x\*&lt;/b&gt; | ?" + "y" * 399 + "… | 0.333 |  |"
 
 
-def test_an_interval_below_zero_is_refused():
-    with pytest.raises(InputError, match=r"Evaluate\.every_n_steps: is -1"):
-        evaluate(-1)
+# A suite of tasks --------------------------------------------------------------------------------------------------
+
+
+class Draws(L.Callback):
+    """Numbers from every generator, drawn at the start of each step."""
+
+    def __init__(self):
+        self.drawn = []
+
+    def on_train_batch_start(self, *_):
+        self.drawn.append((random.random(), float(np.random.rand()), float(torch.rand(()))))
+
+
+def disturb():
+    """Rows of a data set that draws from every generator as it is read."""
+    drawn = random.random(), np.random.rand(), torch.rand(3)
+    assert len(drawn) == 3
+    return toy_tasks.all_rows()
+
+
+def suite(**settings):
+    return Suite(["toy_tasks.ASKED", "toy_tasks.RANKED"], **{"limit": 6, **settings})
+
+
+def test_a_suite_changes_nothing_of_the_training_and_is_written_and_logged(tmp_path, monkeypatch):
+    monkeypatch.setattr(toy_tasks, "ASKED", replace(toy_tasks.ASKED, rows=disturb))
+    torch.manual_seed(5)
+    seeds = random.getstate(), np.random.get_state()
+    kept = []
+    for name, also in (("alone", []), ("watched", [Evaluate(suite=suite(), every_n_steps=1)])):
+        random.setstate(seeds[0])
+        np.random.set_state(seeds[1])
+        draws, stage = Draws(), runs.sft()
+        watch = runs.fit(stage, runs.sft_data(max_steps=3), tmp_path / name, callbacks=[*also, draws])
+        kept.append((draws.drawn, watch.rows, runs.weights(stage)))
+    (drawn, rows, weights), (drawn_too, rows_too, weights_too) = kept
+    assert drawn == drawn_too
+    assert rows == rows_too
+    assert all(torch.equal(w, weights_too[name]) for name, w in weights.items())
+
+    scores = tmp_path / "watched" / "scores"
+    assert moments(tmp_path / "watched") == ["before", "step_000001", "step_000002", "after"]
+    assert sorted(path.name for path in (scores / "step_000001").iterdir()) == ["asked.json", "ranked.json"]
+    result = json.loads((scores / "after" / "ranked.json").read_text())["summary"]
+    tasks = {task.name: (task, items) for task, items in suite().read()}
+    task, items = tasks["ranked"]
+    assert (result["n"], result["settings"], result["version"]) == (6, task.settings(items), 2)
+    low, high = result["interval"]
+    assert low <= result["score"] <= high
+    found = read_moment(tmp_path / "watched", "after")
+    assert found["ranked"].score == pytest.approx(result["score"])
+    assert found["ranked"].groups == ("0", "0", "1", "0", "0", "1")  # places 0, 6, 13, 20, 26 and 33 of 40
+
+
+def test_scores_that_a_kill_came_before_are_made_up_for(tmp_path):
+    class Killed(Evaluate):
+        def on_train_batch_end(self, trainer, pl_module, *_, **__):
+            if pl_module.step == 2:
+                raise SystemExit("killed")
+
+    def trainer(evaluate):
+        quiet = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
+        return L.Trainer(
+            accelerator="cpu", max_epochs=1, logger=False, default_root_dir=tmp_path,
+            callbacks=[Records(), Checkpoints(1, keep=9), evaluate], **quiet,
+        )  # fmt: skip
+
+    with pytest.raises(SystemExit):
+        trainer(Killed(suite=suite(), every_n_steps=2)).fit(runs.sft(), runs.sft_data(max_steps=4))
+    assert moments(tmp_path) == ["before"]
+    kept = checkpoint_path(tmp_path, 2)
+    trainer(Evaluate(suite=suite(), every_n_steps=2)).fit(runs.sft(), runs.sft_data(max_steps=4), ckpt_path=kept)
+    assert moments(tmp_path) == ["before", "step_000002", "after"]
+    other = Evaluate(suite=suite(limit=5))
+    with pytest.raises(InputError, match=r"before/asked\.json: its scores are of other held-out prompts or sampling"):
+        trainer(other).fit(runs.sft(), runs.sft_data(max_steps=4), ckpt_path=kept)
+
+
+# Bad input ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"every_n_steps": -1, "sources": []}, r"every_n_steps: is -1"),
+        ({}, "Give sources, a suite, or both"),
+        ({"sources": []}, r"max_new_tokens: is None\. Give the cap"),
+        ({"suite": Suite(["gsm8k"]), "max_new_tokens": 4}, "without sources no prompt reads it"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(settings, said):
+    with pytest.raises(InputError, match=said):
+        Evaluate(**settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"tasks": ["gsm8"]}, "there is no task or suite 'gsm8'. Did you mean 'gsm8k'"),
+        ({"tasks": ["tulu3_de"]}, "Did you mean 'tulu3_dev'"),
+        ({"tasks": ["toy_tasks.NONE"]}, "there is no 'toy_tasks.NONE'"),
+        ({"tasks": ["toy_tasks.json"]}, "is a module"),
+        ({"tasks": ["gsm8k"], "limits": {"mathh": 3}}, "a limit for 'mathh'"),
+        ({"tasks": []}, "tasks: is empty"),
+        ({"tasks": ["gsm8k"], "limit": 0}, "limit: is 0"),
+        ({"tasks": ["gsm8k"], "limits": {"gsm8k": 0}}, r"limits\.gsm8k: is 0"),
+        ({"tasks": ["gsm8k"], "max_new_tokens": 0}, "max_new_tokens: is 0"),
+        ({"tasks": ["gsm8k"], "data": {"gsm8k": "nowhere.jsonl"}}, "there is no such file for the data set gsm8k"),
+    ],
+)
+def test_a_suite_that_cannot_be_asked_is_refused(settings, said):
+    with pytest.raises(InputError, match=said):
+        Suite(**settings).read()
+
+
+def test_a_task_that_does_not_fit_the_model_is_refused_before_its_weights_load(tmp_path, monkeypatch):
+    monkeypatch.setattr(toy_tasks, "ASKED", replace(toy_tasks.ASKED, max_new_tokens=4096))
+    with pytest.raises(InputError, match=r"task asked: its longest prompt has \d+ tokens and answers up to 4096"):
+        runs.fit(runs.sft(), runs.sft_data(max_steps=1), tmp_path, callbacks=[Evaluate(suite=suite())])
+    capped = Evaluate(suite=suite(max_new_tokens=2))
+    assert capped.suite.read()[0][0].max_new_tokens == 2

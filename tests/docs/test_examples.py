@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[2]
 FILES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 FOLDERS = (ROOT, ROOT / "src" / "tulu_lightning")
 """What a path in the text may be relative to, besides the file that it stands in."""
-OF_A_RUN = ("runs/", "scores/", "checkpoints/step-", "exports/", "config.yaml")
+OF_A_RUN = ("runs/", "scores/", "promotions/", "checkpoints/step-", "exports/", "config.yaml")
 """Names of what a run writes; they are in no clone."""
 
 

@@ -13,6 +13,23 @@ from tulu_lightning.recipes.recipe import main
 CONFIGS = Path(__file__).parents[2] / "configs"
 WITHOUT_PROMOTE = "trainer.callbacks=[{{class_path: tulu_lightning.callbacks.records.Records}}]"
 
+OWN = "tulu_lightning.callbacks."
+
+
+def promotes(promote, evaluate):
+    """A stage's callbacks, as an entry of `set`."""
+    names = {
+        "records.Records": "",
+        "refresh.RolloutRefresh": "",
+        "evaluate.Evaluate": evaluate,
+        "promote.Promote": promote,
+    }
+    listed = ", ".join(f"{{class_path: {OWN}{name}, init_args: {{{args}}}}}" for name, args in names.items())
+    return f"trainer.callbacks=[{listed}]".replace("{", "{{").replace("}", "}}")
+
+
+GSM8K = r"stage 'ppo', promotion\.gains: the rule names 'gsm8', which Evaluate does not score\. Did you mean 'gsm8k'"
+
 
 def run(tmp_path, *settings, config=None):
     """The tiny recipe, its last stage with these settings or this config."""
@@ -31,6 +48,10 @@ def run(tmp_path, *settings, config=None):
         ("data.init_args.seed={sed}", r"stage 'ppo': .*'data\.init_args\.seed=\{sed\}'.*\{run\} and \{seed\}"),
         ("data.init_args.seed={", "stage 'ppo': .*plain braces"),
         (WITHOUT_PROMOTE, "stage 'ppo': there is no Promote callback"),
+        (promotes("rule: {gains: {gsm8: 0.0}}", "suite: {tasks: [gsm8k, ifeval]}"), GSM8K),
+        (promotes("when: each", "suite: {tasks: [gsm8k]}"), "Evaluate scores only before and after the run"),
+        (promotes("rule: {confidence: 95}", "suite: {tasks: [gsm8k]}"), "confidence: is 95"),
+        (promotes("when: last", "suite: {tasks: [gsm8]}"), "there is no task or suite 'gsm8'.*gsm8k"),
         ("trainer.devices=2", "stage 'ppo': asks for 2 processes"),
         ("trainer.num_nodes=3", "stage 'ppo': asks for 3 processes"),
     ],

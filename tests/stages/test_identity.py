@@ -252,6 +252,5 @@ def test_held_out_scores_are_taken_over_only_if_they_compare(tmp_path):
     with pytest.raises(InputError, match=r"before\.json: its scores are of other held-out prompts or sampling"):
         start(3, ckpt_path=path)
     evaluate = start(2, ckpt_path=path)
-    assert evaluate.before is not None
-    assert evaluate.after is not None
-    assert evaluate.before.settings == evaluate.after.settings
+    before, after = (evaluate.scores[moment]["held-out"] for moment in ("before", "after"))
+    assert before.settings == after.settings

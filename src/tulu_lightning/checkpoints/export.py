@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -114,7 +115,8 @@ def _as_others_know_it(
 ) -> Iterator:
     """The config without what exists only inside this package, for as long as the context lasts."""
     config = lm.config
-    names = {"_attn_implementation": "sdpa", "use_cache": True, "dtype": dtype}
+    names: dict[str, Any] = {"_attn_implementation": "sdpa", "use_cache": True, "dtype": dtype}
+    names["architectures"] = [type(lm).__name__.removeprefix("FSDP")]  # save_pretrained of a model would set it
     if lm.can_generate():
         lm.generation_config = GenerationConfig(
             bos_token_id=tokenizer.bos_token_id, eos_token_id=list(stop_ids), pad_token_id=tokenizer.pad_token_id

@@ -7,7 +7,10 @@ from typing import Any
 
 import torch
 
+from tulu_lightning.callbacks.evaluate import Evaluate
 from tulu_lightning.callbacks.promote import Promote
+from tulu_lightning.callbacks.suite import Suite
+from tulu_lightning.core.promotion import PromotionRule
 from tulu_lightning.errors import InputError
 from tulu_lightning.launch.fit import TuluCLI
 from tulu_lightning.launch.quiet import without_noise
@@ -75,6 +78,7 @@ def check_fit(where: str, config: Path, options: Sequence[str]) -> None:
     if not any(_promotes(callback) for callback in callbacks if callback):
         remedy = "Add tulu_lightning.callbacks.promote.Promote to its trainer.callbacks: it ends the stage."
         raise InputError(where, f"there is no Promote callback in {config}", remedy)
+    _check_promotion(where, callbacks)
     if (count := processes(trainer.accelerator, trainer.devices, trainer.num_nodes)) > 1:
         # Lightning would start this whole command, and with it every other stage, again in each of them.
         remedy = "Set trainer.devices and trainer.num_nodes to 1, or run its stages one by one with `tulu fit`."
@@ -82,11 +86,42 @@ def check_fit(where: str, config: Path, options: Sequence[str]) -> None:
 
 
 def _promotes(callback: Any) -> bool:
+    return _is(callback, Promote)
+
+
+def _is(callback: Any, wanted: type) -> bool:
     try:
         kind = import_class(callback.class_path)
     except (LookupError, ImportError):
         return False
-    return isinstance(kind, type) and issubclass(kind, Promote)
+    return isinstance(kind, type) and issubclass(kind, wanted)
+
+
+def _check_promotion(where: str, callbacks: Sequence[Any]) -> None:
+    """Refuse a rule about tasks that the stage does not score: a recipe would find out when the earlier stages are done."""
+    promote, evaluate = (
+        next((callback for callback in callbacks if callback and _is(callback, kind)), None)
+        for kind in (Promote, Evaluate)
+    )
+    assert promote is not None
+    settings = _plain(promote.get("init_args"))
+    rule = settings.pop("rule", None)
+    scored = _plain(evaluate.get("init_args")) if evaluate is not None else {}
+    suite = scored.get("suite")
+    try:
+        made = Promote(None if rule is None else PromotionRule(**rule), **settings)
+        # Its sources are not read here; that there are some is all that counts.
+        asks = {name: scored[name] for name in ("max_new_tokens", "every_n_steps") if name in scored}
+        sources = None if scored.get("sources") is None else []
+        made.check(Evaluate(sources, suite=Suite(**suite) if suite else None, **asks) if evaluate else None)
+    except InputError as error:
+        raise InputError(f"{where}, {error.where}", error.what, error.remedy) from error
+
+
+def _plain(settings: Any) -> dict[str, Any]:
+    """Parsed settings as dictionaries."""
+    values = vars(settings) if hasattr(settings, "__dict__") else dict(settings or {})
+    return {name: _plain(value) if hasattr(value, "as_dict") else value for name, value in values.items()}
 
 
 def processes(accelerator: Any, devices: Any, nodes: Any) -> int:
