@@ -4,8 +4,8 @@ A run may have been killed at any moment, so reading forgives: a missing file is
 left out, and every such thing becomes a note for the reader. Only a folder that is no run at all is an error.
 
     RUN/recipe.json
-    RUN/<stage>/config.yaml  metrics.jsonl  validation.jsonl  summary.json  data_manifest.json  pairs.jsonl
-    RUN/<stage>/rollouts.jsonl  scores/ (see `score_records`)
+    RUN/<stage>/config.yaml  config_origin.json  data_manifest.json  metrics.jsonl  validation.jsonl  rollouts.jsonl
+    RUN/<stage>/pairs.jsonl  scores/ (see `score_records`)  summary.json
 
 A stage that was run by itself (`tulu fit`) is read as a run of that one stage.
 """
@@ -73,6 +73,8 @@ class StageRecord(NamedTuple):
     """Scores of further tasks: by moment (`before`, `after`), then by task."""
     manifest: Mapping[str, Any] | None = None
     """What it was trained on: `data_manifest.json`."""
+    origin: Mapping[str, Any] | None = None
+    """What its config files say and what was set over them: `config_origin.json`."""
 
     @property
     def status(self) -> str:
@@ -176,6 +178,7 @@ def _read_stage(folder: Path, notes: list[str]) -> StageRecord:
         between=between,
         tasks=tasks,
         manifest=read_object(folder / "data_manifest.json", f"{name}/data_manifest.json", notes),
+        origin=read_object(folder / "config_origin.json", f"{name}/config_origin.json", notes),
         before=before,
         after=after,
         summary=summary,
