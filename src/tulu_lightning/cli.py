@@ -62,7 +62,8 @@ COMMANDS = (
         "eval", "score a model on the paper's tasks, with intervals; compare two", "tulu_lightning.launch.evaluate"
     ),
     Command("export", "write a training checkpoint as a Hugging Face folder", "tulu_lightning.launch.export"),
-    Command("report", "write a run as one HTML page", "tulu_lightning.recipes.report"),
+    Command("report", "write a run as one HTML page, or two runs beside each other", "tulu_lightning.recipes.report"),
+    Command("chat", "talk to a checkpoint, in the terminal or the browser", "tulu_lightning.launch.chat"),
 )
 
 

@@ -11,6 +11,10 @@ from tulu_lightning.recipes.report_tasks import compared, matched
 __all__ = ["Pairing", "comparison", "pairing"]
 
 
+SHOWN = 10
+"""Settings that differ, up to which their table lies open."""
+
+
 class Pairing(NamedTuple):
     """Two runs."""
 
@@ -63,6 +67,8 @@ def _stage(one: StageRecord, two: StageRecord, names: tuple[str, str]) -> str:
         facts.append("same settings")
     said = f'<p class="under">{escape(", ".join(fact for fact in facts if fact).capitalize())}.</p>'
     table = changes_table(changes, names) if changes else ""
+    if changes and len(changes) > SHOWN:
+        table = f"<details><summary>{len(changes)} settings differ</summary>{table}</details>"
     return f"<h3>{escape(one.name)}: settings</h3>{said if any(facts) else ''}{table}"
 
 

@@ -92,6 +92,7 @@ details { margin: 0 0 10px; }
 summary { cursor: pointer; padding: 11px 16px; font-weight: 600; font-size: 14px; }
 summary small { color: var(--soft); font-weight: 400; overflow-wrap: anywhere; }
 details > pre { padding: 4px 16px 16px; overflow: auto; }
+details > .card { border-width: 1px 0 0; border-radius: 0 0 10px 10px; }
 details > .charts { padding: 4px 12px 12px; }
 .empty { color: var(--soft); margin: 0; }
 footer { margin-top: 48px; color: var(--soft); font-size: 13px; }
