@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
+from tulu_lightning.recipes.reading import mapping
 from tulu_lightning.recipes.records import StageRecord
 from tulu_lightning.recipes.report_parts import escape
 
@@ -46,11 +47,11 @@ def from_files(stage: StageRecord) -> list[Change] | None:
     """
     if stage.origin is None:
         return None
-    files = dict(leaves(stage.origin.get("files_say") or {}))
+    files = dict(leaves(mapping(stage.origin.get("files_say"))))
     return [
         Change(key, files.get(key, UNSET), value)
-        for key, value in leaves(stage.origin.get("command_line") or {})
-        if files.get(key) != value
+        for key, value in leaves(mapping(stage.origin.get("command_line")))
+        if key and files.get(key) != value
     ]
 
 

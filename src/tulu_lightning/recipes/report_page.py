@@ -213,12 +213,11 @@ def _set_over(stage: StageRecord) -> str:
     changes = from_files(stage)
     if changes is None:
         return ""
-    named = [str(name) for name in (stage.origin or {}).get("files") or []]
-    files = ", ".join(f"<code>{escape(name)}</code>" for name in named[-1:])
+    named = (stage.origin or {}).get("files")
+    last = f"<code>{escape(named[-1])}</code>" if isinstance(named, list) and named else "its config file"
     if not changes:
-        return f'<p class="under">As {files or "its files"} say.</p>'
-    table = changes_table(changes, ("config files", "this run"))
-    return f'<p class="under">Over {files or "its files"}:</p>{table}'
+        return f'<p class="under">As {last} says.</p>'
+    return f'<p class="under">Set over {last}:</p>{changes_table(changes, ("config files", "this run"))}'
 
 
 def _origin(run: RunRecord) -> str:

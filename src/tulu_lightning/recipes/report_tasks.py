@@ -80,10 +80,11 @@ def interval(scores: Scores) -> str:
 
 def _best(values: Sequence[float | None]) -> int:
     """Column (from 1) of the highest value; 0 where several share it, or none is."""
-    known = [value for value in values if value is not None]
+    shown = [None if value is None else round(value, 3) for value in values]  # as far as it is printed
+    known = [value for value in shown if value is not None]
     if len(known) < 2 or known.count(max(known)) > 1:
         return 0
-    return values.index(max(known)) + 1
+    return shown.index(max(known)) + 1
 
 
 def _mean(line: Sequence[Scores | None]) -> float | None:
