@@ -37,10 +37,10 @@ CONTRAST = """() => {
   return worst.sort((a, b) => a[0] - b[0])[0];
 }"""
 
-OVERFLOWING = """() => [...document.querySelectorAll("body *")].filter(node => {
+OVERFLOWING = """() => [...document.querySelectorAll("main *")].filter(node => {
   const box = node.getBoundingClientRect();
   const scrolls = parent => parent && (getComputedStyle(parent).overflowX !== "visible" || scrolls(parent.parentElement));
-  return box.width > 0 && (box.right > innerWidth + 0.5 || box.left < -0.5) && !scrolls(node.parentElement);
+  return !node.closest("svg") && box.width > 0 && (box.right > innerWidth + 0.5 || box.left < -0.5) && !scrolls(node.parentElement);
 }).map(node => `${node.tagName}.${node.className}`).slice(0, 5)"""
 
 CUT = """() => [...document.querySelectorAll("td, th, h1, h2, h3, p, summary, .key, .answer, .facts")].filter(node =>
@@ -130,7 +130,7 @@ def test_a_curve_tells_its_value_where_the_pointer_is(made, tmp_path, visit):
     page.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
     label = plot.locator(".hoverlayer")
     label.locator("text").first.wait_for()
-    words = label.inner_text()
+    words = label.text_content()
     assert "step" in words
     recorded = [json.loads(line) for line in (made / "sft" / "metrics.jsonl").read_text().splitlines()]
     assert any(f"{row['loss']:.4g}" in words for row in recorded), words

@@ -21,7 +21,7 @@ POLICY = (
     "img-src 'self' data: blob:; font-src 'self' data:; connect-src 'self' ws: wss:; frame-src 'none'; object-src 'none'"
 )
 CSS = """
-.gradio-container { max-width: 1400px !important; margin: 0 auto !important; }
+.gradio-container { width: 100% !important; max-width: 1400px !important; margin: 0 auto !important; }
 #answers { flex-wrap: wrap; }
 """
 LATEX = [
@@ -130,6 +130,7 @@ def build(models: Sequence[ChatModel], manner: Manner, system: str | None) -> An
             columns = [
                 gradio.Chatbot(
                     label=model.name,
+                    elem_id=f"answers-{place}",
                     min_width=NARROWEST,
                     height=460,
                     buttons=["copy"],
@@ -137,7 +138,7 @@ def build(models: Sequence[ChatModel], manner: Manner, system: str | None) -> An
                     feedback_options=None,
                     allow_tags=False,
                 )
-                for model in models
+                for place, model in enumerate(models)
             ]
         with gradio.Accordion("Settings", open=False):
             told = gradio.Textbox(label="System message", value=system or "", lines=2)
