@@ -23,14 +23,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     Raises:
         InputError: RUN is not a run folder, the output cannot be written, or plotly is not installed.
     """
-    parser = argparse.ArgumentParser(prog="tulu report", description="Write a run as one self-contained HTML page.")
-    parser.add_argument("run", type=Path, metavar="RUN", help="folder of a run or of one stage, e.g. runs/smol")
-    parser.add_argument("--against", type=Path, metavar="RUN2", help="a second run, compared on the same page")
-    where = "where to write it; RUN/report.html by default"
-    parser.add_argument("--out", "--output", type=Path, metavar="FILE", dest="out", help=where)
-    args = parser.parse_args(argv)
+    args = parser().parse_args(argv)
     print(write_report(args.run, args.out, args.against))
     return 0
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command's arguments."""
+    found = argparse.ArgumentParser(prog="tulu report", description="Write a run as one self-contained HTML page.")
+    found.add_argument("run", type=Path, metavar="RUN", help="folder of a run or of one stage, e.g. runs/smol")
+    found.add_argument("--against", type=Path, metavar="RUN2", help="a second run, compared on the same page")
+    where = "where to write it; RUN/report.html by default"
+    found.add_argument("--out", "--output", type=Path, metavar="FILE", dest="out", help=where)
+    return found
 
 
 def write_report(run_dir: Path, output: Path | None = None, against: Path | None = None) -> Path:
