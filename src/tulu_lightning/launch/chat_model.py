@@ -18,6 +18,8 @@ __all__ = ["ChatModel", "Manner", "open_chat_model", "stream_in_pieces", "words"
 
 PIECE = 16
 """Tokens at a time from engines that do not hand out single ones."""
+LONGEST = 8192
+"""Tokens of a conversation on vLLM, at most."""
 HALF = "\ufffd"
 """What stands for a character of which not all bytes are there yet."""
 OURS = ", ".join(chat.TEMPLATES)
@@ -61,6 +63,11 @@ def open_chat_model(
     positions = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     settings = EngineSettings(kind=kind, dtype=dtype)
+    if (
+        kind == "vllm"
+    ):  # which sets the memory of a whole conversation aside: of 131,072 tokens it finds none on most machines
+        positions = min(positions or LONGEST, LONGEST)
+        settings = EngineSettings(kind=kind, dtype=dtype, max_model_len=positions, kv_cache_mb=None)
     engine = build_engine(settings, lambda each: LocalEngine.from_folder(folder, each, device), folder)
     # An engine settles how it computes when it is first used: while the model loads, not while somebody waits.
     engine.generate([[min(stops)]], 1, Sampling(1, 0.0, ()), 0)
