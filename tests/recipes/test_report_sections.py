@@ -13,7 +13,7 @@ from tulu_lightning.core.stats import paired_bootstrap
 from tulu_lightning.recipes.records import RunRecord, Scores, StageRecord, read_run
 from tulu_lightning.recipes.report import main, render
 from tulu_lightning.recipes.report_changes import Change, between_runs, from_files, leaves
-from tulu_lightning.recipes.report_charts import held_out_chart, plotly_js, stage_charts
+from tulu_lightning.recipes.report_charts import plotly_js, score_curves, stage_charts
 from tulu_lightning.recipes.report_compare import pairing
 from tulu_lightning.recipes.report_cost import phases
 from tulu_lightning.recipes.report_data import data_part
@@ -86,10 +86,20 @@ def test_one_checkpoint_makes_no_table():
 
 def test_the_held_out_score_is_drawn_from_start_to_end(run_dir):
     sft = read_run(run_dir).stages[0]
-    (trace,) = traces_of(held_out_chart(sft, "x"))
+    (figure,) = score_curves(sft, "x")
+    (trace,) = traces_of(figure)
     assert trace["x"] == [0, 10, 20, 30, 39]  # the made run counts steps from 0
     assert trace["y"] == [s.accuracy for s in (sft.before, *(s for _, s in sft.between), sft.after)]
-    assert held_out_chart(sft._replace(between=()), "x") == "", "before and after stand in the score chart"
+    assert score_curves(sft._replace(between=()), "x") == [], "before and after stand in the score chart"
+
+
+def test_each_task_that_was_scored_in_between_has_a_curve():
+    tasks = {"before": {"a": task(0.1), "b": task(0.5)}, "step_000004": {"a": task(0.2)}, "after": {"a": task(0.4)}}
+    stage = EMPTY._replace(metrics=({"step": 9.0},), tasks=tasks)
+    (figure,) = score_curves(stage, "x")
+    assert "Score on a" in figure
+    (trace,) = traces_of(figure)
+    assert (trace["x"], trace["y"]) == ([0, 4, 9], [0.1, 0.2, 0.4])
 
 
 def test_validations_are_drawn_with_what_they_validate(run_dir):

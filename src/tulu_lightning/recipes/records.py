@@ -70,7 +70,7 @@ class StageRecord(NamedTuple):
     between: tuple[tuple[int, Scores], ...] = ()
     """Held-out scores in between: (finished steps, scores), in step order."""
     tasks: Mapping[str, Mapping[str, Scores]] = {}
-    """Scores of further tasks: by moment (`before`, `after`), then by task."""
+    """Scores of further tasks: by moment (`before`, `step_<n>`, `after`), then by task."""
     manifest: Mapping[str, Any] | None = None
     """What it was trained on: `data_manifest.json`."""
     origin: Mapping[str, Any] | None = None

@@ -9,12 +9,15 @@ import plotly.offline
 from tulu_lightning.recipes.records import Scores, StageRecord
 from tulu_lightning.recipes.report_curves import Chart, Other, draw
 from tulu_lightning.recipes.report_figure import BLUE, GREEN, GREY, ORANGE, RED, VIOLET, layout, legend, wrap
+from tulu_lightning.recipes.score_records import MOMENT
 
-__all__ = ["CHARTS", "held_out_chart", "plotly_js", "score_chart", "stage_charts"]
+__all__ = ["CHARTS", "plotly_js", "score_chart", "score_curves", "stage_charts"]
 
 BY_SOURCE = ("loss", "margin", "accuracy")
 """Metrics of which a stage may record `name/source` as well."""
 _HIDDEN = {"step", "time", "stage"}
+HELD_OUT = ""
+"""The name of the held-out prompts among the tasks."""
 HELD = "val_"
 """What the metrics of a validation are named with."""
 
@@ -147,19 +150,31 @@ def _interval_trace(points: Sequence[tuple[float, Scores]], name: str, colour: s
     )
 
 
-def held_out_chart(stage: StageRecord, name: str, other: Other | None = None) -> str:
-    """The held-out score over the steps, with its intervals; empty where it was not scored in between.
+def score_curves(stage: StageRecord, prefix: str, other: Other | None = None) -> list[str]:
+    """The held-out score, and that of every task, over the steps with intervals; those that were scored in between.
 
     Args:
         stage: the stage.
-        name: of the figure; a plain word, different for every figure of the page.
+        prefix: of the figures' ids; a plain word, different for every stage of the page.
         other: the same stage of a second run, drawn beside.
     """
+    figures = []
+    for task in dict.fromkeys([HELD_OUT, *_tasks(stage), *(_tasks(other.stage) if other else ())]):
+        if figure := _score_curve(task, stage, f"{prefix}-{len(figures)}", other):
+            figures.append(figure)
+    return figures
+
+
+def _tasks(stage: StageRecord) -> list[str]:
+    return list(dict.fromkeys(task for scores in stage.tasks.values() for task in scores))
+
+
+def _score_curve(task: str, stage: StageRecord, name: str, other: Other | None) -> str:
     runs = [(stage, other.names[0] if other else "", BLUE), *([(other.stage, other.names[1], VIOLET)] if other else [])]
     figure = go.Figure()
     drawn: dict[str, str] = {}
     for record, label, colour in runs:
-        moments = _moments(record)
+        moments = _moments(record, task)
         if len(moments) > 2 or (other and len(moments) > 1):
             figure.add_trace(_over_steps(moments, html.escape(label), colour))
             drawn[label] = colour
@@ -168,16 +183,23 @@ def held_out_chart(stage: StageRecord, name: str, other: Other | None = None) ->
     figure.update_layout(**layout(height=200), hovermode="x unified")
     figure.update_yaxes(tickformat=".3~p", autorangeoptions={"clipmin": -0.03, "clipmax": 1.03})
     keys = legend(tuple(drawn), tuple(drawn.values())) if other else ""
-    return wrap("Held-out score", "mean over the prompts, with 95% intervals", keys, figure, name)
+    title = "Held-out score" if task == HELD_OUT else f"Score on {task}"
+    return wrap(title, "mean over the items, with 95% intervals", keys, figure, name)
 
 
-def _moments(stage: StageRecord) -> list[tuple[int, Scores]]:
+def _moments(stage: StageRecord, task: str) -> list[tuple[int, Scores]]:
     """(finished steps, scores): the start, those in between, the end."""
     last = max((int(row["step"]) for row in stage.metrics), default=0)
-    moments = [(0, stage.before)] if stage.before else []
-    moments += stage.between
-    ended = stage.after is not None and (not moments or moments[-1][0] < last)
-    return [*moments, (last, stage.after)] if ended and stage.after else moments
+    if task == HELD_OUT:
+        before, after, between = stage.before, stage.after, dict(stage.between)
+    else:
+        before, after = (stage.tasks.get(when, {}).get(task) for when in ("before", "after"))
+        named = [(MOMENT.fullmatch(when), scores[task]) for when, scores in stage.tasks.items() if task in scores]
+        between = {int(found[1]): scores for found, scores in named if found and found[1]}
+    moments = {0: before, **dict(sorted(between.items()))}
+    if after is not None and last not in moments:
+        moments[last] = after
+    return [(step, scores) for step, scores in moments.items() if scores is not None]
 
 
 def _over_steps(moments: Sequence[tuple[int, Scores]], label: str, colour: str) -> go.Scatter:

@@ -5,7 +5,7 @@ from datetime import datetime
 
 from tulu_lightning.recipes.records import RunRecord, StageRecord
 from tulu_lightning.recipes.report_changes import changes_table, from_files
-from tulu_lightning.recipes.report_charts import held_out_chart, plotly_js, score_chart, stage_charts
+from tulu_lightning.recipes.report_charts import plotly_js, score_chart, score_curves, stage_charts
 from tulu_lightning.recipes.report_compare import Pairing, comparison, pairing
 from tulu_lightning.recipes.report_cost import cost_section
 from tulu_lightning.recipes.report_data import data_part
@@ -168,8 +168,7 @@ def _curves(stages: Sequence[StageRecord], beside: Pairing | None) -> str:
     for i, stage in enumerate(stages):
         other = None if beside is None else beside.other(stage)
         main, more = stage_charts(stage, f"s{i}", other)
-        held_out = held_out_chart(stage, f"s{i}-heldout", other)
-        main = [held_out, *main] if held_out else main
+        main = [*score_curves(stage, f"s{i}-scores", other), *main]
         lengths = length_section(stage, f"s{i}-length")
         without_steps = not stage.metrics and stage.summary is not None  # such as making pairs
         if without_steps and not lengths:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from tulu_lightning.evaluation.by_length import Answer
 from tulu_lightning.recipes.reading import mapping, number, read_object, text
 
-__all__ = ["Sample", "Scores", "StageScores", "read_stage_scores"]
+__all__ = ["MOMENT", "Sample", "Scores", "StageScores", "read_stage_scores"]
 
 MOMENT = re.compile(r"before|after|step_(\d+)")
 
@@ -55,7 +55,7 @@ class StageScores(NamedTuple):
     between: tuple[tuple[int, Scores], ...] = ()
     """(finished steps, scores of the held-out set), in step order."""
     tasks: Mapping[str, Mapping[str, Scores]] = {}
-    """By moment (`before`, `after`), then by task; the held-out set is not among them."""
+    """By moment (`before`, `step_<n>`, `after`), then by task; the held-out set is not among them."""
 
 
 def read_stage_scores(folder: Path, name: str, notes: list[str]) -> StageScores:
