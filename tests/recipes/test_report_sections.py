@@ -12,6 +12,7 @@ from pages import Page, traces_of
 from tulu_lightning.core.stats import paired_bootstrap
 from tulu_lightning.recipes.records import RunRecord, Scores, StageRecord, read_run
 from tulu_lightning.recipes.report import main, render
+from tulu_lightning.recipes.report_alerts import Told
 from tulu_lightning.recipes.report_changes import Change, between_runs, from_files, leaves
 from tulu_lightning.recipes.report_charts import plotly_js, score_curves, stage_charts
 from tulu_lightning.recipes.report_compare import pairing
@@ -264,6 +265,14 @@ def test_any_new_file_may_be_missing_or_torn_or_hold_something_else(run_dir):
     for path in files:
         path.unlink()
     assert page_of(read_run(run_dir)).captions
+
+
+def test_alerts_stand_first_with_their_evidence(run_dir):
+    told = Told("ppo", "length <drifts>", ("length 12.0 at step 10, 48.0 at step 60",))
+    page = Page(render(read_run(run_dir), alerts=[told]).replace(plotly_js(), ""))
+    assert "length <drifts>" in page.text
+    assert page.text.index("48.0 at step 60") < page.text.index("By checkpoint")
+    assert next(attrs["href"] for tag, attrs in page.tags if tag == "a") == "#alerts"
 
 
 def test_links_lead_to_sections_that_are_there(run_dir):

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from datetime import datetime
 
 from tulu_lightning.recipes.records import RunRecord, StageRecord
+from tulu_lightning.recipes.report_alerts import Told, alerts_section
 from tulu_lightning.recipes.report_changes import changes_table, from_files
 from tulu_lightning.recipes.report_charts import plotly_js, score_chart, score_curves, stage_charts
 from tulu_lightning.recipes.report_compare import Pairing, comparison, pairing
@@ -29,8 +30,8 @@ from tulu_lightning.recipes.table import (
 __all__ = ["page"]
 
 SECTIONS = {
-    "compared": "Compared",
     "alerts": "Alerts",
+    "compared": "Compared",
     "scores": "Scores",
     "curves": "Curves",
     "samples": "Samples",
@@ -43,17 +44,19 @@ SECTIONS = {
 """Ids of the sections and what the links to them say; a page has those that it has something for."""
 
 
-def page(run: RunRecord, against: RunRecord | None, policy: str) -> str:
+def page(run: RunRecord, against: RunRecord | None, alerts: Sequence[Told], policy: str) -> str:
     """The whole page.
 
     Args:
         run: the run.
         against: a second one to compare it with.
+        alerts: what looks wrong in the run.
         policy: its Content-Security-Policy.
     """
     beside = None if against is None else pairing(run, against)
     sections = [
         _notes(run, against),
+        alerts_section(alerts),
         "" if beside is None else comparison(beside),
         _scores(run),
         _curves(run.stages, beside),
