@@ -49,7 +49,7 @@ CUT = """() => [...document.querySelectorAll("td, th, h1, h2, h3, p, summary, .k
 
 
 @pytest.fixture(scope="session")
-def real(tmp_path_factory) -> Path:
+def real(chromium, tmp_path_factory) -> Path:
     """The shipped tiny recipe, with held-out scores before, after and in between, run here."""
     folder = tmp_path_factory.mktemp("real")
     here = "tulu_lightning."

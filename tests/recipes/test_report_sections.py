@@ -12,7 +12,7 @@ from pages import Page, traces_of
 from tulu_lightning.core.stats import paired_bootstrap
 from tulu_lightning.recipes.records import RunRecord, Scores, StageRecord, read_run
 from tulu_lightning.recipes.report import main, render
-from tulu_lightning.recipes.report_alerts import Told
+from tulu_lightning.recipes.report_alerts import find_alerts
 from tulu_lightning.recipes.report_changes import Change, between_runs, from_files, leaves
 from tulu_lightning.recipes.report_charts import plotly_js, score_curves, stage_charts
 from tulu_lightning.recipes.report_compare import pairing
@@ -267,12 +267,43 @@ def test_any_new_file_may_be_missing_or_torn_or_hold_something_else(run_dir):
     assert page_of(read_run(run_dir)).captions
 
 
-def test_alerts_stand_first_with_their_evidence(run_dir):
-    told = Told("ppo", "length <drifts>", ("length 12.0 at step 10, 48.0 at step 60",))
-    page = Page(render(read_run(run_dir), alerts=[told]).replace(plotly_js(), ""))
-    assert "length <drifts>" in page.text
-    assert page.text.index("48.0 at step 60") < page.text.index("By checkpoint")
-    assert next(attrs["href"] for tag, attrs in page.tags if tag == "a") == "#alerts"
+def test_alerts_stand_first_with_their_evidence_and_a_link_to_the_curves(run_dir):
+    path = run_dir / "ppo" / "metrics.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    path.write_text("".join(json.dumps({**row, "zero_signal_share": 0.95}) + "\n" for row in rows))
+    page = page_of(read_run(run_dir))
+    hrefs = [attrs["href"] for tag, attrs in page.tags if tag == "a"]
+    assert hrefs[0] == "#alerts"
+    assert "#curves-3" in hrefs, "ppo is the fourth stage"
+    assert "curves-3" in {attrs.get("id") for _, attrs in page.tags}
+    told = page.text.split("Alerts", 2)[2].split("By checkpoint")[0]
+    assert "dead groups" in told
+    assert "95" in told.split("Curves of ppo")[0], "the share that was seen"
+
+
+def rewarded(*rewards: float) -> tuple[dict[str, float], ...]:
+    return tuple({"step": float(step), "reward": reward} for step, reward in enumerate(rewards, 1))
+
+
+def test_alerts_hold_the_reward_against_the_held_out_scores():
+    metrics = rewarded(*([0.0, 0.1] * 10), *([5.0, 5.1] * 10))
+    stage = EMPTY._replace(name="ppo", metrics=metrics, before=task(0.5), after=task(0.4))
+    (found,) = find_alerts([stage], ["x"])
+    assert (found.stage, found.alert.rule, found.link) == ("ppo", "reward without score", "x")
+    assert find_alerts([stage._replace(after=task(0.9))], ["x"]) == []
+    tasks = {"before": {"gsm8k": task(0.5)}, "after": {"gsm8k": task(0.4)}}
+    assert len(find_alerts([stage._replace(before=None, after=None, tasks=tasks)], ["x"])) == 1
+
+
+def test_the_page_goes_by_the_limits_of_the_run():
+    metrics = tuple({"step": float(step), "mismatch_kl": 0.01} for step in range(1, 30))
+    callback = {"class_path": "tulu_lightning.callbacks.alerts.Alerts", "init_args": {"limits": {"mismatch_kl": 0.005}}}
+    config = yaml.safe_dump({"trainer": {"callbacks": [{"class_path": "a.B"}, callback]}})
+    stage = EMPTY._replace(metrics=metrics)
+    assert find_alerts([stage], ["x"]) == []
+    assert [told.alert.rule for told in find_alerts([stage._replace(config=config)], ["x"])] == ["mismatch KL"]
+    for broken in ("trainer: [", "trainer:\n  callbacks: 3", config.replace("0.005", "-1")):
+        assert find_alerts([stage._replace(config=broken)], ["x"]) == []
 
 
 def test_links_lead_to_sections_that_are_there(run_dir):

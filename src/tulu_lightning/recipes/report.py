@@ -12,7 +12,6 @@ from pathlib import Path
 
 from tulu_lightning.errors import InputError
 from tulu_lightning.recipes.records import RunRecord, read_run
-from tulu_lightning.recipes.report_alerts import Told
 
 # The browser itself holds the page to its word: nothing is fetched, whatever a model may have written.
 POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:"
@@ -69,14 +68,13 @@ def write_report(run_dir: Path, output: Path | None = None, against: Path | None
     return output
 
 
-def render(run: RunRecord, against: RunRecord | None = None, alerts: Sequence[Told] = ()) -> str:
+def render(run: RunRecord, against: RunRecord | None = None) -> str:
     """The whole page.
 
     Args:
         run: the run.
         against: a second one to compare it with.
-        alerts: what looks wrong in the run.
     """
     from tulu_lightning.recipes import report_page  # needs plotly, which write_report asks for first
 
-    return report_page.page(run, against, alerts, POLICY)
+    return report_page.page(run, against, POLICY)

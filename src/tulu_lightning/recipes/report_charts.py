@@ -9,15 +9,13 @@ import plotly.offline
 from tulu_lightning.recipes.records import Scores, StageRecord
 from tulu_lightning.recipes.report_curves import Chart, Other, draw
 from tulu_lightning.recipes.report_figure import BLUE, GREEN, GREY, ORANGE, RED, VIOLET, layout, legend, wrap
-from tulu_lightning.recipes.score_records import MOMENT
+from tulu_lightning.recipes.report_tasks import HELD_OUT, moments_of, tasks_of
 
 __all__ = ["CHARTS", "plotly_js", "score_chart", "score_curves", "stage_charts"]
 
 BY_SOURCE = ("loss", "margin", "accuracy")
 """Metrics of which a stage may record `name/source` as well."""
 _HIDDEN = {"step", "time", "stage"}
-HELD_OUT = ""
-"""The name of the held-out prompts among the tasks."""
 HELD = "val_"
 """What the metrics of a validation are named with."""
 
@@ -159,14 +157,10 @@ def score_curves(stage: StageRecord, prefix: str, other: Other | None = None) ->
         other: the same stage of a second run, drawn beside.
     """
     figures = []
-    for task in dict.fromkeys([HELD_OUT, *_tasks(stage), *(_tasks(other.stage) if other else ())]):
+    for task in dict.fromkeys([HELD_OUT, *tasks_of(stage), *(tasks_of(other.stage) if other else ())]):
         if figure := _score_curve(task, stage, f"{prefix}-{len(figures)}", other):
             figures.append(figure)
     return figures
-
-
-def _tasks(stage: StageRecord) -> list[str]:
-    return list(dict.fromkeys(task for scores in stage.tasks.values() for task in scores))
 
 
 def _score_curve(task: str, stage: StageRecord, name: str, other: Other | None) -> str:
@@ -174,7 +168,7 @@ def _score_curve(task: str, stage: StageRecord, name: str, other: Other | None) 
     figure = go.Figure()
     drawn: dict[str, str] = {}
     for record, label, colour in runs:
-        moments = _moments(record, task)
+        moments = moments_of(record, task)
         if len(moments) > 2 or (other and len(moments) > 1):
             figure.add_trace(_over_steps(moments, html.escape(label), colour))
             drawn[label] = colour
@@ -185,21 +179,6 @@ def _score_curve(task: str, stage: StageRecord, name: str, other: Other | None) 
     keys = legend(tuple(drawn), tuple(drawn.values())) if other else ""
     title = "Held-out score" if task == HELD_OUT else f"Score on {task}"
     return wrap(title, "mean over the items, with 95% intervals", keys, figure, name)
-
-
-def _moments(stage: StageRecord, task: str) -> list[tuple[int, Scores]]:
-    """(finished steps, scores): the start, those in between, the end."""
-    last = max((int(row["step"]) for row in stage.metrics), default=0)
-    if task == HELD_OUT:
-        before, after, between = stage.before, stage.after, dict(stage.between)
-    else:
-        before, after = (stage.tasks.get(when, {}).get(task) for when in ("before", "after"))
-        named = [(MOMENT.fullmatch(when), scores[task]) for when, scores in stage.tasks.items() if task in scores]
-        between = {int(found[1]): scores for found, scores in named if found and found[1]}
-    moments = {0: before, **dict(sorted(between.items()))}
-    if after is not None and last not in moments:
-        moments[last] = after
-    return [(step, scores) for step, scores in moments.items() if scores is not None]
 
 
 def _over_steps(moments: Sequence[tuple[int, Scores]], label: str, colour: str) -> go.Scatter:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from datetime import datetime
 
 from tulu_lightning.recipes.records import RunRecord, StageRecord
-from tulu_lightning.recipes.report_alerts import Told, alerts_section
+from tulu_lightning.recipes.report_alerts import alerts_section, find_alerts
 from tulu_lightning.recipes.report_changes import changes_table, from_files
 from tulu_lightning.recipes.report_charts import plotly_js, score_chart, score_curves, stage_charts
 from tulu_lightning.recipes.report_compare import Pairing, comparison, pairing
@@ -44,19 +44,18 @@ SECTIONS = {
 """Ids of the sections and what the links to them say; a page has those that it has something for."""
 
 
-def page(run: RunRecord, against: RunRecord | None, alerts: Sequence[Told], policy: str) -> str:
+def page(run: RunRecord, against: RunRecord | None, policy: str) -> str:
     """The whole page.
 
     Args:
         run: the run.
         against: a second one to compare it with.
-        alerts: what looks wrong in the run.
         policy: its Content-Security-Policy.
     """
     beside = None if against is None else pairing(run, against)
     sections = [
         _notes(run, against),
-        alerts_section(alerts),
+        alerts_section(find_alerts(run.stages, [_anchor(i) for i in range(len(run.stages))])),
         "" if beside is None else comparison(beside),
         _scores(run),
         _curves(run.stages, beside),
@@ -176,7 +175,7 @@ def _curves(stages: Sequence[StageRecord], beside: Pairing | None) -> str:
         without_steps = not stage.metrics and stage.summary is not None  # such as making pairs
         if without_steps and not lengths:
             continue
-        parts.append(f"<h3>{escape(stage.name)} <small>{escape(progress(stage))}</small></h3>")
+        parts.append(f'<h3 id="{_anchor(i)}">{escape(stage.name)} <small>{escape(progress(stage))}</small></h3>')
         if not stage.metrics and not without_steps:
             parts.append('<p class="empty">No step has been recorded.</p>')
         parts.append(f'<div class="charts">{"".join(main)}</div>' if main else "")
@@ -187,6 +186,11 @@ def _curves(stages: Sequence[StageRecord], beside: Pairing | None) -> str:
                 f'<details class="more"><summary>{title}</summary><div class="charts">{"".join(more)}</div></details>'
             )
     return "".join(parts)
+
+
+def _anchor(place: int) -> str:
+    """Id of the curves of a stage."""
+    return f"curves-{place}"
 
 
 def _data(stages: Sequence[StageRecord]) -> str:

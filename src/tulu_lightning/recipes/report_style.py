@@ -58,7 +58,7 @@ tbody tr:last-child > * { border-bottom: 0; }
 .scores tbody th { color: var(--ink); font-size: 14px; }
 .alerts { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 440px), 1fr)); gap: 12px; }
 .alert { padding: 12px 16px; border-left: 4px solid var(--warn); font-size: 14px; overflow-wrap: anywhere; min-width: 0; }
-.alert small { color: var(--soft); font-size: 13px; } .alert ul { margin: 4px 0 0; padding-left: 20px; }
+.alert small { color: var(--soft); font-size: 13px; } .alert p { margin: 4px 0; } .alert a { color: var(--blue); font-size: 13px; }
 .under { color: var(--soft); font-size: 13px; margin: 8px 0 10px; overflow-wrap: anywhere; }
 .card td, .card tbody th { overflow-wrap: anywhere; }
 .changes th[scope="row"] { width: 40%; } .changes td { width: 30%; }

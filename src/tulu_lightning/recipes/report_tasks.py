@@ -7,10 +7,13 @@ from tulu_lightning.core.stats import paired_bootstrap
 from tulu_lightning.recipes.reading import number
 from tulu_lightning.recipes.records import RunRecord, Scores, StageRecord
 from tulu_lightning.recipes.report_parts import cell_table
+from tulu_lightning.recipes.score_records import MOMENT
 from tulu_lightning.recipes.table import NOTHING, Cell, count, duration, memory
 
-__all__ = ["Checkpoint", "checkpoints", "compared", "matched", "task_table"]
+__all__ = ["HELD_OUT", "Checkpoint", "checkpoints", "compared", "matched", "moments_of", "task_table", "tasks_of"]
 
+HELD_OUT = "held-out"
+"""The name of the held-out prompts among the tasks."""
 OTHER_SETTINGS = "°"
 AVERAGE = "average"
 
@@ -37,8 +40,28 @@ def checkpoints(run: RunRecord) -> list[Checkpoint]:
 
 def _at(stage: StageRecord, moment: str) -> dict[str, Scores]:
     held_out = stage.before if moment == "before" else stage.after
-    named = {held_out.task or "held-out": held_out} if held_out else {}
+    named = {held_out.task or HELD_OUT: held_out} if held_out else {}
     return {**named, **stage.tasks.get(moment, {})}
+
+
+def tasks_of(stage: StageRecord) -> list[str]:
+    """Names of the tasks that it was scored on at any moment, besides the held-out prompts."""
+    return list(dict.fromkeys(task for scores in stage.tasks.values() for task in scores))
+
+
+def moments_of(stage: StageRecord, task: str) -> list[tuple[int, Scores]]:
+    """(finished steps, scores) of a task, or of the held-out prompts: the start, those in between, the end."""
+    last = max((int(row["step"]) for row in stage.metrics), default=0)
+    if task == HELD_OUT:
+        before, after, between = stage.before, stage.after, dict(stage.between)
+    else:
+        before, after = (stage.tasks.get(when, {}).get(task) for when in ("before", "after"))
+        named = [(MOMENT.fullmatch(when), scores[task]) for when, scores in stage.tasks.items() if task in scores]
+        between = {int(found[1]): scores for found, scores in named if found and found[1]}
+    moments = {0: before, **dict(sorted(between.items()))}
+    if after is not None and last not in moments:
+        moments[last] = after
+    return [(step, scores) for step, scores in moments.items() if scores is not None]
 
 
 def task_table(run: RunRecord) -> str:
