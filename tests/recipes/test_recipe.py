@@ -19,6 +19,8 @@ from tulu_lightning.checkpoints.identity import weights_digest
 from tulu_lightning.data.base import StepData
 from tulu_lightning.errors import InputError
 from tulu_lightning.recipes.recipe import main
+from tulu_lightning.recipes.records import read_run
+from tulu_lightning.recipes.report_changes import from_files
 from tulu_lightning.stages.dpo import DPO
 from tulu_lightning.stages.sft import SFT
 from tulu_lightning.stages.stage import Stage
@@ -67,6 +69,18 @@ def test_it_ends_with_a_checkpoint_a_report_and_a_record(finished):
     for stage in STAGES:
         config = yaml.safe_load((finished / stage / "config.yaml").read_text())
         assert config["trainer"]["default_root_dir"] == str(finished / stage)
+
+
+def test_each_stage_records_what_the_recipe_set_over_its_files(finished):
+    ppo = read_run(finished).stages[2]
+    changes = {change.key: (change.one, change.other) for change in from_files(ppo) or ()}
+    assert changes["trainer.default_root_dir"] == ("runs/ppo_tiny", str(finished / "ppo"))
+    assert changes["model.init_args.backbone.path"][1] == str(finished / "dpo" / "promoted")
+    assert "model.init_args.optimizer.lr" not in changes
+    assert any(name.endswith("configs/ppo_tiny.yaml") for name in ppo.origin["files"])
+    page = (finished / "report.html").read_text()
+    assert "Set over <code>" in page
+    assert page.count("<b>Peak memory</b>") == 3
 
 
 def test_a_second_run_does_nothing_again(finished, monkeypatch, capsys):

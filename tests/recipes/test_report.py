@@ -6,8 +6,10 @@ from pages import Page, traces_of
 
 from tulu_lightning.errors import InputError
 from tulu_lightning.recipes.records import Rollout, StageRecord, read_run
-from tulu_lightning.recipes.report import main, pick_rollouts, render, write_report
-from tulu_lightning.recipes.report_charts import CHARTS, MAX_POINTS, plotly_js, smooth, stage_charts
+from tulu_lightning.recipes.report import main, render, write_report
+from tulu_lightning.recipes.report_charts import CHARTS, plotly_js, stage_charts
+from tulu_lightning.recipes.report_curves import MAX_POINTS, smooth
+from tulu_lightning.recipes.report_rollouts import pick_rollouts
 
 PAIR_CHARTS = [
     "Margin",

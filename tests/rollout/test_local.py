@@ -150,6 +150,23 @@ def test_progress_counts_finished_rows(model, build):
     assert seen == [(4, 12), (8, 12), (12, 12)]
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_stream_is_the_completion_token_by_token(engine, temperature):
+    whole = engine.generate([PROMPTS[1]], 1, Sampling(12, temperature), 3)[0][0].ids_L.tolist()
+    assert list(engine.stream(PROMPTS[1], Sampling(12, temperature), 3)) == whole
+    stop = whole[4]
+    stopped = list(engine.stream(PROMPTS[1], Sampling(12, temperature, (stop,)), 3))
+    assert stopped == whole[: whole.index(stop) + 1], "the stop token is the last one"
+
+
+def test_a_stream_may_be_left_before_its_end(engine):
+    stream = engine.stream(PROMPTS[1], Sampling(12, 0.0), 3)
+    first = [next(stream), next(stream)]
+    stream.close()
+    assert torch.is_grad_enabled()
+    assert list(engine.stream(PROMPTS[1], Sampling(12, 0.0), 3))[:2] == first
+
+
 def test_a_folder_and_a_model_give_the_same_engine(tiny):
     folder = LocalEngine.from_folder(tiny, torch.float32)
     model = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32)

@@ -4,6 +4,7 @@ A config is checked in full (keys, classes, values, the run folder) before any w
 """
 
 import argparse
+import json
 import signal
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -46,7 +47,10 @@ LOADERS = {"validate": "val_dataloader", "test": "test_dataloader", "predict": "
 
 
 class SaveConfig(SaveConfigCallback):
-    """Writes the whole config into the run folder: `config.yaml` for fit, `config-test.yaml` and so on for the others."""
+    """Writes the whole config into the run folder: `config.yaml` for fit, `config-test.yaml` and so on for the others.
+
+    For fit also `config_origin.json`: what the files say, and what the command line (or a recipe) set over them.
+    """
 
     def save_config(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Write it whole or not at all."""
@@ -54,6 +58,12 @@ class SaveConfig(SaveConfigCallback):
         path = Path(trainer.default_root_dir, name)
         path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, self.parser.dump(self.config, skip_unset=False))
+        if stage == "fit":
+            layers: Sequence[Layer] = getattr(self.parser, "layers", ())
+            files = [layer for layer in layers if layer.path is not None]
+            told = [layer for layer in layers if layer.path is None]
+            found = {"files": [layer.name for layer in files], "files_say": merge(files), "command_line": merge(told)}
+            write_whole(path.with_name("config_origin.json"), json.dumps(found, indent=1, default=str))
 
 
 class TuluCLI(LightningCLI):

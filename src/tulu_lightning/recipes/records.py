@@ -4,8 +4,8 @@ A run may have been killed at any moment, so reading forgives: a missing file is
 left out, and every such thing becomes a note for the reader. Only a folder that is no run at all is an error.
 
     RUN/recipe.json
-    RUN/<stage>/config.yaml  metrics.jsonl  summary.json  scores/before.json  scores/after.json
-    RUN/<stage>/rollouts.jsonl  pairs.jsonl
+    RUN/<stage>/config.yaml  config_origin.json  data_manifest.json  metrics.jsonl  validation.jsonl  rollouts.jsonl
+    RUN/<stage>/pairs.jsonl  scores/ (see `score_records`)  summary.json
 
 A stage that was run by itself (`tulu fit`) is read as a run of that one stage.
 """
@@ -16,25 +16,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from tulu_lightning.errors import InputError
-from tulu_lightning.evaluation.by_length import Answer
 from tulu_lightning.recipes.pair_lengths import PairLengths, pair_lengths
 from tulu_lightning.recipes.reading import mapping, number, read_lines, read_object, text
+from tulu_lightning.recipes.score_records import Scores, read_stage_scores
+
+__all__ = ["Decision", "Rollout", "RunRecord", "Scores", "StageRecord", "read_run"]
 
 STAGE_FILES = ("config.yaml", "metrics.jsonl", "summary.json")
-
-
-class Scores(NamedTuple):
-    """Held-out accuracy at one moment, with its 95% interval (all three in [0, 1])."""
-
-    accuracy: float
-    low: float | None
-    high: float | None
-    n: int | None
-    mean_tokens: float | None
-    settings_hash: str
-    """Prompts, sampling and verifier in one hash: two scores compare only where it is the same."""
-    answers: tuple[Answer, ...] = ()
-    """Length and score of each answer, in the order of the prompts; empty where the file does not hold them."""
 
 
 class Decision(NamedTuple):
@@ -77,6 +65,16 @@ class StageRecord(NamedTuple):
     decision: Decision | None
     pair_lengths: PairLengths | None = None
     """Of the pairs that the stage made; None for a stage that makes none."""
+    validation: tuple[Mapping[str, float], ...] = ()
+    """One mapping a validation (`step`, `val_loss` and so on), in step order."""
+    between: tuple[tuple[int, Scores], ...] = ()
+    """Held-out scores in between: (finished steps, scores), in step order."""
+    tasks: Mapping[str, Mapping[str, Scores]] = {}
+    """Scores of further tasks: by moment (`before`, `step_<n>`, `after`), then by task."""
+    manifest: Mapping[str, Any] | None = None
+    """What it was trained on: `data_manifest.json`."""
+    origin: Mapping[str, Any] | None = None
+    """What its config files say and what was set over them: `config_origin.json`."""
 
     @property
     def status(self) -> str:
@@ -169,16 +167,18 @@ def _read_stage(folder: Path, notes: list[str]) -> StageRecord:
     name = folder.resolve().name
     config = folder / "config.yaml"
     summary = read_object(folder / "summary.json", f"{name}/summary.json", notes)
-    before, after = (
-        _read_scores(folder / "scores" / f"{when}.json", f"{name}/scores/{when}.json", notes)
-        for when in ("before", "after")
-    )
+    before, after, between, tasks = read_stage_scores(folder, name, notes)
     if before and after and before.settings_hash != after.settings_hash:
         notes.append(f"{name}: the scores before and after were taken with different settings and do not compare.")
     return StageRecord(
         name=name,
         config=config.read_text(encoding="utf-8", errors="replace") if config.is_file() else None,
         metrics=tuple(_read_metrics(folder / "metrics.jsonl", f"{name}/metrics.jsonl", notes)),
+        validation=tuple(_read_metrics(folder / "validation.jsonl", f"{name}/validation.jsonl", notes)),
+        between=between,
+        tasks=tasks,
+        manifest=read_object(folder / "data_manifest.json", f"{name}/data_manifest.json", notes),
+        origin=read_object(folder / "config_origin.json", f"{name}/config_origin.json", notes),
         before=before,
         after=after,
         summary=summary,
@@ -198,37 +198,6 @@ def _read_metrics(path: Path, label: str, notes: list[str]) -> list[dict[str, fl
     if dropped:
         notes.append(f"{label}: not finite in some steps, and not drawn there: {', '.join(sorted(dropped))}.")
     return [rows[step] for step in sorted(rows)]
-
-
-def _read_scores(path: Path, label: str, notes: list[str]) -> Scores | None:
-    value = read_object(path, label, notes)
-    summary = mapping(value.get("summary")) if value else {}
-    if value is None or (accuracy := number(summary.get("accuracy"))) is None:
-        return None
-    n = number(summary.get("n"))
-    interval = summary.get("interval")
-    low, high = interval if isinstance(interval, list) and len(interval) == 2 else (None, None)
-    return Scores(
-        accuracy=accuracy,
-        low=number(low),
-        high=number(high),
-        n=None if n is None else int(n),
-        mean_tokens=number(summary.get("mean_tokens")),
-        settings_hash=text(value.get("settings")),
-        answers=_answers(value.get("items"), label, notes),
-    )
-
-
-def _answers(items: Any, label: str, notes: list[str]) -> tuple[Answer, ...]:
-    """All answers or none: a part of them would pass for the whole."""
-    answers = []
-    for item in map(mapping, items if isinstance(items, list) else ()):
-        tokens, score = number(item.get("tokens")), number(item.get("score"))
-        if tokens is None or tokens < 0 or score is None or not 0 <= score <= 1:
-            notes.append(f"{label}: an answer in it has no length or no score, so none is shown by length.")
-            return ()
-        answers.append(Answer(int(tokens), score, item.get("finish") == "length"))
-    return tuple(answers)
 
 
 def _pair_lengths(folder: Path, summary: Mapping[str, Any], notes: list[str]) -> PairLengths | None:

@@ -1,39 +1,23 @@
 """The report's curves: which metrics share a chart, and the charts themselves, by plotly."""
 
 import html
-import math
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
 
-import numpy as np
 import plotly.graph_objects as go
 import plotly.offline
 
 from tulu_lightning.recipes.records import Scores, StageRecord
+from tulu_lightning.recipes.report_curves import Chart, Other, draw
 from tulu_lightning.recipes.report_figure import BLUE, GREEN, GREY, ORANGE, RED, VIOLET, layout, legend, wrap
+from tulu_lightning.recipes.report_tasks import HELD_OUT, moments_of, tasks_of
 
-PALETTE = (BLUE, ORANGE, GREEN, VIOLET, RED, GREY)
-MAX_POINTS = 1000
-"""Per curve; a longer run is thinned, after smoothing."""
-FEW_STEPS = 7
-"""Up to so many steps each has its tick."""
+__all__ = ["CHARTS", "plotly_js", "score_chart", "score_curves", "stage_charts"]
+
 BY_SOURCE = ("loss", "margin", "accuracy")
 """Metrics of which a stage may record `name/source` as well."""
 _HIDDEN = {"step", "time", "stage"}
-
-
-class Chart(NamedTuple):
-    """Metrics that are drawn on one pair of axes."""
-
-    title: str
-    note: str
-    keys: tuple[str, ...]
-    labels: tuple[str, ...] = ()
-    """One per key where there is more than one."""
-    share: bool = False
-    """Values are shares of 1, shown in percent."""
-    stacked: bool = False
-    colours: tuple[str, ...] = PALETTE
+HELD = "val_"
+"""What the metrics of a validation are named with."""
 
 
 SIDES = (("chosen", "rejected"), False, False, (BLUE, ORANGE))
@@ -64,9 +48,10 @@ CHARTS = (
           ("right", "wrong", "unparseable", "timeout", "error"), share=True, stacked=True,
           colours=(GREEN, RED, VIOLET, ORANGE, GREY)),
     Chart("Seconds by phase", "wall time of a step",
-          ("seconds_sync", "seconds_generate", "seconds_score", "seconds_logprobs", "seconds_update"),
-          ("refresh", "generate", "score", "log-probs", "update"), stacked=True,
-          colours=(GREY, BLUE, ORANGE, GREEN, VIOLET)),
+          ("seconds_sync", "seconds_generate", "seconds_score", "seconds_logprobs", "seconds_update", "seconds_wait"),
+          ("refresh", "generate", "score", "log-probs", "update", "wait"), stacked=True,
+          colours=(GREY, BLUE, ORANGE, GREEN, VIOLET, RED)),
+    Chart("Peak memory", "GiB, the most that the process has held so far", ("peak_memory_bytes",), scale=2.0**-30),
 )  # fmt: skip
 
 
@@ -75,27 +60,43 @@ def plotly_js() -> str:
     return plotly.offline.get_plotlyjs()
 
 
-def stage_charts(stage: StageRecord, prefix: str) -> tuple[list[str], list[str]]:
+def stage_charts(stage: StageRecord, prefix: str, other: Other | None = None) -> tuple[list[str], list[str]]:
     """The charts of one stage as HTML figures: the main ones, and one for every metric that no chart has claimed.
 
     Args:
         stage: the stage.
         prefix: of the figures' ids; a plain word, different for every stage of the page.
+        other: the same stage of a second run, drawn beside.
     """
-    present = dict.fromkeys(key for row in stage.metrics for key in row if key not in _HIDDEN)
-    main, claimed = [], set[str]()
+    rows = [*stage.metrics, *(other.stage.metrics if other else ())]
+    present = dict.fromkeys(key for row in rows for key in row if key not in _HIDDEN)
+    main, claimed = list[str](), set[str]()
     for chart in CHARTS:
         if any(key in present for key in chart.keys):
             claimed.update(chart.keys)
-            main.append(_figure(chart, stage, f"{prefix}-{len(main)}"))
+            main += _drawn(chart, stage, f"{prefix}-{len(main)}", other)
         sources = tuple(key for key in present if key.startswith(f"{chart.keys[0]}/"))
         if chart.keys[0] in BY_SOURCE and sources:
             claimed.update(sources)
-            if not _repeats(stage.metrics, sources, chart.keys[0]):
-                main.append(_figure(_by_source(chart, sources), stage, f"{prefix}-{len(main)}"))
-    rest = [key for key in present if key not in claimed]
-    more = [_figure(Chart(key, "", (key,)), stage, f"{prefix}-more-{i}") for i, key in enumerate(rest)]
-    return main, more
+            if not _repeats(rows, sources, chart.keys[0]):
+                main += _drawn(_by_source(chart, sources), stage, f"{prefix}-{len(main)}", other)
+    claimed.update(f"{HELD}{key}" for key in present)
+    rest = [Chart(key, "", (key,)) for key in present if key not in claimed]
+    held = dict.fromkeys(key for row in stage.validation for key in row if key.startswith(HELD) and key not in claimed)
+    rest += [Chart(key.removeprefix(HELD), "", (key.removeprefix(HELD),)) for key in held]
+    return main, [draw(chart, stage, f"{prefix}-more-{i}", other) for i, chart in enumerate(rest)]
+
+
+def _drawn(chart: Chart, stage: StageRecord, name: str, other: Other | None) -> list[str]:
+    """One figure; of a stacked chart one a run, since two stacks on one pair of axes cannot be read."""
+    if other is None or not chart.stacked:
+        return [draw(chart, stage, name, other)]
+    records = zip(other.names, (stage, other.stage), strict=True)
+    return [
+        draw(chart._replace(note=f"{chart.note}; {run}"), record, f"{name}-{i}")
+        for i, (run, record) in enumerate(records)
+        if any(key in row for row in record.metrics for key in chart.keys)
+    ]
 
 
 def _by_source(chart: Chart, sources: tuple[str, ...]) -> Chart:
@@ -147,87 +148,55 @@ def _interval_trace(points: Sequence[tuple[float, Scores]], name: str, colour: s
     )
 
 
-def smooth(values: Sequence[float]) -> list[float]:
-    """The trend of a series: at every point a straight line is fitted to its surroundings, a fifth of the run to a side.
+def score_curves(stage: StageRecord, prefix: str, other: Other | None = None) -> list[str]:
+    """The held-out score, and that of every task, over the steps with intervals; those that were scored in between.
 
-    Weights fall off by the tricube (Cleveland 1979, LOWESS without its robust passes). Unlike a moving average it does
-    not lag behind a trend, at the ends neither; a straight line comes out as it went in.
+    Args:
+        stage: the stage.
+        prefix: of the figures' ids; a plain word, different for every stage of the page.
+        other: the same stage of a second run, drawn beside.
     """
-    if not values:
-        return []
-    # Counted from the first value, so that rounding does not draw a constant series as a jagged one.
-    y = np.asarray(values, dtype=np.float64) - values[0]
-    reach = max(len(y) / 5, 3.0)
-    line = []
-    for i in range(len(y)):
-        low, high = max(0, math.ceil(i - reach)), min(len(y), math.floor(i + reach) + 1)
-        x = np.arange(low, high, dtype=np.float64) - i
-        w = (1 - np.abs(x / reach) ** 3) ** 3
-        w /= w.sum()
-        mean_x, mean_y = w @ x, w @ y[low:high]
-        spread = w @ (x - mean_x) ** 2
-        slope = w @ ((x - mean_x) * y[low:high]) / spread if spread > 0 else 0.0
-        line.append(values[0] + float(mean_y - slope * mean_x))
-    return line
+    figures = []
+    for task in dict.fromkeys([HELD_OUT, *tasks_of(stage), *(tasks_of(other.stage) if other else ())]):
+        if figure := _score_curve(task, stage, f"{prefix}-{len(figures)}", other):
+            figures.append(figure)
+    return figures
 
 
-def _series(metrics: Sequence[Mapping[str, float]], key: str) -> tuple[list[float], list[float], list[float]]:
-    """Steps, values and smoothed values of one metric, thinned to what a small chart can show."""
-    points = [(row["step"], row[key]) for row in metrics if key in row]
-    line = smooth([value for _, value in points])
-    stride = -(-len(points) // MAX_POINTS) or 1
-    steps, values = [s for s, _ in points], [v for _, v in points]
-    return steps[::stride], values[::stride], line[::stride]
-
-
-def _figure(chart: Chart, stage: StageRecord, name: str) -> str:
+def _score_curve(task: str, stage: StageRecord, name: str, other: Other | None) -> str:
+    runs = [(stage, other.names[0] if other else "", BLUE), *([(other.stage, other.names[1], VIOLET)] if other else [])]
     figure = go.Figure()
-    present = [i for i, key in enumerate(chart.keys) if any(key in row for row in stage.metrics)]
-    labels = tuple((chart.labels or chart.keys)[i] for i in present)
-    colours = tuple(chart.colours[i % len(chart.colours)] for i in present)
-    number = ":.1%" if chart.share else ":.4g"
-    for i, label, colour in zip(present, labels, colours, strict=True):
-        steps, values, line = _series(stage.metrics, chart.keys[i])
-        # plotly reads a little HTML in names; a label may come from a file.
-        text = html.escape(label)
-        hover = f"%{{y{number}}}<extra>{text if chart.labels else ''}</extra>"
-        if chart.stacked:
-            figure.add_trace(_band(steps, values, text, colour, chart.share, hover))
-            continue
-        dots = {"size": 4 if len(steps) > 30 else 5, "color": colour, "opacity": 0.45}
-        figure.add_trace(go.Scatter(x=steps, y=values, mode="markers", marker=dots, name=text, hovertemplate=hover))
-        stroke = {"width": 2, "color": colour}
-        figure.add_trace(go.Scatter(x=steps, y=line, mode="lines", line=stroke, name=text, hoverinfo="skip"))
+    drawn: dict[str, str] = {}
+    for record, label, colour in runs:
+        moments = moments_of(record, task)
+        if len(moments) > 2 or (other and len(moments) > 1):
+            figure.add_trace(_over_steps(moments, html.escape(label), colour))
+            drawn[label] = colour
+    if not drawn:
+        return ""
     figure.update_layout(**layout(height=200), hovermode="x unified")
-    figure.update_yaxes(tickformat=".3~p" if chart.share else "~g")
-    if chart.share:
-        # A curve that is 0 all along would be given an axis beyond what a share can be; 0.03 is room for the dots.
-        figure.update_yaxes(autorangeoptions={"clipmin": -0.03, "clipmax": 1.03})
-    if len(stage.metrics) <= FEW_STEPS:
-        figure.update_xaxes(dtick=1)  # there is no step and a half
-    if chart.stacked:
-        figure.update_layout(yaxis={"range": [0, 1]} if chart.share else {"rangemode": "tozero"})
-    return wrap(chart.title, chart.note, legend(labels, colours) if chart.labels else "", figure, name)
+    figure.update_yaxes(tickformat=".3~p", autorangeoptions={"clipmin": -0.03, "clipmax": 1.03})
+    keys = legend(tuple(drawn), tuple(drawn.values())) if other else ""
+    title = "Held-out score" if task == HELD_OUT else f"Score on {task}"
+    return wrap(title, "mean over the items, with 95% intervals", keys, figure, name)
 
 
-def _band(steps: list[float], values: list[float], text: str, colour: str, share: bool, hover: str) -> go.Scatter:
-    shape = {"groupnorm": "fraction"} if share else {}
-    # A single step has no area to fill: show it as a point.
-    mode = "lines" if len(steps) > 1 else "markers"
+def _over_steps(moments: Sequence[tuple[int, Scores]], label: str, colour: str) -> go.Scatter:
+    scores = [s for _, s in moments]
     return go.Scatter(
-        x=steps,
-        y=values,
-        mode=mode,
-        stackgroup="all",
-        name=text,
-        hovertemplate=hover,
-        line={"width": 0.5, "color": colour},
-        fillcolor=_clear(colour),
-        marker={"color": colour},
-        **shape,
+        x=[step for step, _ in moments],
+        y=[s.accuracy for s in scores],
+        error_y={
+            "array": [(s.accuracy if s.high is None else s.high) - s.accuracy for s in scores],
+            "arrayminus": [s.accuracy - (s.accuracy if s.low is None else s.low) for s in scores],
+            "thickness": 1.5,
+            "width": 0,
+        },
+        mode="lines+markers",
+        line={"width": 2, "color": colour},
+        marker={"size": 8, "color": colour},
+        customdata=[[s.low or 0.0, s.high or 0.0, s.n or 0] for s in scores],
+        hovertemplate="%{y:.1%} [%{customdata[0]:.1%}, %{customdata[1]:.1%}], n = %{customdata[2]}"
+        f"<extra>{label}</extra>",
+        name=label,
     )
-
-
-def _clear(colour: str) -> str:
-    red, green, blue = (int(colour[i : i + 2], 16) for i in (1, 3, 5))
-    return f"rgba({red},{green},{blue},0.75)"

@@ -56,6 +56,24 @@ tbody tr:last-child > * { border-bottom: 0; }
 .scores .detail { display: block; font-size: 13px; }
 .scores tbody th .detail { white-space: nowrap; }
 .scores tbody th { color: var(--ink); font-size: 14px; }
+.alerts { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 440px), 1fr)); gap: 12px; }
+.alert { padding: 12px 16px; border-left: 4px solid var(--warn); font-size: 14px; overflow-wrap: anywhere; min-width: 0; }
+.alert small { color: var(--soft); font-size: 13px; } .alert p { margin: 4px 0; } .alert a { color: var(--blue); font-size: 13px; }
+.under { color: var(--soft); font-size: 13px; margin: 8px 0 10px; overflow-wrap: anywhere; }
+.card td, .card tbody th { overflow-wrap: anywhere; }
+.changes th[scope="row"] { width: 40%; } .changes td { width: 30%; }
+.more { margin-top: 12px; }
+h1 small { font-size: 20px; color: var(--soft); font-weight: 400; letter-spacing: 0; }
+.samples { display: grid; gap: 12px; }
+.sample { padding: 14px 16px; min-width: 0; }
+.sample > .said { background: none; padding: 0; font-family: inherit; font-size: 15px; font-weight: 600; }
+.answers { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 200px), 1fr)); gap: 10px; margin-top: 10px; }
+.answer { border-left: 3px solid var(--soft); padding-left: 10px; min-width: 0; }
+.answer.right { border-left-color: var(--good); } .answer.wrong { border-left-color: var(--bad); }
+.answer header { display: flex; flex-wrap: wrap; justify-content: space-between; gap: 0 10px; font-size: 13px; margin-bottom: 4px; }
+.answer header span { color: var(--soft); }
+.answer.right header span { color: var(--good); } .answer.wrong header span { color: var(--bad); }
+.answer .said { max-height: 200px; }
 .facts-table td { overflow-wrap: anywhere; }
 .facts-table th { width: 11em; }
 .pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 320px), 1fr)); gap: 12px; align-items: start; }
@@ -77,6 +95,7 @@ details { margin: 0 0 10px; }
 summary { cursor: pointer; padding: 11px 16px; font-weight: 600; font-size: 14px; }
 summary small { color: var(--soft); font-weight: 400; overflow-wrap: anywhere; }
 details > pre { padding: 4px 16px 16px; overflow: auto; }
+details > .card { border-width: 1px 0 0; border-radius: 0 0 10px 10px; }
 details > .charts { padding: 4px 12px 12px; }
 .empty { color: var(--soft); margin: 0; }
 footer { margin-top: 48px; color: var(--soft); font-size: 13px; }
@@ -90,6 +109,7 @@ footer { margin-top: 48px; color: var(--soft); font-size: 13px; }
   .scores tbody th { display: block; border: 0; padding: 0 0 4px; font-size: 16px; }
   .scores td, .scores td.n { display: grid; grid-template-columns: 7.5em 1fr; border: 0; padding: 3px 0; text-align: left;
     white-space: normal; }
+  .changes th[scope="row"], .changes td { width: auto; }
   .scores td::before { content: attr(data-label); color: var(--soft); }
   .facts-table th { width: 7.5em; } th, td { padding: 8px 12px; }
 }

@@ -7,6 +7,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
+from tulu_lightning.core.stats import paired_bootstrap
 from tulu_lightning.recipes.reading import number
 from tulu_lightning.recipes.records import RunRecord, Scores, StageRecord, read_run
 
@@ -103,12 +104,27 @@ def _accuracy(scores: Scores | None) -> Cell:
 
 
 def _difference(stage: StageRecord) -> Cell:
-    decision = stage.decision
-    if decision is None or decision.difference is None:
+    difference, low, high = gain(stage)
+    if difference is None:
         return Cell(NOTHING)
-    low, high = decision.low, decision.high
     interval = "" if low is None or high is None else f"{100 * low:+.1f} to {100 * high:+.1f}"
-    return Cell(f"{100 * decision.difference:+.1f} pts", interval)
+    return Cell(f"{100 * difference:+.1f} pts", interval)
+
+
+def gain(stage: StageRecord) -> tuple[float | None, float | None, float | None]:
+    """What the stage gained, with its interval: as the promotion decided by, else from the scores, paired by prompt.
+
+    Returns:
+        (difference, low, high); None where it is not known, or the two scores do not compare.
+    """
+    if stage.decision is not None and stage.decision.difference is not None:
+        return stage.decision.difference, stage.decision.low, stage.decision.high
+    before, after = stage.before, stage.after
+    if before is None or after is None or before.settings_hash != after.settings_hash:
+        return None, None, None
+    if not before.per_item or len(before.per_item) != len(after.per_item):
+        return None, None, None
+    return paired_bootstrap(before.per_item, after.per_item)
 
 
 def _verdict(stage: StageRecord) -> Cell:

@@ -50,6 +50,7 @@ class Batch:
 
         self.own, self.shared = room(section.slots, section.places), room(section.groups, section.shared_places)
         self.rows: list[Row] = []
+        self.drawn = torch.zeros(0, dtype=torch.int64)  # the newest token of each row that took one
         self.group_B: list[int] = []  # slot of each row's shared tokens
         self.size_P: list[int] = []  # tokens in each slot of shared tokens
         self.filled_B = torch.zeros(section.slots, dtype=torch.int64, device=device)  # tokens of its own
@@ -68,7 +69,7 @@ class Batch:
                 self.size_P = [self.prefix]
 
     def run(self) -> Iterator[dict[Row, Completion]]:
-        """Decode until no row is left, handing out rows as they finish."""
+        """Decode until no row is left, handing out after every token the rows that finished with it: often none."""
         while self.waiting or self.rows:
             jobs = self._next_jobs()
             if jobs:
@@ -144,11 +145,12 @@ class Batch:
             logits_BV, sampling.temperature, self.uniform_BL[slots, step_B], sampling.top_p, sampling.top_k
         )
         self.ids_BL[slots, step_B], self.logp_BL[slots, step_B] = token_B, logp_B
+        self.drawn = token_B
         self.last_B[slots], self.step_B[slots] = token_B, step_B + 1
         stop_B = torch.isin(token_B, self.stop_ids)
         done = (stop_B | (step_B + 1 == sampling.max_new_tokens)).nonzero()[:, 0].tolist()
+        yield {self.rows[first + i]: self._completion(first + i, bool(stop_B[i])) for i in done}
         if done:
-            yield {self.rows[first + i]: self._completion(first + i, bool(stop_B[i])) for i in done}
             self._remove([first + i for i in done])
 
     def _completion(self, slot: int, stopped: bool) -> Completion:

@@ -43,6 +43,7 @@ class Chunk:
         self.ids_RL = torch.zeros(uniform_RL.shape, dtype=torch.int64, device=self.device)
         self.logp_RL = torch.zeros(uniform_RL.shape, device=self.device)
         self.alive_B = torch.arange(len(rows), device=self.device)
+        self.drawn = self.ids_RL[:, 0]  # the newest token of each row that took one
         self._prefill([tuple(prompts[row.prompt]) for row in rows])
 
     def _prefill(self, prompts: Sequence[tuple[int, ...]]) -> None:
@@ -77,18 +78,19 @@ class Chunk:
         return ids.to(self.device), mask.to(self.device), positions.to(self.device)
 
     def run(self) -> Iterator[dict[Row, Completion]]:
-        """Decode until no row is left, handing out rows as they finish."""
+        """Decode until no row is left, handing out after every token the rows that finished with it: often none."""
         for step in range(self.sampling.max_new_tokens):
             last = step + 1 == self.sampling.max_new_tokens
             luck_B, how = self.uniform_RL[self.alive_B, step], self.sampling
             token_B, logp_B = pick(self.logits_BV, how.temperature, luck_B, how.top_p, how.top_k)
             self.ids_RL[self.alive_B, step], self.logp_RL[self.alive_B, step] = token_B, logp_B
+            self.drawn = token_B
             stop_B = torch.isin(token_B, self.stop_ids)
             done_B = stop_B | last
+            yield dict(self._finished(done_B, stop_B, step + 1)) if done_B.any() else {}
+            if done_B.all():
+                return
             if done_B.any():
-                yield dict(self._finished(done_B, stop_B, step + 1))
-                if done_B.all():
-                    return
                 token_B = self._drop(done_B, token_B)
             self._advance(token_B)
 

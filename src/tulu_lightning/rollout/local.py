@@ -205,24 +205,40 @@ class LocalEngine:
             return uniforms(seed, names, sampling.max_new_tokens)
 
         made: dict[Row, Completion] = {}
-        for finished in self._run(prompts, n, sampling, luck):
-            made.update(finished)
-            if progress is not None:
-                progress(len(made), len(prompts) * n)
+        for part in self._parts(prompts, n, sampling, luck):
+            for finished in part.run():
+                made.update(finished)
+                if finished and progress is not None:
+                    progress(len(made), len(prompts) * n)
         return [[made[Row(i, j)] for j in range(n)] for i in range(len(prompts))]
 
-    def _run(
+    @torch.no_grad()
+    def stream(self, prompt: Sequence[int], sampling: Sampling, seed: int) -> Iterator[int]:
+        """The tokens of `generate([prompt], 1, sampling, seed)`, each as soon as it is drawn, a stop token included.
+
+        Raises:
+            InputError: an empty prompt, a token that the model does not know, or more tokens than it has positions.
+        """
+        self._must_hold_weights()
+        check_sampling(1, sampling)
+        check_tokens([prompt], sampling.max_new_tokens, self._model.config)
+        luck = uniforms(seed, [(0, 0)], sampling.max_new_tokens)
+        for part in self._parts([prompt], 1, sampling, lambda _: luck):
+            for _ in part.run():
+                yield int(part.drawn[0])
+
+    def _parts(
         self, prompts: Sequence[Sequence[int]], n: int, sampling: Sampling, luck: Callable[[Sequence[Row]], Tensor]
-    ) -> Iterator[dict[Row, Completion]]:
-        """Rows as they finish."""
+    ) -> Iterator[Batch | Chunk]:
+        """What is decoded together, part by part; each is to be run before the next is asked for."""
         limits = (sampling.max_new_tokens, self.max_rows, self.batch_tokens)
         fast = self._fast_path()
         if fast is not None:
             for section in sections(prompts, n, *limits):
-                yield from Batch(fast, self._version, section, sampling, luck).run()
+                yield Batch(fast, self._version, section, sampling, luck)
             return
         for rows in chunks(prompts, n, *limits):
-            yield from Chunk(self._lm, self._version, prompts, rows, sampling, luck(rows)).run()
+            yield Chunk(self._lm, self._version, prompts, rows, sampling, luck(rows))
 
     @torch.no_grad()
     def logprobs(
