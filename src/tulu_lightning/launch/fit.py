@@ -34,6 +34,7 @@ from tulu_lightning.launch.quiet import without_noise
 from tulu_lightning.launch.run_folder import ensure_writable, resolve_checkpoint, step_of
 from tulu_lightning.launch.schema import check_keys
 from tulu_lightning.launch.signatures import parameters
+from tulu_lightning.launch.trainer_settings import check_trainer_settings
 
 __all__ = ["SaveConfig", "TuluCLI", "fit", "main"]
 
@@ -131,6 +132,7 @@ class TuluCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Settle the run folder, and prove that it can be written, before anything is built."""
         settings = self._get(self.config, "trainer")
+        check_trainer_settings(settings)
         if not settings.default_root_dir:
             files = [layer.path for layer in self.layers if layer.path is not None]
             settings.default_root_dir = str(Path("runs", files[-1].stem if files else "default"))
