@@ -5,7 +5,7 @@
 Rows of about 300 tokens in a Parquet file: two of 5,000 texts each, put together anew for each row, of words drawn as often as
 Zipf's law has it, so that rows share common words and runs. Every 500th row quotes a test item. The sets have 2,500 items
 of 20 to 180 tokens. Time is that of reading, comparing and collecting, with the index built before and an empty cache
-of findings; the processes start anew for each number of rows. Prints one JSON line for each number of rows; peak memory is that of the process and of its largest child.
+of findings; the processes start anew for each number of rows. Prints one JSON line for each number of rows; peak memory is that of all processes together, mapped files included.
 """
 
 import argparse
@@ -14,6 +14,7 @@ import os
 import platform
 import resource
 import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -63,6 +64,36 @@ def processor_seconds() -> float:
     return sum(each.ru_utime + each.ru_stime for each in used)
 
 
+class Memory(threading.Thread):
+    """The most that this process and its children had at once, in GB: their own pages, and of mapped files each once."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self.peak, self._done = 0.0, threading.Event()
+
+    def run(self) -> None:
+        """Look twice a second."""
+        while not self._done.wait(0.5):
+            self.peak = max(self.peak, sum(map(self._of, [os.getpid(), *self._children()])))
+
+    def stop(self) -> float:
+        """End, and say it."""
+        self._done.set()
+        self.join()
+        return self.peak
+
+    def _children(self) -> list[int]:
+        tasks = Path(f"/proc/{os.getpid()}/task")
+        return [int(pid) for task in tasks.iterdir() for pid in (task / "children").read_text().split()]
+
+    def _of(self, pid: int) -> float:
+        try:
+            text = Path(f"/proc/{pid}/smaps_rollup").read_text()
+        except OSError:
+            return 0.0
+        return int(next(line.split()[1] for line in text.splitlines() if line.startswith("Pss:"))) / 2**20
+
+
 def measure(folder: Path, counts: list[int], processes: int) -> None:
     """One line for each number of rows."""
     from tulu_lightning.data.decontaminate import evaluation_index, find, open_scan, verdicts
@@ -87,13 +118,14 @@ def measure(folder: Path, counts: list[int], processes: int) -> None:
         path = folder / f"rows{count}.parquet"
         write(path, count, first, second, [item for items in tests for item in items])
         source = Source("rows", path=str(path))
-        start, used = time.perf_counter(), processor_seconds()
+        start, used, memory = time.perf_counter(), processor_seconds(), Memory()
+        memory.start()
         scan = open_scan(source, open_source(source), index, settings)
         opened = time.perf_counter() - start
         findings = find(scan, processes)
         seconds = time.perf_counter() - start
         assert findings is not None
-        peaks = [resource.getrusage(who).ru_maxrss / 2**20 for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+        peak = memory.stop()
         print(
             json.dumps(
                 {
@@ -104,7 +136,7 @@ def measure(folder: Path, counts: list[int], processes: int) -> None:
                     "rows_per_second": round(count / seconds),
                     "items_hit": sum(verdict.hit for verdict in verdicts(scan, findings)),
                     "items_quoted": len({row // 500 % (SETS * ITEMS) for row in range(0, count, 500)}),
-                    "peak_gb": [round(peak, 2) for peak in peaks],
+                    "peak_gb": round(peak, 2),
                     "ngrams": len(index.hashes),
                     "index_seconds": round(built, 1),
                     "processes": processes,

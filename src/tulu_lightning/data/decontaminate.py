@@ -12,6 +12,7 @@ import math
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
@@ -27,7 +28,7 @@ from tulu_lightning.data.keys import key
 from tulu_lightning.data.ngram_index import Index, Set, write_index
 from tulu_lightning.data.overlap import Overlaps, Rule, overlaps
 from tulu_lightning.data.sources import Source, Table, open_source
-from tulu_lightning.errors import InputError
+from tulu_lightning.errors import InputError, RunStopped
 from tulu_lightning.progress import Progress
 
 __all__ = [
@@ -126,6 +127,7 @@ def find(scan: Scan, processes: int = 1, shard: tuple[int, int] = (0, 1)) -> Fin
 
     Raises:
         InputError: a row is malformed, or the cache cannot be written.
+        RunStopped: one of several processes was killed.
     """
     with writing():
         scan.folder.mkdir(parents=True, exist_ok=True)
@@ -153,6 +155,9 @@ def _done(scan: Scan, blocks: Sequence[int], processes: int) -> Iterator[int]:
             done, running = wait(running, return_when=FIRST_COMPLETED)
             for future in done:
                 yield future.result()
+    except BrokenProcessPool as error:
+        what = "a process that compares rows was killed, perhaps for want of memory (--processes 1 takes the least)"
+        raise RunStopped(f"{scan.source.name}: {what}; the same command goes on with the next block") from error
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 
