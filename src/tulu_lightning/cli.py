@@ -56,7 +56,11 @@ COMMANDS = (
     Command(
         "doctor", "what is installed, what is off and why, and whether the demo runs", "tulu_lightning.launch.doctor"
     ),
-    Command("data", "see what the model will see: inspect rows, length statistics", "tulu_lightning.launch.data"),
+    Command(
+        "data",
+        "see what the model will see: inspect rows, length statistics; decontaminate",
+        "tulu_lightning.launch.data",
+    ),
     Command("generate", "sample responses to prompts from a pool of models", "tulu_lightning.recipes.making.generate"),
     Command("judge", "rate responses by models or verifiers", "tulu_lightning.recipes.making.judge"),
     Command("pairs", "make preference pairs of rated responses", "tulu_lightning.recipes.pairs"),

@@ -1,10 +1,33 @@
-"""Which share of a step's rows a process gets: ranks that split one model over tensor parallelism share theirs."""
+"""How many processes there are, and which share of a step's rows each gets: those that split one model share theirs."""
 
+import os
 from typing import Any, TypeVar
 
-__all__ = ["data_place", "over_rows", "replaces_sampler"]
+from tulu_lightning.errors import InputError
+
+__all__ = ["check_launched", "data_place", "over_rows", "replaces_sampler"]
 
 Metric = TypeVar("Metric", bound=Any)
+
+
+def check_launched(devices: int, nodes: int) -> None:
+    """Refuse another number of processes than torchrun has started.
+
+    Args:
+        devices: processes on each machine, `trainer.devices`.
+        nodes: machines, `trainer.num_nodes`.
+
+    Raises:
+        InputError: the product is not torchrun's world size.
+    """
+    if "TORCHELASTIC_RUN_ID" not in os.environ or (launched := int(os.environ["WORLD_SIZE"])) == devices * nodes:
+        return
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", launched))
+    what = f"{nodes} x {devices} = {devices * nodes} processes, and torchrun started {launched}, {here} of them here"
+    remedy = f"Set trainer.num_nodes to {launched // here} and trainer.devices to {here}"
+    if launched % here:
+        remedy = "Start as many on each machine"
+    raise InputError("trainer.num_nodes x trainer.devices", f"is {what}", f"{remedy}, or start others.")
 
 
 def data_place(trainer: Any) -> tuple[int, int]:

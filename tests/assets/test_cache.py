@@ -116,3 +116,20 @@ def test_an_error_of_the_build_itself_is_not_taken_for_one_of_the_disk():
     with pytest.raises(OSError, match="no header") as caught:
         build_once("thing", misread)
     assert not isinstance(caught.value, InputError)
+
+
+def test_a_wait_that_is_too_long_names_the_process_that_holds_the_lock(cache, tmp_path, monkeypatch):
+    """The lock of a process that hangs is never dropped; the one that waits says for whom."""
+    builder = start(tmp_path / "log", 600)
+    try:
+        wait_for(tmp_path / "log")
+        monkeypatch.setenv("TULU_CACHE_WAIT", "0.3")
+        with pytest.raises(
+            InputError, match=rf"\.thing\.lock: process {os.getpid()} waited 0\.3 s for process {builder.pid} on "
+        ):
+            build_once("thing", whole)
+    finally:
+        builder.kill()
+        builder.wait()
+    monkeypatch.setenv("TULU_CACHE_WAIT", "60")
+    assert (build_once("thing", whole) / "part").read_text() == "whole"

@@ -210,8 +210,8 @@ def test_what_a_dataclass_refuses_reaches_the_user_as_it_is(toy):
 
 def test_what_lightning_refuses_becomes_one_line(toy):
     with pytest.raises(InputError) as caught:
-        fit(toy, ["--trainer.strategy=fsdp3"])
-    assert str(caught.value).startswith("trainer: You selected an invalid strategy name: `strategy='fsdp3'`.")
+        fit(toy, ["--trainer.accelerator=abacus"])
+    assert str(caught.value).startswith("trainer: You selected an invalid accelerator name: `accelerator='abacus'`.")
     assert str(caught.value).endswith("Change the trainer's settings; `tulu fit --help` lists them.")
 
 

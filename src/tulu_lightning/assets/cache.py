@@ -4,14 +4,20 @@ import errno
 import fcntl
 import os
 import shutil
+import socket
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TextIO
 
 from tulu_lightning.errors import InputError
 
 __all__ = ["build_once", "cache_dir", "locked", "writing"]
+
+LONGEST_WAIT = 4 * 3600.0
+"""Seconds that a process waits for another one that builds the same thing, unless `$TULU_CACHE_WAIT` says otherwise."""
 
 
 def cache_dir() -> Path:
@@ -67,17 +73,39 @@ def locked(path: Path, waiting: Callable[[], None] | None = None) -> Iterator[No
     """Hold a lock that the system drops when its holder dies.
 
     Args:
-        path: the lock's file; it stays.
+        path: the lock's file; it stays, and says who holds it.
         waiting: called once if another process holds the lock, before waiting for it.
+
+    Raises:
+        InputError: another process has held it for longer than `$TULU_CACHE_WAIT` seconds (4 hours); names it.
     """
-    with path.open("w") as lock:
+    with path.open("a+") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             if waiting is not None:
                 waiting()
-            fcntl.flock(lock, fcntl.LOCK_EX)
+            _await(lock, path)
+        lock.truncate(0)
+        lock.write(f"process {os.getpid()} on {socket.gethostname()}")
+        lock.flush()
         yield
+
+
+def _await(lock: TextIO, path: Path) -> None:
+    longest = float(os.environ.get("TULU_CACHE_WAIT") or LONGEST_WAIT)
+    start = time.monotonic()
+    while True:
+        time.sleep(0.1)
+        with suppress(BlockingIOError):
+            return fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if time.monotonic() - start > longest:
+            lock.seek(0)
+            what = f"process {os.getpid()} waited {longest:g} s for {lock.read() or 'another process'}, which holds it"
+            remedy = (
+                "See whether that one still works, and end it if not; TULU_CACHE_WAIT sets how many seconds to wait."
+            )
+            raise InputError(str(path), what, remedy)
 
 
 def _build(final: Path, build: Callable[[Path], None]) -> None:

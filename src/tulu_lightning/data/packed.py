@@ -27,7 +27,7 @@ from tulu_lightning.types import Document, Pack, StepBatch
 
 __all__ = ["PackedData"]
 
-PLACE = {"name", "path", "hub", "subset", "split", "revision", "rows", "args", "upsample"}
+PLACE = {"name", "path", "hub", "subset", "split", "revision", "rows", "args", "upsample", "decontaminate"}
 """Fields of a source that do not decide tokens: where its rows are from (their content does), how often they are used."""
 DRAWN = ("fraction", "count", "cap")
 """Fields that make a source a sample, which depends on the seed and the source's name."""

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from tulu_lightning.data.criteria import Keywords, Predicate
+from tulu_lightning.data.decontaminate_settings import Decontaminate
 from tulu_lightning.data.importing import check_call, find_function
 from tulu_lightning.data.table import ListRows, Row, Rows, Table, plain
 from tulu_lightning.errors import InputError, nearest
@@ -80,6 +81,8 @@ class Source:
     filters: list[Keywords | Predicate] = field(default_factory=list)
     """Which rows to leave out: {words: [...]} by keywords, {function: ...} by a function of yours. Of a pair, both
     conversations must pass."""
+    decontaminate: Decontaminate | None = None
+    """Leave out rows that repeat evaluation sets, before anything is drawn."""
     keep_empty: bool = False
     """Keep rows with an empty message; the paper filters them out of every set. A pair with an empty answer is never
     kept."""
@@ -116,7 +119,12 @@ def open_source(source: Source) -> Table:
     if source.limit is not None:
         picked = picked[: source.limit]
     settings = {name: value for name in ("match", "columns", "limit") if (value := getattr(source, name))}
-    return Table(rows, digest, picked, source.columns, settings)
+    table = Table(rows, digest, picked, source.columns, settings)
+    if source.decontaminate is None:
+        return table
+    from tulu_lightning.data.decontaminate import without_overlaps  # which opens sources itself
+
+    return without_overlaps(source, table)
 
 
 def load(source: Source) -> list[Row]:

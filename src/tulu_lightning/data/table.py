@@ -134,6 +134,12 @@ class Table:
         """The number, from 1, that a row has in its file."""
         return int(self._picked[index]) + 1
 
+    def without(self, indices: Sequence[int] | np.ndarray, why: str) -> "Table":
+        """The same table without the rows of these indices; `why` becomes part of its fingerprint."""
+        kept = np.delete(np.asarray(self._picked, dtype=np.int64), np.asarray(indices, dtype=np.int64))
+        fingerprint = hashlib.sha256(f"{self.fingerprint}{why}".encode()).hexdigest()
+        return Table(self._rows, fingerprint, kept, self._columns)  # type: ignore[arg-type]  an array is a sequence
+
     def take(self, indices: Sequence[int]) -> list[Row]:
         """The rows of these indices, from 0, as plain dictionaries; a field that is None is left out of its row.
 

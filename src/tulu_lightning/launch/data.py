@@ -1,4 +1,4 @@
-"""`tulu data inspect` and `tulu data stats`: what the model will see, from a stage's config, without loading a model."""
+"""`tulu data inspect`, `stats` and `decontaminate`: what the model will see, from a stage's config, without a model."""
 
 import argparse
 import sys
@@ -31,10 +31,12 @@ __all__ = ["load_data", "main"]
 USAGE = """\
 usage: tulu data inspect --config FILE [--rows N | --row K] [--source NAME] [--ids] [--colour auto|always|never]
        tulu data stats   --config FILE [--bins N] [--png FILE]
+       tulu data decontaminate --config FILE --against FILE [--out FOLDER] [--action report|drop_rows|drop_source]
 
 inspect  rows as the model sees them, trained tokens marked; the template's checks; the mixture as a table
 stats    lengths of the rows by source, in figures and as a histogram, of pairs also those of both sides; with --png
          also as a picture
+decontaminate  rows that repeat items of evaluation sets: a report, and the rows without them (--help for more)
 
 FILE is the config of a stage, and options such as --data.max_tokens=512 change it as in `tulu fit`.
 """
@@ -79,7 +81,7 @@ def load_data(argv: Sequence[str]) -> StepData:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run `tulu data inspect` or `tulu data stats`.
+    """Run `tulu data inspect`, `tulu data stats` or `tulu data decontaminate`.
 
     Raises:
         InputError: there is no such action, or its options, the config or the data are bad.
@@ -87,15 +89,27 @@ def main(argv: Sequence[str]) -> int:
     if not argv or argv[0] in ("-h", "--help"):
         print(USAGE, end="")
         return 0
-    actions = {"inspect": _inspect, "stats": _stats}
+    actions = {"inspect": _inspect, "stats": _stats, "decontaminate": _decontaminate}
     if argv[0] not in actions:
         raise InputError("tulu data", f"no such action: {argv[0]!r}", nearest(argv[0], actions))
     if any(option in ("-h", "--help") for option in argv[1:]):
-        print(USAGE, end="")
+        print(_more(argv[0]), end="")
         return 0
     with without_noise():
         actions[argv[0]](argv[1:])
     return 0
+
+
+def _decontaminate(argv: Sequence[str]) -> None:
+    from tulu_lightning.launch import decontaminate  # which builds on this file
+
+    decontaminate.run(argv)
+
+
+def _more(action: str) -> str:
+    from tulu_lightning.launch import decontaminate
+
+    return decontaminate.USAGE if action == "decontaminate" else USAGE
 
 
 class _Options(argparse.ArgumentParser):

@@ -38,6 +38,7 @@ from tulu_lightning.launch.resuming import ACCEPT_HELP, CKPT_HELP, header_for, s
 from tulu_lightning.launch.run_folder import ensure_writable, resolve_checkpoint
 from tulu_lightning.launch.schema import check_keys
 from tulu_lightning.launch.signatures import parameters
+from tulu_lightning.launch.trainer_settings import check_trainer_settings
 from tulu_lightning.models.saved import Header
 
 __all__ = ["SaveConfig", "TuluCLI", "fit", "main"]
@@ -168,6 +169,7 @@ class TuluCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Settle the run folder, and prove that it can be written, before anything is built."""
         settings = self._get(self.config, "trainer")
+        check_trainer_settings(settings)
         if not settings.default_root_dir:
             files = [layer.path for layer in self.layers if layer.path is not None]
             settings.default_root_dir = str(Path("runs", files[-1].stem if files else "default"))

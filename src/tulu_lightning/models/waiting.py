@@ -9,6 +9,7 @@ through a key-value store of its own connection:
 | a rank raises | it says so first, then the others end |
 | a rank is gone (killed, out of memory) | another process of its machine notices within seconds, and all end |
 | a machine is gone | the next rank misses its sign of life for `SILENCE` seconds, and all end |
+| torchrun on a machine is gone, but not its ranks | they notice within seconds, and all end |
 | a rank does not come to a collective | after `timeout` seconds of waiting each says where it stands, and all end |
 
 Ending means by itself if the main thread can, and else by `os._exit`: a thread that waits in a collective cannot be woken.
@@ -60,6 +61,7 @@ class Watch:
         self._raised = False
         self._told_at: float | None = None
         self._answered = False
+        self._agent = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
 
     def start(self) -> None:
         """Begin to watch."""
@@ -112,7 +114,11 @@ class Watch:
                         self._look()
             except RuntimeError:  # DistNetworkError, DistStoreError
                 self._lost = time.monotonic()
-            if self._lost is not None and min(self._main.waits, time.monotonic() - self._lost) > GRACE:
+            if self._lost is None:
+                continue
+            if (orphan := self._orphaned()) is not None:
+                self._leave(orphan)
+            if min(self._main.waits, time.monotonic() - self._lost) > GRACE:
                 self._leave(Failure((), "the process that holds the ranks' store is gone (rank 0, or its torchrun)"))
 
     def _look(self) -> None:
@@ -120,6 +126,8 @@ class Watch:
         self._store.set(f"beat/{self.rank}", str(self._beats))
         failure = self._failure()
         if failure is None:
+            if (orphan := self._orphaned()) is not None:
+                self._blame(orphan)
             self._look_at_neighbours()
             self._listen()
             if self._main.waits > self.timeout and not self._raised:
@@ -168,10 +176,17 @@ class Watch:
     def _blame(self, failure: Failure) -> Failure:
         """Make it the run's failure; the first one stays."""
         text = failure.text
-        if failure.ranks == (self.rank,):
+        if failure.ranks == (self.rank,) and not text.startswith(f"rank {self.rank} failed: "):
             text = f"rank {self.rank} failed: {text}"
         self._store.compare_set("failed", "", f"{' '.join(map(str, failure.ranks))}\n{text}")
         return self._failure() or failure
+
+    def _orphaned(self) -> Failure | None:
+        """A rank whose torchrun was killed would train on, and nobody could end it or start it again."""
+        if self._agent is None or os.getppid() == self._agent:
+            return None
+        what = f"its torchrun (process {self._agent} on {socket.gethostname()}) is gone"
+        return Failure((self.rank,), f"rank {self.rank} failed: {what}")
 
     def _look_at_neighbours(self) -> None:
         """Find processes of this machine that are gone."""

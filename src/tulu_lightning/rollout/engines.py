@@ -1,15 +1,18 @@
 """Which engine samples, as settings, and how each is started."""
 
+import socket
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any, Literal
+from urllib.parse import urlsplit
 
 import torch
 
 from tulu_lightning.core.settings import require, require_kind
 from tulu_lightning.errors import InputError
 from tulu_lightning.rollout.engine import Engine
+from tulu_lightning.rollout.transport import Broadcast, Files, Transport
 
 __all__ = ["EngineSettings", "build_engine"]
 
@@ -35,6 +38,9 @@ class EngineSettings:
     """Longest prompt and response together that vLLM makes room for, in tokens; the model's own limit if null."""
     kv_cache_mb: int | None = 256
     """Memory that vLLM has for keys and values; null lets it take what it finds, as it should on a GPU."""
+    broadcast_workers: int | None = None
+    """Of `server` with a url on other machines: how many workers (GPUs) it has. Weights are broadcast to them, from this
+    rank's device; null: they travel as files in the shared memory of this machine, where the server runs then."""
     seconds: float = 600.0
     """Of `server`: longest wait for a refresh, or for the samples of one prompt."""
 
@@ -45,8 +51,17 @@ class EngineSettings:
         require_kind(
             self,
             "rollout.engine",
-            {"local": ("dtype",), "vllm": ("dtype", *vllm), "server": ("dtype", "url", "python", *vllm, "seconds")},
+            {
+                "local": ("dtype",),
+                "vllm": ("dtype", *vllm),
+                "server": ("dtype", "url", "python", *vllm, "broadcast_workers", "seconds"),
+            },
         )
+        if self.broadcast_workers is not None:
+            name, remedy = "rollout.engine.broadcast_workers", "Use the server's tensor-parallel size."
+            require(self.broadcast_workers >= 1, name, self.broadcast_workers, remedy)
+            what = f"{self.broadcast_workers}, and a server that is started here gets files"
+            require(self.url is not None, name, what, "Give its url too, or leave it out.")
         if self.url is not None:
             for name, neutral in (("python", None), ("kv_cache_mb", 256)):
                 remedy = "Leave it out, or leave out the url: then a server is started with it."
@@ -90,6 +105,22 @@ def build_engine(settings: EngineSettings, local: Callable[[torch.dtype], Engine
     from tulu_lightning.rollout.server import ServerEngine
 
     if settings.url is not None:
-        longest = settings.max_model_len
-        return ServerEngine(settings.url, folder, settings.dtype, max_model_len=longest, seconds=settings.seconds)
+        longest, way = settings.max_model_len, _transport(settings)
+        url, dtype, seconds = settings.url, settings.dtype, settings.seconds
+        return ServerEngine(url, folder, dtype, max_model_len=longest, seconds=seconds, transport=way)
     return ServerEngine.started(folder, settings.dtype, seconds=settings.seconds, python=settings.python, **room)
+
+
+def _transport(settings: EngineSettings) -> Transport:
+    if settings.broadcast_workers is None:
+        return Files()
+    device = f"cuda:{torch.cuda.current_device()}" if torch.cuda.is_available() else "cpu"
+    return Broadcast(settings.broadcast_workers, device, _address(settings.url or ""), settings.seconds)
+
+
+def _address(url: str) -> str:
+    """This machine's address as the server sees it: that of the interface that leads there. Sends nothing."""
+    server = urlsplit(url)
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect((server.hostname or "127.0.0.1", server.port or 80))
+        return probe.getsockname()[0]

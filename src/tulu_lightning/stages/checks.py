@@ -10,7 +10,7 @@ from tulu_lightning.data.keys import tokenizer_digest
 from tulu_lightning.errors import InputError
 from tulu_lightning.models.backbone import Backbone
 from tulu_lightning.models.sharding import Fsdp2
-from tulu_lightning.ranks import replaces_sampler
+from tulu_lightning.ranks import check_launched, replaces_sampler
 
 __all__ = [
     "check_pairs",
@@ -32,8 +32,11 @@ def check_trainer(trainer: Any) -> None:
     """Refuse settings of the Trainer that have their place elsewhere.
 
     Raises:
-        InputError: another precision than 32-true, Lightning's clipping, or Lightning's accumulation.
+        InputError: another precision than 32-true, Lightning's clipping or accumulation, a strategy that is not ours for
+            several processes, or other processes than were started.
     """
+    _check_strategy(trainer)
+    check_launched(trainer.num_devices, trainer.num_nodes)
     if trainer.precision != "32-true":
         raise InputError(
             "trainer.precision",
@@ -72,12 +75,7 @@ def check_processes(trainer: Any) -> None:
     Raises:
         InputError: a strategy that is not ours, `max_steps`, or Lightning's sampler.
     """
-    if trainer.world_size > 1 and not isinstance(trainer.strategy, Fsdp2):
-        raise InputError(
-            "trainer.strategy",
-            f"is {type(trainer.strategy).__name__} with {trainer.world_size} processes",
-            "Use fsdp2: any other would average micro-batches that this package sums.",
-        )
+    _check_strategy(trainer)
     if getattr(trainer, "fast_dev_run", False):
         remedy = "Use data.init_args.max_steps=1 (or limit_train_batches) for a trial of one step."
         raise InputError(
@@ -94,6 +92,15 @@ def check_processes(trainer: Any) -> None:
             "trainer.use_distributed_sampler",
             "is true",
             "Set it to false: Lightning would replace the step plan by a shuffling sampler.",
+        )
+
+
+def _check_strategy(trainer: Any) -> None:
+    if trainer.world_size > 1 and not isinstance(trainer.strategy, Fsdp2):
+        raise InputError(
+            "trainer.strategy",
+            f"is {type(trainer.strategy).__name__} with {trainer.world_size} processes",
+            "Use fsdp2: any other would average micro-batches that this package sums.",
         )
 
 
