@@ -53,6 +53,7 @@ COMMANDS = (
     Command(
         "doctor", "what is installed, what is off and why, and whether the demo runs", "tulu_lightning.launch.doctor"
     ),
+    Command("plan", "memory, tokens, steps, time and disk of a run, before it starts", "tulu_lightning.launch.plan"),
     Command("data", "see what the model will see: inspect rows, length statistics", "tulu_lightning.launch.data"),
     Command("generate", "sample responses to prompts from a pool of models", "tulu_lightning.recipes.making.generate"),
     Command("judge", "rate responses by models or verifiers", "tulu_lightning.recipes.making.judge"),
