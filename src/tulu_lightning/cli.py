@@ -56,6 +56,7 @@ COMMANDS = (
     Command(
         "doctor", "what is installed, what is off and why, and whether the demo runs", "tulu_lightning.launch.doctor"
     ),
+    Command("plan", "memory, tokens, steps, time and disk of a run, before it starts", "tulu_lightning.launch.plan"),
     Command(
         "data",
         "see what the model will see: inspect rows, length statistics; decontaminate",

@@ -7,7 +7,8 @@ import pytest
 import yaml
 
 from tulu_lightning.errors import InputError
-from tulu_lightning.recipes.check import fill, processes
+from tulu_lightning.launch.parsed import processes
+from tulu_lightning.recipes.check import fill
 from tulu_lightning.recipes.recipe import main
 
 CONFIGS = Path(__file__).parents[2] / "configs"

@@ -61,8 +61,7 @@ class SaveConfig(SaveConfigCallback):
         write_whole(path, self.parser.dump(self.config, skip_unset=False))
         if stage == "fit":
             layers: Sequence[Layer] = getattr(self.parser, "layers", ())
-            files = [layer for layer in layers if layer.path is not None]
-            told = [layer for layer in layers if layer.path is None]
+            files, told = ([layer for layer in layers if (layer.path is None) is said] for said in (False, True))
             found = {"files": [layer.name for layer in files], "files_say": merge(files), "command_line": merge(told)}
             write_whole(path.with_name("config_origin.json"), json.dumps(found, indent=1, default=str))
 
@@ -200,9 +199,9 @@ class TuluCLI(LightningCLI):
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         self._refuse_without_rows(subcommand)
         kwargs = super()._prepare_subcommand_kwargs(subcommand)
+        config = self._plain_config()
         kwargs["ckpt_path"] = resolve_checkpoint(kwargs.get("ckpt_path"), self.run_folder)
         header = header_for(kwargs["ckpt_path"], type(self.model).__name__)
-        config = self._plain_config()
         if subcommand == "fit":
             accepted = self._get(self.config, "accept_changes")
             tell_checkpoints(self._checkpoints, config, kwargs["ckpt_path"], header, accepted)

@@ -5,34 +5,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from tulu_lightning.callbacks.evaluate import Evaluate
 from tulu_lightning.callbacks.promote import Promote
 from tulu_lightning.callbacks.suite import Suite
 from tulu_lightning.core.promotion import PromotionRule
 from tulu_lightning.errors import InputError
-from tulu_lightning.launch.fit import TuluCLI
+from tulu_lightning.launch.parsed import ParsedFit, processes
 from tulu_lightning.launch.quiet import without_noise
 from tulu_lightning.launch.signatures import import_class
 
 __all__ = ["check_fit", "fill", "require_plotly"]
-
-
-class _ParsedFit(TuluCLI):
-    """`tulu fit` up to the parsed config: nothing is seeded, built or written."""
-
-    def _set_seed(self) -> None:
-        pass
-
-    def before_instantiate_classes(self) -> None:
-        """Leave the run folder alone."""
-
-    def instantiate_classes(self) -> None:
-        """Build nothing: what the start checkpoint of a later stage is, is not known yet."""
-
-    def _run_subcommand(self, subcommand: str) -> None:
-        pass
 
 
 def fill(where: str, items: Sequence[str], **values: object) -> list[str]:
@@ -70,7 +52,7 @@ def check_fit(where: str, config: Path, options: Sequence[str]) -> None:
     """
     try:
         with without_noise():
-            parsed: Any = _ParsedFit(["fit", "--config", str(config), *options])
+            parsed: Any = ParsedFit(["fit", "--config", str(config), *options])
     except SystemExit as leaving:  # --help and --print_config
         raise InputError(where, f"{' '.join(options)} ends the process", "Take it out of set.") from leaving
     trainer = parsed.config["fit"].trainer
@@ -122,26 +104,6 @@ def _plain(settings: Any) -> dict[str, Any]:
     """Parsed settings as dictionaries."""
     values = vars(settings) if hasattr(settings, "__dict__") else dict(settings or {})
     return {name: _plain(value) if hasattr(value, "as_dict") else value for name, value in values.items()}
-
-
-def processes(accelerator: Any, devices: Any, nodes: Any) -> int:
-    """How many processes the Trainer's settings come to.
-
-    Args:
-        accelerator: the Trainer's `accelerator`.
-        devices: a number, a list of device indices, the text of either, or `auto` (and -1): all there are.
-        nodes: the Trainer's `num_nodes`.
-    """
-    text = str(devices).strip()
-    if isinstance(devices, list | tuple):
-        per_node = len(devices)
-    elif text in ("auto", "-1"):
-        per_node = 1 if accelerator == "cpu" else torch.cuda.device_count()
-    elif "," in text:
-        per_node = len([index for index in text.split(",") if index.strip()])
-    else:
-        per_node = int(text) if text.isdecimal() else 1  # the Trainer refuses anything else
-    return max(per_node, 1) * int(nodes or 1)
 
 
 def require_plotly() -> None:

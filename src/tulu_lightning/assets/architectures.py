@@ -1,0 +1,62 @@
+"""Shapes of models, from their config.json where it is on this machine, else of the ones that the configs name."""
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from tulu_lightning.assets.models import NAMED_MODELS, resolve_model
+from tulu_lightning.errors import InputError
+
+__all__ = ["KNOWN", "Shapes", "find_shapes"]
+
+
+class Shapes(NamedTuple):
+    """Of a Llama-like decoder; widths of queries and keys are those of all heads together."""
+
+    width: int
+    mlp: int
+    layers: int
+    query: int
+    kv: int
+    vocabulary: int
+    tied: bool
+
+
+KNOWN = {
+    "8B": Shapes(4096, 14336, 32, 4096, 1024, 128_256, False),
+    "70B": Shapes(8192, 28672, 80, 8192, 1024, 128_256, False),
+    "405B": Shapes(16384, 53248, 126, 16384, 1024, 128_256, False),
+}
+"""Llama 3.1, and what Tülu 3 made of it (config.json of meta-llama/Llama-3.1-*; section 1.2 of the fact sheet's models)."""
+
+
+def find_shapes(path: str) -> Shapes:
+    """Shapes of a model folder, a named model, or a Llama 3.1 or Tülu 3 on the hub; no weights are read.
+
+    Raises:
+        InputError: it is none of these, or its config.json lacks a number.
+    """
+    if path not in NAMED_MODELS and not Path(path).is_dir():
+        for size, shapes in KNOWN.items():
+            if any(name in path for name in (f"Llama-3.1-{size}", f"Tulu-3-{size}", f"Tulu-3.1-{size}")) or (
+                path.startswith("allenai/Llama-3.1-Tulu-3") and f"-{size}" in path
+            ):
+                return shapes
+        remedy = "Give a model folder (its config.json is read), or a Llama 3.1 or Tülu 3 of 8B, 70B or 405B."
+        raise InputError(path, "its shapes are not known, and the hub is not asked", remedy)
+    folder = Path(path) if Path(path, "config.json").is_file() else resolve_model(path)
+    config: Any = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    try:
+        heads = config["num_attention_heads"]
+        size = config.get("head_dim") or config["hidden_size"] // heads
+        return Shapes(
+            config["hidden_size"],
+            config["intermediate_size"],
+            config["num_hidden_layers"],
+            heads * size,
+            (config.get("num_key_value_heads") or heads) * size,
+            config["vocab_size"],
+            bool(config.get("tie_word_embeddings", False)),
+        )
+    except KeyError as error:
+        raise InputError(str(folder / "config.json"), f"has no {error}", "Plan for a Llama-like model.") from None

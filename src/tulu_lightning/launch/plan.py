@@ -1,0 +1,143 @@
+"""`tulu plan`: memory on each device by part, tokens, steps, time and disk of a run, before anything is loaded."""
+
+import argparse
+import json
+import shutil
+from collections.abc import Sequence
+from typing import Any
+
+from tulu_lightning.errors import InputError, nearest
+from tulu_lightning.launch.planned import Planned, read_plan
+from tulu_lightning.launch.reckoned import DEVICES, MFU, reckon
+from tulu_lightning.progress import duration
+
+__all__ = ["known_rows", "main", "parser"]
+
+ROWS = {
+    "allenai/tulu-3-sft-mixture": 939_343,
+    "allenai/llama-3.1-tulu-3-8b-preference-mixture": 271_409,
+    "allenai/llama-3.1-tulu-3-70b-preference-mixture": 334_367,
+}
+"""Rows of sets on the hub, as it tells them."""
+GB = 1e9
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line's own options; all others are those of `tulu fit`."""
+    found = argparse.ArgumentParser(prog="tulu plan", description=__doc__, add_help=True, allow_abbrev=False)
+    found.add_argument(
+        "--config", "-c", required=True, metavar="FILE", help="as for tulu fit, whose other options hold too"
+    )
+    found.add_argument(
+        "--device",
+        metavar="NAME",
+        help=f"{', '.join(DEVICES)}, or cpu (this machine); cpu where the config says so, else H100",
+    )
+    found.add_argument(
+        "--rows", type=int, metavar="N", help="rows of the data, where they cannot be known without reading"
+    )
+    found.add_argument(
+        "--tokens_per_row", type=int, metavar="N", help="mean length, for the time; max_tokens by default"
+    )
+    found.add_argument("--json", action="store_true", help="print everything as JSON")
+    return found
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the command.
+
+    Args:
+        argv: arguments.
+
+    Returns:
+        Exit status: 0 if the run fits, 1 if not.
+
+    Raises:
+        InputError: what `tulu fit` would refuse in the config, an unknown device, a model whose shapes are not known.
+    """
+    options, rest = parser().parse_known_args(list(argv))
+    names = {name.lower(): name for name in [*DEVICES, "cpu"]}
+    if options.device is not None and options.device.lower() not in names:
+        raise InputError("--device", f"is {options.device!r}", nearest(options.device, names.values()))
+    for name in ("rows", "tokens_per_row"):
+        if getattr(options, name) is not None and getattr(options, name) < 1:
+            raise InputError(f"--{name}", f"is {getattr(options, name)}", "Use at least 1.")
+    from tulu_lightning.launch.parsed import ParsedFit, processes
+    from tulu_lightning.launch.quiet import without_noise
+
+    with without_noise():
+        parsed: Any = ParsedFit(["fit", "--config", options.config, *rest])
+    config = parsed.config["fit"]
+    device = names[options.device.lower()] if options.device else _default_device(config.trainer)
+    count = processes(config.trainer.accelerator, config.trainer.devices, config.trainer.num_nodes)
+    rows = options.rows or known_rows(config.data.init_args.sources)
+    plan = read_plan(config, "cpu" if device == "cpu" else "cuda", count, rows)
+    told = reckon(plan, device, options.tokens_per_row)
+    print(json.dumps(told, indent=1) if options.json else _text(told, plan))
+    return 0 if told["fits"] else 1
+
+
+def _default_device(trainer: Any) -> str:
+    return "cpu" if trainer.accelerator == "cpu" or trainer.strategy == "auto" else "H100"
+
+
+def known_rows(sources: Any) -> int | None:
+    """Rows of a mixture by its settings alone; None where a file or set would have to be read."""
+    total = 0.0
+    for source in sources:
+        settings = source if isinstance(source, dict) else vars(source)
+        args = settings.get("args") or {}
+        size = settings.get("count") or settings.get("cap") or settings.get("limit") or args.get("count")
+        if not size and not settings.get("match") and settings.get("subset") is None:
+            size = ROWS.get(str(settings.get("hub")))
+            size = size and size * (settings.get("fraction") or 1)
+        if not size:
+            return None
+        total += size * (settings.get("upsample") or 1)
+    return round(total)
+
+
+# Text -------------------------------------------------------------------------------------------------------------
+
+
+def _text(told: dict[str, Any], plan: Planned) -> str:
+    where = "this machine's CPU" if told["device"] == "cpu" else f"{told['device']} ({told['available'] / GB:.0f} GB)"
+    lines = [
+        f"{told['stage']}, {told['parameters'] / 1e9:.2f}B parameters, {told['trained'] / 1e9:.3g}B trained, "
+        f"on {told['devices']} x {where}",
+        "",
+        "memory on each device at its highest, packs full:",
+    ]
+    width = max(len(name) for name in told["memory"])
+    for name, size in sorted(told["memory"].items(), key=lambda item: -item[1]):
+        lines.append(f"  {name:<{width}}  {size / GB:9.2f} GB")
+    one = "all processes" if told["device"] == "cpu" and told["devices"] > 1 else "total"
+    lines.append(f"  {one:<{width}}  {told['total'] / GB:9.2f} GB of {told['available'] / GB:.1f}")
+    lines.append("")
+    if told["fits"]:
+        lines.append(f"It fits, with {(told['available'] - told['total']) / GB:.1f} GB to spare.")
+    else:
+        lines.append("It does not fit. With each of these on top of the one before:")
+        lines += [f"  {e['change']}: {e['total'] / GB:.1f} GB ({e['cost']})" for e in told["would_fit"]]
+        if not told["would_fit"] or told["would_fit"][-1]["total"] > told["available"]:
+            lines.append("  and it still does not: train adapters (model.backbone.lora.r=16), or a smaller model.")
+    lines.append("")
+    what = "batches of rollouts" if plan.sizes.samples else "steps"
+    steps = "?" if told["steps"] is None else f"{told['steps']:,}"
+    lines.append(f"tokens a step: at most {told['tokens_per_step']:,}; {what}: {steps}")
+    if told["steps"] is None:
+        lines.append("  how many rows there are cannot be told without reading them: give --rows")
+    if told["seconds_per_step"]:
+        low, high = told["seconds_per_step"]
+        lines.append(f"time a step: {low:.1f} to {high:.1f} s")
+        if told["steps"] is not None:
+            lines[-1] += f"; the run {duration(low * told['steps'])} to {duration(high * told['steps'])}"
+        length = told["assumed"]["tokens_per_row"]
+        lines.append(f"  taken for granted: {MFU[0]:.0%} to {MFU[1]:.0%} of the peak, rows of {length:,} tokens")
+    size = told["disk"]
+    lines.append(
+        f"disk: {size['checkpoint'] / GB:.1f} GB a checkpoint, {size['export'] / GB:.1f} GB an export, "
+        f"{size['total'] / GB:.1f} GB at most at once"
+    )
+    lines[-1] += f" ({shutil.disk_usage('.').free / GB:.0f} GB are free here)"
+    return "\n".join(lines)

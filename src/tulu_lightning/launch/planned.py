@@ -1,0 +1,277 @@
+"""From a parsed config to networks, passes and counts: what `tulu plan` reckons with."""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from tulu_lightning.assets.architectures import find_shapes
+from tulu_lightning.core.memory import (
+    Architecture,
+    Network,
+    Pass,
+    cache_bytes,
+    gathered_bytes,
+    network_bytes,
+    pass_bytes,
+)
+
+__all__ = ["Layout", "Planned", "Sizes", "peak_parts", "read_plan"]
+
+GPU_CONTEXT = 1.5e9
+"""CUDA's context, NCCL's buffers and cuBLAS' workspace on one device, about."""
+FRAGMENTS = 0.03
+"""Share of the rest that PyTorch's allocator on a GPU holds beyond what is in use, about."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a run lies on its devices."""
+
+    devices: int = 1
+    sharded: bool = False
+    tensor_parallel: int = 1
+    replicas: int = 1
+    cpu_offload: bool = False
+
+    @property
+    def shards(self) -> int:
+        """Devices that share one copy of a network."""
+        return max(1, self.devices // self.replicas) if self.sharded else 1
+
+    @property
+    def data_parallel(self) -> int:
+        """Devices that get rows of their own."""
+        return self.devices // self.tensor_parallel
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What of a run is counted in tokens and rows."""
+
+    micro_tokens: int
+    max_tokens: int
+    examples_per_step: int
+    sides: int = 1
+    """Documents of one example that have `max_tokens` each: 2 for a pair."""
+    samples: int = 0
+    """Of PPO: responses of a prompt."""
+    max_new_tokens: int = 0
+    epochs: int = 1
+    """Of the data; of PPO, passes over a batch of rollouts."""
+    rows: int | None = None
+    """Of the data; None where it is not known without reading them."""
+    max_steps: int | None = None
+
+    @property
+    def tokens_per_step(self) -> int:
+        """At most, all devices together."""
+        if self.samples:
+            return self.examples_per_step * self.samples * (self.max_tokens + self.max_new_tokens)
+        return self.examples_per_step * self.max_tokens * self.sides
+
+    @property
+    def steps(self) -> int | None:
+        """Optimiser steps (of PPO: batches of rollouts) of the run."""
+        if self.max_steps is not None:
+            return self.max_steps
+        if self.rows is None:
+            return None
+        epochs = 1 if self.samples else self.epochs
+        return -(-self.rows * epochs // self.examples_per_step)
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A run, as far as memory and time go."""
+
+    stage: str
+    networks: dict[str, Network]
+    """policy; critic, reference and engine where there are any."""
+    compute_bytes: int
+    recompute: str
+    layout: Layout
+    sizes: Sizes
+    device: str
+    """"cpu" or "cuda"."""
+    engine_bytes: int = 0
+    """Of a weight of the sampler's copy; 0 without one in the trainer's processes."""
+    engine_cache: float = 0.0
+    """Bytes that the sampler has for keys and values."""
+    keep: int = 1
+    """Checkpoints that stay."""
+
+    def passes(self) -> dict[str, Pass]:
+        """The passes whose moments may be the highest, by network."""
+        this = Pass(
+            self.sizes.micro_tokens,
+            self.sizes.micro_tokens,
+            self.compute_bytes,
+            self.recompute,
+            self.device,
+            self.layout.tensor_parallel,
+        )
+        return dict.fromkeys(self.networks, this)
+
+
+def peak_parts(plan: Planned) -> dict[str, float]:
+    """Bytes on one device by part, at the highest moment of a step."""
+    parts: dict[str, float] = {}
+    shards = plan.layout.shards
+    for name, network in plan.networks.items():
+        kept = network_bytes(network, shards)
+        for part, size in kept.items():
+            if plan.layout.cpu_offload:
+                continue  # on the host
+            label = part if name == "policy" else name
+            parts[label] = parts.get(label, 0.0) + size
+    if plan.engine_bytes:
+        arch = plan.networks["policy"].arch
+        copies = 2 if plan.device == "cpu" else 1  # matrices packed for the CPU stand beside those that are refreshed
+        parts["engine weights"] = float(
+            (arch.parameters + (copies - 1) * (arch.matrices + arch.head)) * plan.engine_bytes
+        )
+        parts["KV cache"] = plan.engine_cache
+    moments = {name: pass_bytes(plan.networks[name], this) for name, this in plan.passes().items()}
+    highest = max(moments, key=lambda name: sum(moments[name].values()))
+    parts |= moments[highest]
+    if plan.layout.sharded and plan.layout.shards > 1:
+        parts["gathered"] = max(
+            gathered_bytes(network, plan.compute_bytes, plan.layout.tensor_parallel)
+            for network in plan.networks.values()
+        )
+    if plan.device == "cuda":
+        parts["context and allocator"] = GPU_CONTEXT + FRAGMENTS * sum(parts.values())
+    return {name: size for name, size in parts.items() if size}
+
+
+# Reading a config -----------------------------------------------------------------------------------------------------
+
+
+def read_plan(config: Any, device: str, devices: int, rows: int | None) -> Planned:
+    """What a parsed config of `tulu fit` comes to.
+
+    Args:
+        config: with `model`, `data` and `trainer`.
+        device: "cpu" or "cuda".
+        devices: in all.
+        rows: of the data, where it is known.
+
+    Raises:
+        InputError: the model's shapes are not known.
+    """
+    kind = config.model.class_path.rpartition(".")[2]
+    model, data = config.model.init_args, config.data.init_args
+    policy = _network(model.backbone, getattr(model, "optimizer", None), scalar=kind == "RewardModel")
+    networks = {"policy": policy}
+    engine_bytes, engine_cache = 0, 0.0
+    if kind == "PPO":
+        if "GAE" in str(_get(model, "advantage", "class_path") or "GAE"):
+            path = _get(model, "critic", "path") or model.backbone.path
+            own = _network(model.backbone, _get(model, "critic", "optimizer"), scalar=True, path=path)
+            networks["critic"] = own._replace(lora=0, four_bits=0.0)
+        if (_get(model, "kl", "coefficient") or 0) > 0 and not policy.lora:
+            networks["reference"] = policy._replace(trained=False)
+        engine_bytes, engine_cache = _engine(model, policy.arch, data)
+    if kind == "DPO" and str(getattr(model, "reference", "cached")) == "live" and not policy.lora:
+        networks["reference"] = policy._replace(trained=False)
+    low = model.backbone.compute_dtype == "bfloat16"
+    return Planned(
+        stage=kind,
+        networks=networks,
+        compute_bytes=2 if low else 4,
+        recompute="layers"
+        if model.backbone.activation_checkpointing
+        else "mlps"
+        if model.backbone.recompute_mlps
+        else "none",
+        layout=_layout(config.trainer, devices),
+        sizes=_sizes(kind, model, data, rows),
+        device=device,
+        engine_bytes=engine_bytes,
+        engine_cache=engine_cache,
+        keep=_keep(config.trainer.callbacks or []),
+    )
+
+
+def _get(value: Any, *names: str) -> Any:
+    """A nested value, where every level may be missing."""
+    for name in names:
+        value = value.get(name) if isinstance(value, dict) else getattr(value, name, None)
+        if value is None:
+            return None
+    return value
+
+
+def _network(backbone: Any, optimizer: Any, scalar: bool, path: str | None = None) -> Network:
+    arch = Architecture(*find_shapes(path or backbone.path))
+    if backbone.layers:
+        arch = arch._replace(layers=backbone.layers)
+    four = 0.0
+    if backbone.quantize:
+        blocks = 1 / backbone.quantize.blocksize
+        four = 0.5 + blocks * (1 + 4 / 256 if backbone.quantize.double_quant else 4)
+    return Network(
+        arch,
+        scalar_head=scalar,
+        lora=backbone.lora.r if backbone.lora else 0,
+        four_bits=four,
+        weight_bytes=2 if backbone.weights_dtype == "bfloat16" else 4,
+        state_bits=_get(optimizer, "state_bits") or 32,
+    )
+
+
+def _engine(model: Any, arch: Architecture, data: Any) -> tuple[int, float]:
+    rollout = model.rollout
+    engine = rollout.engine
+    if engine.kind == "server":
+        return 0, 0.0  # it has a device of its own
+    value = 2 if engine.dtype == "bfloat16" else 4
+    if engine.kind == "vllm":
+        if engine.kv_cache_mb:
+            return value, engine.kv_cache_mb * 1e6
+        return value, 0.0
+    tokens = min(
+        16384, data.examples_per_step * rollout.samples_per_prompt * (data.max_tokens + rollout.max_new_tokens)
+    )
+    return value, cache_bytes(arch, tokens, value)
+
+
+def _layout(trainer: Any, devices: int) -> Layout:
+    strategy = trainer.strategy
+    named = strategy if isinstance(strategy, str) else str(_get(strategy, "class_path") or "")
+    sharded = named == "fsdp2" or named.endswith(".Fsdp2")
+    args = None if isinstance(strategy, str) else _get(strategy, "init_args")
+    return Layout(
+        devices,
+        sharded,
+        int(_get(args, "tensor_parallel") or 1),
+        int(_get(args, "replicas") or 1),
+        bool(_get(args, "cpu_offload") or False),
+    )
+
+
+def _sizes(kind: str, model: Any, data: Any, rows: int | None) -> Sizes:
+    shared = Sizes(
+        micro_tokens=getattr(data, "micro_tokens", None) or data.max_tokens,
+        max_tokens=data.max_tokens,
+        examples_per_step=data.examples_per_step,
+        sides=2 if kind in ("DPO", "RewardModel") else 1,
+        epochs=data.epochs,
+        rows=rows,
+        max_steps=data.max_steps,
+    )
+    if kind != "PPO":
+        return shared
+    return replace(
+        shared,
+        micro_tokens=model.micro_tokens,
+        samples=model.rollout.samples_per_prompt,
+        max_new_tokens=model.rollout.max_new_tokens,
+        epochs=model.epochs,
+    )
+
+
+def _keep(callbacks: list[Any]) -> int:
+    for callback in callbacks:
+        if str(_get(callback, "class_path")).endswith(".Checkpoints"):
+            return int(_get(callback, "init_args", "keep") or 1)
+    return 0
