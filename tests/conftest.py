@@ -6,6 +6,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub: n
 
 import pytest
 import torch
+from torch import distributed
 
 from tulu_lightning.assets.models import resolve_model
 from tulu_lightning.errors import InputError
@@ -19,6 +20,15 @@ def own_tokens(tmp_path_factory):
         for name in ("TOKENS", "REFERENCE"):
             patch.setenv(f"TULU_{name}", str(tmp_path_factory.mktemp(name.lower())))
         yield
+
+
+@pytest.fixture(autouse=True)
+def own_process_group():
+    """A sharded run of one process leaves its group to the process; the next test starts without."""
+    before = distributed.is_initialized()
+    yield
+    if distributed.is_initialized() and not before:
+        distributed.destroy_process_group()
 
 
 @pytest.fixture(scope="session")

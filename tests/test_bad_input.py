@@ -9,10 +9,11 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tulu_lightning import cli
 from tulu_lightning.callbacks import records
+from tulu_lightning.checkpoints import shards
 from tulu_lightning.models.backbone import PackedLM
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -161,7 +162,7 @@ def test_offload_by_a_strategy_that_has_none(refused, tmp_path):
     strategy = {"class_path": "lightning.pytorch.strategies.SingleDeviceStrategy", "init_args": {"cpu_offload": True}}
     assert "cpu_offload" in refused(*leaf(tmp_path, "sft", trainer={"strategy": strategy}))
     said = refused(*leaf(tmp_path, "sft", trainer={"strategy": "fsdp_cpu_offload", "accelerator": "cpu"}))
-    assert said.startswith("trainer: The strategy `fsdp` requires a GPU accelerator")
+    assert said.startswith("trainer.strategy: is fsdp_cpu_offload") and "Use fsdp2" in said
 
 
 # Models -------------------------------------------------------------------------------------------------------------
@@ -309,7 +310,7 @@ def full_disk(where, monkeypatch):
         def write(*args, **kwargs):
             raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
-        monkeypatch.setattr(PreTrainedModel, "save_pretrained", write)
+        monkeypatch.setattr(shards, "save_file", write)
 
 
 @pytest.mark.parametrize("where", ["metrics", "checkpoint", "export"])

@@ -16,7 +16,7 @@ import yaml
 
 from tulu_lightning import cli
 from tulu_lightning.evaluation.suite import find_tasks
-from tulu_lightning.launch import chat, evaluate
+from tulu_lightning.launch import chat, evaluate, export
 from tulu_lightning.launch.compose import compose, merge, value_at
 from tulu_lightning.recipes import report
 from tulu_lightning.verifiers import registry
@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[2]
 FILES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 FOLDERS = (ROOT, ROOT / "src" / "tulu_lightning")
 """What a path in the text may be relative to, besides the file that it stands in."""
-PARSERS = {"eval": evaluate.parser, "report": report.parser, "chat": chat.parser}
+PARSERS = {"eval": evaluate.parser, "export": export.parser, "report": report.parser, "chat": chat.parser}
 """Of commands that need a trained model or a run; where those are not the tiny ones, only their options are read."""
 OF_A_RUN = ("runs/", "scores/", "promotions/", "checkpoints/step-", "exports/", "config.yaml")
 """Names of what a run writes; they are in no clone."""
