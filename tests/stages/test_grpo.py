@@ -22,6 +22,7 @@ from tulu_lightning.rollout import engines, server
 from tulu_lightning.rollout.engines import EngineSettings, build_engine
 from tulu_lightning.rollout.experience import Group, has_signal, judged, micro_batches
 from tulu_lightning.rollout.local import LocalEngine
+from tulu_lightning.rollout.transport import Files
 from tulu_lightning.stages.collect import further
 from tulu_lightning.stages.optimizer import AdamW
 from tulu_lightning.stages.ppo import PPO, Critic, DynamicSampling, Rollout
@@ -460,7 +461,9 @@ def test_a_server_is_started_unless_it_runs(settings, asked, monkeypatch):
 
     monkeypatch.setattr(server, "ServerEngine", Server)
     made = build_engine(EngineSettings("server", "bfloat16", **settings), pytest.fail, "folder")
-    assert made.asked == asked
+    url, more = made.asked
+    assert isinstance(more.pop("transport", None), Files) is (url is not None)
+    assert (url, more) == asked
 
 
 def test_vllm_in_this_process_needs_vllm_here(monkeypatch):

@@ -144,7 +144,8 @@ def activation_bytes(network: Network, this: Pass) -> float:
     arch = network.arch
     ends = this.tokens * arch.width * (FP32 + this.compute_bytes)  # into the last norm, and the scored states
     if this.recompute == "layers":
-        return ends + this.tokens * (arch.layers * arch.width * FP32 + _layer_bytes(network, this, keep_mlp=True))
+        one = _layer_bytes(network, this, keep_mlp=True) + _backward_bytes(arch, this)
+        return ends + this.tokens * (arch.layers * arch.width * FP32 + one)
     kept = _layer_bytes(network, this, keep_mlp=this.recompute != "mlps")
     once = _layer_bytes(network, this, keep_mlp=True) - kept
     # A layer's backward holds gradients of its own widest parts beside what is kept.
@@ -176,6 +177,8 @@ def pass_bytes(network: Network, this: Pass) -> dict[str, float]:
     """
     arch = network.arch
     parts = {"activations": activation_bytes(network, this)}
+    if network.four_bits:  # the two widest matrices are alive at once
+        parts["unquantised"] = 2 * arch.width * arch.mlp * this.compute_bytes / this.tensor_parallel
     if network.scalar_head:
         return parts
     logits = min(this.scored * arch.vocabulary * FP32, LOSS_CHUNK[this.device]) * LOGIT_COPIES

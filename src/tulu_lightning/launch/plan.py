@@ -11,7 +11,7 @@ from tulu_lightning.launch.planned import Planned, read_plan
 from tulu_lightning.launch.reckoned import DEVICES, MFU, reckon
 from tulu_lightning.progress import duration
 
-__all__ = ["known_rows", "main", "parser"]
+__all__ = ["known_rows", "main", "parser", "plan_of"]
 
 ROWS = {
     "allenai/tulu-3-sft-mixture": 939_343,
@@ -62,19 +62,37 @@ def main(argv: Sequence[str]) -> int:
     for name in ("rows", "tokens_per_row"):
         if getattr(options, name) is not None and getattr(options, name) < 1:
             raise InputError(f"--{name}", f"is {getattr(options, name)}", "Use at least 1.")
+    device = names[options.device.lower()] if options.device else None
+    plan, device = plan_of(["--config", options.config, *rest], device, options.rows)
+    told = reckon(plan, device, options.tokens_per_row)
+    print(json.dumps(told, indent=1) if options.json else _text(told, plan))
+    return 0 if told["fits"] else 1
+
+
+def plan_of(argv: Sequence[str], device: str | None = None, rows: int | None = None) -> tuple[Planned, str]:
+    """What a config comes to.
+
+    Args:
+        argv: options of `tulu fit`.
+        device: one of DEVICES, or "cpu"; None for what the config says.
+        rows: of the data, where they cannot be known without reading.
+
+    Returns:
+        The plan and the device.
+
+    Raises:
+        InputError: as `main`.
+    """
     from tulu_lightning.launch.parsed import ParsedFit, processes
     from tulu_lightning.launch.quiet import without_noise
 
     with without_noise():
-        parsed: Any = ParsedFit(["fit", "--config", options.config, *rest])
+        parsed: Any = ParsedFit(["fit", *argv])
     config = parsed.config["fit"]
-    device = names[options.device.lower()] if options.device else _default_device(config.trainer)
+    device = device or _default_device(config.trainer)
     count = processes(config.trainer.accelerator, config.trainer.devices, config.trainer.num_nodes)
-    rows = options.rows or known_rows(config.data.init_args.sources)
-    plan = read_plan(config, "cpu" if device == "cpu" else "cuda", count, rows)
-    told = reckon(plan, device, options.tokens_per_row)
-    print(json.dumps(told, indent=1) if options.json else _text(told, plan))
-    return 0 if told["fits"] else 1
+    rows = rows or known_rows(config.data.init_args.sources)
+    return read_plan(config, "cpu" if device == "cpu" else "cuda", count, rows), device
 
 
 def _default_device(trainer: Any) -> str:

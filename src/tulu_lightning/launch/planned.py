@@ -50,6 +50,8 @@ class Sizes:
     micro_tokens: int
     max_tokens: int
     examples_per_step: int
+    scored: int | None = None
+    """Tokens of a pass that get a log-prob; None for all."""
     sides: int = 1
     """Documents of one example that have `max_tokens` each: 2 for a pair."""
     samples: int = 0
@@ -96,6 +98,8 @@ class Planned:
     """Of a weight of the sampler's copy; 0 without one in the trainer's processes."""
     engine_cache: float = 0.0
     """Bytes that the sampler has for keys and values."""
+    engine_stays: bool = False
+    """Whether it holds them through training too, as vLLM does; the engine of this package takes them anew each time."""
     keep: int = 1
     """Checkpoints that stay."""
 
@@ -103,7 +107,7 @@ class Planned:
         """The passes whose moments may be the highest, by network."""
         this = Pass(
             self.sizes.micro_tokens,
-            self.sizes.micro_tokens,
+            self.sizes.micro_tokens if self.sizes.scored is None else self.sizes.scored,
             self.compute_bytes,
             self.recompute,
             self.device,
@@ -113,34 +117,48 @@ class Planned:
 
 
 def peak_parts(plan: Planned) -> dict[str, float]:
-    """Bytes on one device by part, at the highest moment of a step."""
+    """Bytes on one device by part, at the highest moment of a step: of a pass with a gradient, or of sampling."""
+    training, sampling = _kept(plan, gradients=True) | _pass(plan), _kept(plan, gradients=False)
+    if plan.engine_bytes:
+        engine = float((plan.networks["policy"].arch.parameters + _packed(plan)) * plan.engine_bytes)
+        training["engine weights"] = sampling["engine weights"] = engine
+        sampling["KV cache"] = plan.engine_cache
+        if plan.engine_stays:
+            training["KV cache"] = plan.engine_cache
+    parts = max(training, sampling, key=lambda each: sum(each.values()))
+    if plan.device == "cuda":
+        parts["context and allocator"] = GPU_CONTEXT + FRAGMENTS * sum(parts.values())
+    return {name: size for name, size in parts.items() if size}
+
+
+def _packed(plan: Planned) -> int:
+    """Weights that the engine of this package holds twice: on a CPU, as a matrix and as products want them."""
+    arch = plan.networks["policy"].arch
+    return 0 if plan.device == "cuda" or plan.engine_stays else arch.matrices + arch.head
+
+
+def _kept(plan: Planned, gradients: bool) -> dict[str, float]:
+    """What stays through a step, weights, optimiser states and gradients, those of the networks beside the policy by name."""
     parts: dict[str, float] = {}
-    shards = plan.layout.shards
     for name, network in plan.networks.items():
-        kept = network_bytes(network, shards)
-        for part, size in kept.items():
-            if plan.layout.cpu_offload:
-                continue  # on the host
+        for part, size in network_bytes(network, plan.layout.shards).items():
+            if plan.layout.cpu_offload or (part == "gradients" and not gradients):
+                continue
             label = part if name == "policy" else name
             parts[label] = parts.get(label, 0.0) + size
-    if plan.engine_bytes:
-        arch = plan.networks["policy"].arch
-        copies = 2 if plan.device == "cpu" else 1  # matrices packed for the CPU stand beside those that are refreshed
-        parts["engine weights"] = float(
-            (arch.parameters + (copies - 1) * (arch.matrices + arch.head)) * plan.engine_bytes
-        )
-        parts["KV cache"] = plan.engine_cache
+    return parts
+
+
+def _pass(plan: Planned) -> dict[str, float]:
+    """What the largest pass adds."""
     moments = {name: pass_bytes(plan.networks[name], this) for name, this in plan.passes().items()}
-    highest = max(moments, key=lambda name: sum(moments[name].values()))
-    parts |= moments[highest]
+    parts = max(moments.values(), key=lambda each: sum(each.values()))
     if plan.layout.sharded and plan.layout.shards > 1:
         parts["gathered"] = max(
             gathered_bytes(network, plan.compute_bytes, plan.layout.tensor_parallel)
             for network in plan.networks.values()
         )
-    if plan.device == "cuda":
-        parts["context and allocator"] = GPU_CONTEXT + FRAGMENTS * sum(parts.values())
-    return {name: size for name, size in parts.items() if size}
+    return parts
 
 
 # Reading a config -----------------------------------------------------------------------------------------------------
@@ -167,7 +185,8 @@ def read_plan(config: Any, device: str, devices: int, rows: int | None) -> Plann
         if "GAE" in str(_get(model, "advantage", "class_path") or "GAE"):
             path = _get(model, "critic", "path") or model.backbone.path
             own = _network(model.backbone, _get(model, "critic", "optimizer"), scalar=True, path=path)
-            networks["critic"] = own._replace(lora=0, four_bits=0.0)
+            layers = _get(model, "critic", "layers") or own.arch.layers
+            networks["critic"] = own._replace(arch=own.arch._replace(layers=layers), lora=0, four_bits=0.0)
         if (_get(model, "kl", "coefficient") or 0) > 0 and not policy.lora:
             networks["reference"] = policy._replace(trained=False)
         engine_bytes, engine_cache = _engine(model, policy.arch, data)
@@ -188,6 +207,7 @@ def read_plan(config: Any, device: str, devices: int, rows: int | None) -> Plann
         device=device,
         engine_bytes=engine_bytes,
         engine_cache=engine_cache,
+        engine_stays=kind == "PPO" and model.rollout.engine.kind == "vllm",
         keep=_keep(config.trainer.callbacks or []),
     )
 

@@ -47,8 +47,10 @@ class Watchman:
         return {"apart": self.apart, "equal": self.equal}
 
     def restore(self, state: Mapping[str, int]) -> None:
-        """Go on with what `state` gave."""
-        self.apart, self.equal = state["apart"], state["equal"]
+        """Go on with what `state` gave. A count that has stopped a run starts anew: the user has seen it, and goes on."""
+        limits = {"apart": self.guards.mismatch_patience, "equal": self.guards.equal_rewards}
+        for name, limit in limits.items():
+            setattr(self, name, 0 if limit is not None and state[name] >= limit else state[name])
 
     def _apart(self, step: int, metrics: Mapping[str, float]) -> str:
         names = ("mismatch_kl", "mismatch_mean", "mismatch_max", "ess", "correction_clipped")
