@@ -162,7 +162,8 @@ def test_offload_by_a_strategy_that_has_none(refused, tmp_path):
     strategy = {"class_path": "lightning.pytorch.strategies.SingleDeviceStrategy", "init_args": {"cpu_offload": True}}
     assert "cpu_offload" in refused(*leaf(tmp_path, "sft", trainer={"strategy": strategy}))
     said = refused(*leaf(tmp_path, "sft", trainer={"strategy": "fsdp_cpu_offload", "accelerator": "cpu"}))
-    assert said.startswith("trainer.strategy: is fsdp_cpu_offload") and "Use fsdp2" in said
+    assert said.startswith("trainer.strategy: is fsdp_cpu_offload")
+    assert "Use fsdp2" in said
 
 
 # Models -------------------------------------------------------------------------------------------------------------
