@@ -1,12 +1,14 @@
 """What `tulu plan` says of a run's memory against what PyTorch allocates in it.
 
     python benchmarks/memory.py configs/sft_tiny.yaml [options of tulu fit]
+    python benchmarks/memory.py --resident configs/sft_tiny.yaml [options of tulu fit]
 
 The run is a real `tulu fit`, of at most two steps, in this process, with PyTorch's profiler counting every allocation
 of tensors on the CPU: weights, gradients, optimiser states, activations, caches and whatever a step makes in between. Scoring,
 checkpoints and the export are left out: they come before or after the steps. The prediction is made for the largest pass
-that the run has had, so that it does not depend on how full the data makes a pack. `rss` is what the system saw of the
-whole process above its start: with the interpreter's modules that load late, and with what the allocator keeps.
+that the run has had, so that it does not depend on how full the data makes a pack. With `--resident` the profiler is off, and what the system saw
+of the process above its start is told instead: modules that load late, what oneDNN takes for itself, and what the C
+library's allocator keeps come on top of what PyTorch asks for.
 """
 
 import gc
@@ -79,28 +81,38 @@ class Copies:
         Matrix.pack = pack
 
 
-def main(argv: list[str]) -> None:
-    """Measure one config."""
+def fit(argv: list[str]) -> None:
+    """Train, with nothing but steps."""
     for callback in (Checkpoints, Evaluate, Promote):
         for name in ("on_fit_start", "on_train_start", "on_train_batch_end", "on_train_end", "on_fit_end"):
             if name in vars(callback):
                 setattr(callback, name, lambda *_, **__: None)
     with TemporaryDirectory() as run:
-        largest, copies = Largest(), Copies()
         options = ["--trainer.logger=false", f"--trainer.default_root_dir={run}/run", *argv[1:]]
+        assert cli.main(["fit", "--config", argv[0], *options]) == 0
+
+
+def main(argv: list[str]) -> None:
+    """Measure one config."""
+    resident = argv[0] == "--resident"
+    argv = argv[resident:]
+    largest, copies = Largest(), Copies()
+    if resident:
         gc.collect()
         before = status("VmRSS")
         Path("/proc/self/clear_refs").write_text("5")
+        fit(argv)
+        measured = status("VmHWM") - before
+    else:
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-            assert cli.main(["fit", "--config", argv[0], *options]) == 0
-        rss = status("VmHWM") - before
+            fit(argv)
         measured = highest(profiler.profiler.kineto_results.events()) + sum(copies.held.values())
     plan, _ = plan_of(["--config", *argv], "cpu")
     sizes = replace(plan.sizes, micro_tokens=largest.tokens, scored=largest.scored)
     parts = {name: round(size) for name, size in peak_parts(replace(plan, sizes=sizes)).items()}
     predicted = sum(parts.values())
     told = {"config": " ".join(argv), "tokens": largest.tokens, "scored": largest.scored, "parts": parts}
-    told |= {"predicted": predicted, "measured": measured, "share": round(predicted / measured, 3), "rss": rss}
+    told |= {"predicted": predicted, "measured": measured, "share": round(predicted / measured, 3)}
     print(json.dumps(told))
 
 

@@ -18,7 +18,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any, TextIO
 
-__all__ = ["Progress", "duration"]
+__all__ = ["Progress", "bytes_text", "duration"]
 
 INTERVAL = 5.0
 """Seconds between two plain lines."""
@@ -34,6 +34,15 @@ def duration(seconds: float) -> str:
     if whole < 3600:
         return f"{whole // 60}m{whole % 60:02d}s"
     return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
+
+
+def bytes_text(number: float) -> str:
+    """Bytes for people: `512 B`, `28.8 GB`, `4.87 TB`."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if number < 1000:
+            return f"{number:.3g} {unit}"
+        number /= 1000
+    return f"{number:.3g} TB"
 
 
 class _Display:

@@ -73,6 +73,9 @@ def two_processes(argv):
     return done
 
 
+pytestmark = pytest.mark.slow
+
+
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     """Run folders: two processes with and without an evaluation, and one process with it; and what the first said."""

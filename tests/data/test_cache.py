@@ -434,6 +434,7 @@ print(repr(data.tokenizer.decode(data.documents[0].segments[0].ids_L)))
 READER = 'def read(row):\n    return {"messages": [*row["messages"][:1], {"role": "assistant", "content": WORD}]}'
 
 
+@pytest.mark.slow
 def test_an_edited_reader_in_a_script_or_in_what_its_package_calls_is_never_served_stale(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), *sys.path]))

@@ -116,7 +116,7 @@ def aims_of(name):
     return ["any", "save", "generation"] if name in SAMPLES or name == "recipe" else ["any", "save"]
 
 
-@pytest.mark.parametrize(("name", "kills"), [("sft", 2), ("ppo", 3)])
+@pytest.mark.parametrize(("name", "kills"), [("sft", 2), pytest.param("ppo", 3, marks=pytest.mark.slow)])
 def test_killed_a_few_times(tmp_path, name, kills):
     fell = disturbed(tmp_path, name, partial(config, steps=4), kills, 1, aims_of(name)[::-1], 3.0)
     assert len(fell) >= kills

@@ -37,6 +37,7 @@ def test_this_machine_runs_the_demo(capsys):
     assert by_name["SFT and GRPO"]["state"] == "off"
 
 
+@pytest.mark.slow
 def test_the_smoke_step_trains():
     found = list(smoke.look())
     assert [(finding.name, finding.state) for finding in found] == [("SFT", "ok"), ("GRPO", "ok")]

@@ -84,6 +84,7 @@ def test_a_killed_rank_ends_the_run_and_is_named(tmp_path):
     assert re.search(r"rank +: 1 .*\n.*exitcode +: -9", cause)
 
 
+@pytest.mark.slow
 def test_a_rank_that_hangs_ends_the_run_after_the_timeout_and_both_places_are_told(tmp_path):
     done = run(tmp_path, "Hangs")
     ours, lines = said(done)

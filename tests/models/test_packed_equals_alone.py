@@ -101,6 +101,7 @@ def exact_norm(self, hidden):
     return self.weight * hidden * (hidden.square().mean(-1, keepdim=True) + self.variance_epsilon).rsqrt()
 
 
+@pytest.mark.slow
 def test_real_llama_logits_equal_to_1e_9_in_fp64(smol, documents, monkeypatch):
     monkeypatch.setattr(LlamaRMSNorm, "forward", exact_norm)
     documents = documents(49152)[4:7]  # pairs, and a group of four

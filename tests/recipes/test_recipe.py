@@ -97,6 +97,7 @@ def test_a_second_run_does_nothing_again(finished, monkeypatch, capsys):
     assert capsys.readouterr().out.count("finished before") == 3
 
 
+@pytest.mark.slow
 def test_ctrl_c_in_dpo_ends_with_130_and_the_same_command_goes_on(finished, tmp_path, monkeypatch, capsys):
     run = tmp_path / "run"
     start = DPO.on_train_batch_start

@@ -117,6 +117,7 @@ def check(run, straight, stage, exact=False):
         assert rows == alone, "the same examples in the same steps"
 
 
+@pytest.mark.slow
 def test_a_file_goes_on_on_two_ranks_and_their_folder_on_one(tmp_path, straight):
     check(resumed(tmp_path, "sft", 1, 2), straight("sft"), "sft")
     run = resumed(tmp_path, "sft", 2, 1)

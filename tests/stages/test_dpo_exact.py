@@ -53,7 +53,7 @@ def adapted(folder, lora):
 
 
 @LORA
-@pytest.mark.parametrize("pad_to", [0, 64])
+@pytest.mark.parametrize("pad_to", [pytest.param(0, marks=pytest.mark.slow), 64])
 def test_log_probs_of_the_real_model_are_those_of_two_runs(smol, lora, pad_to):
     model = adapted(smol, lora)
     alone = AutoModelForCausalLM.from_pretrained(smol, dtype=torch.float32)

@@ -45,6 +45,9 @@ def config(folder, reference, *callbacks):
     return ["fit", "--config", str(path)]
 
 
+pytestmark = pytest.mark.slow
+
+
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     """One process; two with a cache, stopped after a step and run again without the cache; two with a live reference."""

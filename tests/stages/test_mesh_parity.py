@@ -61,6 +61,7 @@ def check_exact(found):
     assert found["gradients of frozen weights"] == 0
 
 
+@pytest.mark.slow
 def test_two_ranks_are_one(tmp_path, tiny):
     results = compared(tmp_path, 2, tiny, ["lm"], ["1,1", "1,2", "2,1"])
     assert results.keys() == {"lm 1,1", "lm 1,2", "lm 2,1"}

@@ -139,6 +139,7 @@ def assert_same(one, two, rel):
         torch.testing.assert_close(gathered[name], tensor, rtol=0, atol=10 * rel)
 
 
+@pytest.mark.slow
 def test_two_processes_shard_the_codes_and_are_one(tmp_path):
     """bfloat16 storage, 8-bit moments, stopped in between: the base is quantised again, adapters and moments come back."""
     assert cli.main(config(tmp_path / "one")) == 0

@@ -30,6 +30,7 @@ def config(folder):
     return ["fit", "--config", str(path)]
 
 
+@pytest.mark.slow
 def test_two_processes_are_one(tmp_path):
     assert cli.main(config(tmp_path / "one")) == 0
     done = two_processes(config(tmp_path / "two"))

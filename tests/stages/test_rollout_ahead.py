@@ -74,7 +74,7 @@ def resumed_equals_whole(build, data, folder, every=1, stop=2, steps=5):
     return torch.load(path, weights_only=False)["tulu_ppo"]
 
 
-@pytest.mark.parametrize("name", ["grpo", "ppo"])
+@pytest.mark.parametrize("name", [pytest.param("grpo", marks=pytest.mark.slow), "ppo"])
 def test_stopped_one_step_ahead_and_resumed_is_never_stopped(name, tmp_path):
     rollout = Rollout(max_new_tokens=6, samples_per_prompt=3, staleness=1)
     build, data = (stale, even_data) if name == "grpo" else (lambda: ppo(rollout=rollout), prompt_data)
@@ -180,9 +180,16 @@ def mortal(deaths):
     return Dying
 
 
+MORE_DEATHS = [(("generate", 3), 0), (("refresh", 2), 1), (("logprobs", 2), 0)]
+
+
 @pytest.mark.parametrize(
     ("death", "staleness"),
-    [(("generate", 1), 0), (("generate", 3), 0), (("generate", 3), 1), (("refresh", 2), 1), (("logprobs", 2), 0)],
+    [
+        (("generate", 1), 0),
+        (("generate", 3), 1),
+        *(pytest.param(*more, marks=pytest.mark.slow) for more in MORE_DEATHS),
+    ],
 )
 def test_a_step_whose_engine_died_is_done_again_and_nothing_is_trained_twice(death, staleness, tmp_path):
     rollout = Rollout(max_new_tokens=6, samples_per_prompt=4, staleness=staleness)
@@ -196,7 +203,14 @@ def test_a_step_whose_engine_died_is_done_again_and_nothing_is_trained_twice(dea
     assert_same(weights(calm), weights(hit))
 
 
-@pytest.mark.parametrize(("what", "staleness"), [("generate", 0), ("generate", 1), ("refresh", 0)])
+@pytest.mark.parametrize(
+    ("what", "staleness"),
+    [
+        ("generate", 0),
+        pytest.param("generate", 1, marks=pytest.mark.slow),
+        pytest.param("refresh", 0, marks=pytest.mark.slow),
+    ],
+)
 def test_an_engine_that_dies_twice_stops_the_run_which_can_be_gone_on_with(what, staleness, tmp_path):
     rollout = Rollout(max_new_tokens=6, samples_per_prompt=4, staleness=staleness)
     calm = grpo(rollout=rollout)

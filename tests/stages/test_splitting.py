@@ -70,7 +70,10 @@ def update(stage, watch):
     return {name: tensor - watch.start[name] for name, tensor in weights(stage).items()}
 
 
-@pytest.mark.parametrize("name", ["sft", "dpo", "reward", "ppo", "grpo"])
+@pytest.mark.parametrize(
+    "name",
+    ["sft", "dpo", "ppo", pytest.param("reward", marks=pytest.mark.slow), pytest.param("grpo", marks=pytest.mark.slow)],
+)
 def test_any_split_of_a_step_gives_the_same_gradient_weights_and_curve(name, tmp_path):
     stage, reference = run(name, SPLITS[0], tmp_path / "0")
     learned = update(stage, reference)
@@ -127,7 +130,9 @@ def weighed(pack):
     return torch.where(rows_N % 5 == 0, 0.0, torch.where(pack.target_N % 2 == 0, 1.0, 0.5))
 
 
-@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize(
+    "reduction", [pytest.param(r, marks=[pytest.mark.slow] if i else []) for i, r in enumerate(REDUCTIONS)]
+)
 def test_each_reduction_is_the_same_over_every_split_with_masked_rows_fillers_and_a_short_last_step(
     reduction, tmp_path
 ):

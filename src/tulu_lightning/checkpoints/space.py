@@ -12,6 +12,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from tulu_lightning.errors import InputError
 from tulu_lightning.models.backbone import Backbone
+from tulu_lightning.progress import bytes_text
 
 __all__ = ["Space", "check_space", "shapes", "space_of"]
 
@@ -134,20 +135,12 @@ def check_space(run: Path, stage: Any, every_n_steps: int, keep: int) -> None:
     needed = count * space.checkpoint + space.export
     free = shutil.disk_usage(next(p for p in (run, *run.absolute().parents) if p.exists())).free + there
     said = (
-        f"the run takes up to {_size(needed)} ({count} checkpoints of {_size(space.checkpoint)}: weights "
-        f"{_size(space.weights)}, optimiser {_size(space.moments)}; export {_size(space.export)}), and the disk has "
-        f"{_size(free)}"
+        f"the run takes up to {bytes_text(needed)} ({count} checkpoints of {bytes_text(space.checkpoint)}: weights "
+        f"{bytes_text(space.weights)}, optimiser {bytes_text(space.moments)}; export {bytes_text(space.export)}), and the disk has "
+        f"{bytes_text(free)}"
     )
     if needed > free:
         remedy = "Free some space, set another trainer.default_root_dir, or keep fewer checkpoints (Checkpoints.keep)."
         raise InputError(str(run), said, f"{remedy} Checkpoints.check_disk: false does not ask.")
     if needed * TIGHT > free:
         rank_zero_warn(f"{run}: {said}, which is little more")
-
-
-def _size(number: float) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if number < 1000:
-            return f"{number:.3g} {unit}"
-        number /= 1000
-    return f"{number:.3g} TB"

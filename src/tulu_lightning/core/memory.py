@@ -135,6 +135,8 @@ class Pass(NamedTuple):
     """"layers" (activation checkpointing), "mlps", or "none"."""
     device: str = "cpu"
     tensor_parallel: int = 1
+    residual_bytes: int = FP32
+    """Of the stream between layers: fp32 under autocast, the lower dtype under FSDP2's policy."""
 
 
 def activation_bytes(network: Network, this: Pass) -> float:
@@ -142,10 +144,12 @@ def activation_bytes(network: Network, this: Pass) -> float:
     if not network.trained:  # a pass without a gradient keeps one layer at a time
         return this.tokens * _layer_bytes(network, this, keep_mlp=True)
     arch = network.arch
-    ends = this.tokens * arch.width * (FP32 + this.compute_bytes)  # into the last norm, and the scored states
+    ends = (
+        this.tokens * arch.width * (this.residual_bytes + this.compute_bytes)
+    )  # into the last norm, and the scored states
     if this.recompute == "layers":
         one = _layer_bytes(network, this, keep_mlp=True) + _backward_bytes(arch, this)
-        return ends + this.tokens * (arch.layers * arch.width * FP32 + one)
+        return ends + this.tokens * (arch.layers * arch.width * this.residual_bytes + one)
     kept = _layer_bytes(network, this, keep_mlp=this.recompute != "mlps")
     once = _layer_bytes(network, this, keep_mlp=True) - kept
     # A layer's backward holds gradients of its own widest parts beside what is kept.
@@ -155,7 +159,7 @@ def activation_bytes(network: Network, this: Pass) -> float:
 def _layer_bytes(network: Network, this: Pass, keep_mlp: bool) -> float:
     arch, c, tp = network.arch, this.compute_bytes, this.tensor_parallel
     low = c < FP32
-    residual = 2 * arch.width * FP32
+    residual = 2 * arch.width * this.residual_bytes
     normed = 2 * arch.width * c
     attention = (2 * arch.query + 2 * arch.kv) * c / tp
     mlp = 2 * arch.mlp * c / tp if keep_mlp else 0.0
@@ -185,17 +189,20 @@ def pass_bytes(network: Network, this: Pass) -> dict[str, float]:
     trains_head = network.trained and not network.lora
     parts["loss"] = logits + (arch.head * FP32 if trains_head else 0)
     if this.compute_bytes < FP32:
-        parts["loss"] += arch.head * this.compute_bytes / this.tensor_parallel  # the head's weights in the lower dtype
+        parts["loss"] += arch.head * this.compute_bytes  # the head's weights in the lower dtype
     return parts
 
 
 def gathered_bytes(network: Network, compute_bytes: int, tensor_parallel: int = 1) -> float:
-    """What FSDP2 has gathered at once on a device: embedding and head, two layers, and a layer's whole gradient."""
+    """What FSDP2 has gathered at once on a device: embedding and head, two layers, and a layer's whole gradient.
+
+    Tensor parallelism splits the layers; embedding and head are whole on every device.
+    """
     arch = network.arch
     root = (1 if arch.tied or network.scalar_head else 2) * arch.head * compute_bytes
     layer = arch.layer_matrices * (network.four_bits or compute_bytes)
     gradient = arch.layer_matrices * FP32 if network.trained and not network.lora else 0
-    return (root + 2 * layer + gradient) / tensor_parallel
+    return root + (2 * layer + gradient) / tensor_parallel
 
 
 def cache_bytes(arch: Architecture, tokens: int, value_bytes: int = 2) -> float:

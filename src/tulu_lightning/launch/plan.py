@@ -9,7 +9,7 @@ from typing import Any
 from tulu_lightning.errors import InputError, nearest
 from tulu_lightning.launch.planned import Planned, read_plan
 from tulu_lightning.launch.reckoned import DEVICES, MFU, reckon
-from tulu_lightning.progress import duration
+from tulu_lightning.progress import bytes_text, duration
 
 __all__ = ["known_rows", "main", "parser", "plan_of"]
 
@@ -19,7 +19,6 @@ ROWS = {
     "allenai/llama-3.1-tulu-3-70b-preference-mixture": 334_367,
 }
 """Rows of sets on the hub, as it tells them."""
-GB = 1e9
 
 
 def parser() -> argparse.ArgumentParser:
@@ -31,7 +30,7 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument(
         "--device",
         metavar="NAME",
-        help=f"{', '.join(DEVICES)}, or cpu (this machine); cpu where the config says so, else H100",
+        help=f"{', '.join(DEVICES)}, or cpu (this machine); by default H100 for products in bf16, else cpu",
     )
     found.add_argument(
         "--rows", type=int, metavar="N", help="rows of the data, where they cannot be known without reading"
@@ -89,14 +88,16 @@ def plan_of(argv: Sequence[str], device: str | None = None, rows: int | None = N
     with without_noise():
         parsed: Any = ParsedFit(["fit", *argv])
     config = parsed.config["fit"]
-    device = device or _default_device(config.trainer)
+    device = device or _default_device(config)
     count = processes(config.trainer.accelerator, config.trainer.devices, config.trainer.num_nodes)
     rows = rows or known_rows(config.data.init_args.sources)
     return read_plan(config, "cpu" if device == "cpu" else "cuda", count, rows), device
 
 
-def _default_device(trainer: Any) -> str:
-    return "cpu" if trainer.accelerator == "cpu" or trainer.strategy == "auto" else "H100"
+def _default_device(config: Any) -> str:
+    """A config that names no accelerator is meant for a GPU if its products are bf16."""
+    small = config.model.init_args.backbone.compute_dtype == "float32"
+    return "cpu" if config.trainer.accelerator == "cpu" or small else "H100"
 
 
 def known_rows(sources: Any) -> int | None:
@@ -119,24 +120,24 @@ def known_rows(sources: Any) -> int | None:
 
 
 def _text(told: dict[str, Any], plan: Planned) -> str:
-    where = "this machine's CPU" if told["device"] == "cpu" else f"{told['device']} ({told['available'] / GB:.0f} GB)"
+    where = "this machine's CPU" if told["device"] == "cpu" else f"{told['device']} ({bytes_text(told['available'])})"
     lines = [
-        f"{told['stage']}, {told['parameters'] / 1e9:.2f}B parameters, {told['trained'] / 1e9:.3g}B trained, "
+        f"{told['stage']}, {_count(told['parameters'])} parameters, {_count(told['trained'])} trained, "
         f"on {told['devices']} x {where}",
         "",
         "memory on each device at its highest, packs full:",
     ]
     width = max(len(name) for name in told["memory"])
     for name, size in sorted(told["memory"].items(), key=lambda item: -item[1]):
-        lines.append(f"  {name:<{width}}  {size / GB:9.2f} GB")
+        lines.append(f"  {name:<{width}}  {bytes_text(size):>9}")
     one = "all processes" if told["device"] == "cpu" and told["devices"] > 1 else "total"
-    lines.append(f"  {one:<{width}}  {told['total'] / GB:9.2f} GB of {told['available'] / GB:.1f}")
+    lines.append(f"  {one:<{width}}  {bytes_text(told['total']):>9} of {bytes_text(told['available'])}")
     lines.append("")
     if told["fits"]:
-        lines.append(f"It fits, with {(told['available'] - told['total']) / GB:.1f} GB to spare.")
+        lines.append(f"It fits, with {bytes_text(told['available'] - told['total'])} to spare.")
     else:
         lines.append("It does not fit. With each of these on top of the one before:")
-        lines += [f"  {e['change']}: {e['total'] / GB:.1f} GB ({e['cost']})" for e in told["would_fit"]]
+        lines += [f"  {e['change']}: {bytes_text(e['total'])} ({e['cost']})" for e in told["would_fit"]]
         if not told["would_fit"] or told["would_fit"][-1]["total"] > told["available"]:
             lines.append("  and it still does not: train adapters (model.backbone.lora.r=16), or a smaller model.")
     lines.append("")
@@ -154,8 +155,11 @@ def _text(told: dict[str, Any], plan: Planned) -> str:
         lines.append(f"  taken for granted: {MFU[0]:.0%} to {MFU[1]:.0%} of the peak, rows of {length:,} tokens")
     size = told["disk"]
     lines.append(
-        f"disk: {size['checkpoint'] / GB:.1f} GB a checkpoint, {size['export'] / GB:.1f} GB an export, "
-        f"{size['total'] / GB:.1f} GB at most at once"
+        f"disk: {bytes_text(size['checkpoint'])} a checkpoint, {bytes_text(size['export'])} an export, {bytes_text(size['total'])} at most "
+        f"at once ({bytes_text(shutil.disk_usage('.').free)} are free here)"
     )
-    lines[-1] += f" ({shutil.disk_usage('.').free / GB:.0f} GB are free here)"
     return "\n".join(lines)
+
+
+def _count(number: float) -> str:
+    return f"{number / 1e9:.4g}B" if number >= 1e9 else f"{number / 1e6:.4g}M"

@@ -112,6 +112,7 @@ class Planned:
             self.recompute,
             self.device,
             self.layout.tensor_parallel,
+            self.compute_bytes if self.layout.sharded else 4,
         )
         return dict.fromkeys(self.networks, this)
 

@@ -33,6 +33,8 @@ DEVICES = {
 """From the makers' data sheets: SXM forms, products without sparsity, fp32 sums."""
 MFU = (0.30, 0.45)
 """Share of the peak that training is taken to reach: an assumption, measured on no GPU yet."""
+HELPS = 0.99
+"""A change that leaves more than this share of the memory is not worth naming."""
 DECODE = 0.6
 """Share of the bandwidth that sampling is taken to reach: an assumption."""
 
@@ -58,22 +60,31 @@ def reckon(plan: Planned, device: str, tokens_per_row: int | None = None) -> dic
         "tokens_per_step": plan.sizes.tokens_per_step,
         "steps": plan.sizes.steps,
         "seconds_per_step": None if device == "cpu" else seconds_per_step(plan, DEVICES[device], tokens_per_row),
-        "assumed": {"mfu": MFU, "tokens_per_row": tokens_per_row or plan.sizes.max_tokens},
+        "assumed": {"mfu": MFU, "tokens_per_row": tokens_per_row or plan.sizes.max_tokens + plan.sizes.max_new_tokens},
         "disk": disk(plan),
     }  # fmt: skip
 
 
 def remedies(plan: Planned, memory: float) -> Iterator[tuple[str, str, float]]:
-    """Changes, each on top of those before it, until the run fits: (setting, what it costs, bytes then)."""
+    """Changes that help, each on top of those before it, until the run fits: (setting, what it costs, bytes then)."""
+    before = sum(peak_parts(plan).values())
     for change, cost, changed in _changes(plan):
-        plan = changed(plan)
-        size = sum(peak_parts(plan).values())
+        size = sum(peak_parts(changed(plan)).values())
+        if size > HELPS * before:
+            continue
+        plan, before = changed(plan), size
         yield change, cost, size
         if size <= memory:
             return
 
 
 def _changes(plan: Planned) -> Iterator[tuple[str, str, Any]]:
+    if plan.engine_bytes and plan.device == "cuda":
+        yield (
+            "model.rollout.engine.kind=server",
+            "devices of its own for sampling; model.rollout.engines=one then",
+            lambda p: replace(p, engine_bytes=0, engine_cache=0.0),
+        )
     if plan.recompute != "layers":
         yield (
             "model.backbone.activation_checkpointing=true",
