@@ -16,7 +16,7 @@ import yaml
 
 from tulu_lightning import cli
 from tulu_lightning.evaluation.suite import find_tasks
-from tulu_lightning.launch import chat, evaluate, export
+from tulu_lightning.launch import chat, evaluate, export, lineage
 from tulu_lightning.launch.compose import compose, merge, value_at
 from tulu_lightning.recipes import report
 from tulu_lightning.verifiers import registry
@@ -25,7 +25,13 @@ ROOT = Path(__file__).parents[2]
 FILES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 FOLDERS = (ROOT, ROOT / "src" / "tulu_lightning")
 """What a path in the text may be relative to, besides the file that it stands in."""
-PARSERS = {"eval": evaluate.parser, "export": export.parser, "report": report.parser, "chat": chat.parser}
+PARSERS = {
+    "eval": evaluate.parser,
+    "export": export.parser,
+    "lineage": lineage.parser,
+    "report": report.parser,
+    "chat": chat.parser,
+}
 """Of commands that need a trained model or a run; where those are not the tiny ones, only their options are read."""
 OF_A_RUN = ("runs/", "scores/", "promotions/", "checkpoints/step-", "exports/", "config.yaml")
 """Names of what a run writes; they are in no clone."""
@@ -108,6 +114,9 @@ def test_the_commands_run(path, clone, capsys):
             options = PARSERS[words[0]]().parse_args(words[1:])
             if words[0] == "eval":
                 find_tasks(options.suite)
+            continue
+        if words[0] == "plan":  # loads nothing; 1 says that the run does not fit
+            assert cli.main(words) in (0, 1), capsys.readouterr().err
             continue
         more = [] if runnable(words) or "--print_config" in words else ["--print_config"]
         if words[0] == "doctor":
