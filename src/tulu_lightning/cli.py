@@ -65,6 +65,12 @@ COMMANDS = (
     Command("generate", "sample responses to prompts from a pool of models", "tulu_lightning.recipes.making.generate"),
     Command("judge", "rate responses by models or verifiers", "tulu_lightning.recipes.making.judge"),
     Command("pairs", "make preference pairs of rated responses", "tulu_lightning.recipes.pairs"),
+    Command("prompts", "build a set of prompts that programs verify", "tulu_lightning.recipes.making.prompts"),
+    Command(
+        "synthesize",
+        "make prompts and answers by personas, checked by programs",
+        "tulu_lightning.recipes.making.synthesize",
+    ),
     Command("verify", "score responses offline; `verify audit` measures the verifiers", "tulu_lightning.launch.verify"),
     Command(
         "eval", "score a model on the paper's tasks, with intervals; compare two", "tulu_lightning.launch.evaluate"

@@ -6,7 +6,7 @@ from typing import Any
 from tulu_lightning.assets.constraints import DRAWS, Constraint, Dice, clash, ground_truth
 from tulu_lightning.errors import InputError, nearest
 
-__all__ = ["constrained"]
+__all__ = ["constrained", "draw_constraints"]
 
 AT_MOST = 3
 
@@ -59,8 +59,20 @@ def _constrained(number: int, row: Mapping[str, Any], seed: int, kinds: Sequence
     }
 
 
-def _draw(dice: Dice, prompt: str, kinds: Sequence[str]) -> list[Constraint]:
-    wanted, drawn = 1 + dice.below(AT_MOST), []
+def draw_constraints(seed: object, prompt: str, kinds: Sequence[str], at_most: int = AT_MOST) -> list[Constraint]:
+    """One to `at_most` constraints for a prompt, drawn so that all can be followed at once.
+
+    Args:
+        seed: with the prompt's text it decides what is drawn.
+        prompt: what the user asks.
+        kinds: IFEval's instruction ids to draw from, each as likely as the others.
+        at_most: 1 to 3.
+    """
+    return _draw(Dice(seed, prompt), prompt, kinds, at_most)
+
+
+def _draw(dice: Dice, prompt: str, kinds: Sequence[str], at_most: int = AT_MOST) -> list[Constraint]:
+    wanted, drawn = 1 + dice.below(at_most), []
     for kind in dice.some(kinds, len(kinds)):
         if len(drawn) < wanted and not any(clash(kind, other.id) for other in drawn):
             drawn.append(Constraint(kind, *DRAWS[kind](dice, prompt)))
