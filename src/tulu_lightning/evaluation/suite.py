@@ -19,11 +19,14 @@ class Place(NamedTuple):
 
 
 TASKS: Mapping[str, Place] = {
+    "bbh": Place("bbh", "BBH"),
     "drop": Place("drop", "DROP"),
     "gsm8k": Place("gsm8k", "GSM8K"),
     "gsm8k_plain": Place("gsm8k", "GSM8K_PLAIN"),
     "humaneval": Place("humaneval", "HUMANEVAL"),
     "humaneval_plain": Place("humaneval", "HUMANEVAL_PLAIN"),
+    "humaneval_plus": Place("humaneval_plus", "HUMANEVAL_PLUS"),
+    "humaneval_plus_plain": Place("humaneval_plus", "HUMANEVAL_PLUS_PLAIN"),
     "ifeval": Place("ifeval", "IFEVAL"),
     "ifeval_strict": Place("ifeval", "IFEVAL_STRICT"),
     "math": Place("math", "MATH"),
@@ -31,10 +34,16 @@ TASKS: Mapping[str, Place] = {
     "mmlu": Place("mmlu", "MMLU"),
     "mmlu_mc": Place("mmlu", "MMLU_MC"),
     "mmlu_mc_plain": Place("mmlu", "MMLU_MC_PLAIN"),
+    "popqa": Place("popqa", "POPQA"),
+    "truthfulqa_mc2": Place("truthfulqa", "TRUTHFULQA_MC2"),
+    "truthfulqa_mc2_plain": Place("truthfulqa", "TRUTHFULQA_MC2_PLAIN"),
 }
 """All tasks."""
 SUITES: Mapping[str, Sequence[str]] = {
-    "tulu3_dev": ("mmlu", "drop", "math", "gsm8k", "humaneval", "ifeval"),
+    "tulu3_dev": (
+        *("mmlu", "popqa", "truthfulqa_mc2", "bbh", "drop", "math", "gsm8k"),
+        *("humaneval", "humaneval_plus", "ifeval"),
+    ),
     "tulu3_unseen": (),
 }
 """Tülu 3's development and unseen evaluations (table 24), in the paper's order."""
