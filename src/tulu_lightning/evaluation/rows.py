@@ -50,8 +50,10 @@ class DataSet:
     """
 
     name: str
-    hub: str
-    """Repository of the hub."""
+    hub: str = ""
+    """Repository of the hub; empty where none has the rows as the task needs them."""
+    elsewhere: str = ""
+    """Where a user gets them then, as an instruction."""
     configs: tuple[str | None, ...] = (None,)
     """Of the repository; their rows are read one after the other, in this order."""
     split: str = "test"
@@ -81,6 +83,9 @@ class DataSet:
                 what = f"its package has {len(rows)} rows, and the split {self.split} has {self.count}"
                 raise InputError(f"data set {self.name}", what, "Install the release that the documents name.")
             return rows
+        if not self.hub:
+            what = "it is on no hub as the task needs it, and no file of it is given"
+            raise InputError(f"data set {self.name}", what, f"{self.elsewhere} Then --data {self.name}=FILE.jsonl.")
         return [self.from_hub(row, config) for config in self.configs for row in self._of_hub(config)]
 
     def _of_hub(self, config: str | None) -> Sequence[Row]:

@@ -143,7 +143,7 @@ def _reply(answer: Any) -> Reply:
     text = choice["message"]["content"] if "message" in choice else choice["text"]
     found = ((choice.get("logprobs") or {}).get("content") or [{}])[0].get("top_logprobs")
     first = None if found is None else {str(one["token"]): float(one["logprob"]) for one in found}
-    return Reply(str(text or ""), str(choice.get("finish_reason") or "stop"), *counts, first)
+    return Reply(str(text or ""), str(choice.get("finish_reason") or "stop"), *counts, first=first)
 
 
 def _endpoint(url: str, path: str) -> str:
