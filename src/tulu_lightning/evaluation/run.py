@@ -16,7 +16,7 @@ from tulu_lightning.rollout.scoring import Job, PoolLimits, Scorer, response_tex
 from tulu_lightning.types import Completion, Sampling
 from tulu_lightning.verifiers.registry import Verifiers
 
-__all__ = ["Model", "Sheet", "run_task"]
+__all__ = ["Model", "Sheet", "finished", "run_task"]
 
 CHUNK = 64
 """Examples between two writes: what a kill can cost."""
@@ -73,6 +73,8 @@ def run_task(
     sheet: Path | None = None,
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
+    *,
+    share: bool = False,
 ) -> TaskResult:
     """Score a model on a task.
 
@@ -86,6 +88,7 @@ def run_task(
         sheet: file of finished items; a run that finds them there goes on after them.
         seed: of the samples.
         progress: called with (finished, all) examples.
+        share: the examples are a rank's share of those asked: whoever puts the shares together calls `finished` on the whole.
 
     Raises:
         InputError: the model has no chat template, or a prompt does not fit it.
@@ -116,8 +119,13 @@ def run_task(
         model=model.name,
         model_digest=model.digest,
         template=template,
-        items=tuple(items if task.finish is None else task.finish(items)),
+        items=tuple(items) if share else finished(task, items),
     )
+
+
+def finished(task: Task, items: Sequence[Item]) -> tuple[Item, ...]:
+    """All items of a task with their final scores, which may hang on all answers (`Task.finish`)."""
+    return tuple(items if task.finish is None else task.finish(items))
 
 
 def _limits(task: Task) -> PoolLimits:
