@@ -38,8 +38,20 @@ class IFBench:
     runs: ClassVar = "pool"
 
     def ready(self) -> None:
-        """Load the checkers. Raises InputError as `checkers`."""
-        checkers()
+        """Load the checkers, and try those that read data of nltk's.
+
+        Raises:
+            InputError: as `checkers`; or such data are not there.
+        """
+        for name in ("words:start_verb", "ratio:sentence_type"):
+            checker = checkers()[name](name)
+            checker.build_description()
+            try:
+                checker.check_following("Go home. They went.")
+            except LookupError:
+                what = f"what {name} reads of nltk's data is not on this machine"
+                remedy = "Run `python -m nltk.downloader punkt_tab averaged_perceptron_tagger_eng`, or set NLTK_DATA."
+                raise InputError("task ifeval_ood", what, remedy) from None
 
     def warm(self) -> None:
         """Import what a call needs."""
