@@ -92,7 +92,7 @@ def _description(row: Row) -> str:
 
 def _letters(row: Row, place: int) -> Example:
     asked, shots = _asked(row), _shots()[row["subject"]]
-    turns = conversation(asked, shots, _description(row), multi_turn=False)
+    turns = conversation(asked, shots, _description(row))
     return Example(_key(row, place), turns, str(row["answer"]), row["subject"], choices=tuple(LETTERS))
 
 
@@ -118,13 +118,14 @@ MMLU = Task(
 MMLU_MC = replace(
     MMLU,
     name="mmlu_mc",
-    version=1,
+    version=2,
     example=_letters,
     verifier="best_choice",
     own=Best(),
     metric="most likely letter, mean over subjects",
     shots=5,
+    multi_turn=True,
     cot=False,
-    source="mmlu:mc::tulu of OLMES: five shots, the letter with the highest probability",
+    source="mmlu:mc::tulu of OLMES: five shots as turns, the letter with the highest probability",
 )
-MMLU_MC_PLAIN = replace(MMLU_MC, name="mmlu_mc_plain", example=_letters_plain, chat=False)
+MMLU_MC_PLAIN = replace(MMLU_MC, name="mmlu_mc_plain", version=1, example=_letters_plain, chat=False, multi_turn=False)
