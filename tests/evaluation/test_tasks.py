@@ -89,6 +89,13 @@ def test_mmlu_has_all_subjects_and_its_letters_are_those_of_the_harness():
     assert text.startswith("The following are multiple choice questions (with answers) about abstract algebra.\n\n")
     assert text.count("\nAnswer:") == 6
     assert letters[0].choices == (" A", " B", " C", " D")
+    turns = find_task("mmlu_mc").examples(57)[0].turns
+    assert [turn.role for turn in turns] == ["user", "assistant"] * 5 + ["user"]
+    pairs = zip(turns[::2], [*turns[1::2], None], strict=True)
+    asked = [
+        question.content if answer is None else f"{question.content} {answer.content}" for question, answer in pairs
+    ]
+    assert "\n\n".join(asked) == text
 
 
 def test_ifeval_keeps_the_arguments_that_are_there():

@@ -12,7 +12,7 @@ from tulu_lightning.data.chat import ChatTemplate
 from tulu_lightning.evaluation.asking import Asker
 from tulu_lightning.evaluation.heldout import HeldOut, Item, Scores
 from tulu_lightning.evaluation.result import TaskResult
-from tulu_lightning.evaluation.run import Model, run_task
+from tulu_lightning.evaluation.run import Model, finished, run_task
 from tulu_lightning.evaluation.task import Example, Task
 from tulu_lightning.progress import Progress
 from tulu_lightning.rollout.engine import Engine
@@ -94,8 +94,8 @@ class Evaluation:
         def answer() -> Sequence[Any]:
             with self._shown(f"{label} {task.name}", len(mine)) as progress:
                 told = lambda done, total: progress.update(done)  # noqa: E731
-                whole.append(run_task(task, mine, model, sheet, progress=told))
+                whole.append(run_task(task, mine, model, sheet, progress=told, share=True))
             return whole[0].items
 
         items = self._gathered(answer, f"{label}: answers to {task.name}")
-        return replace(whole[0], items=items, settings=task.settings(examples))
+        return replace(whole[0], items=finished(task, items), settings=task.settings(examples))

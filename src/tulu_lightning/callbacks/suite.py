@@ -18,6 +18,7 @@ from tulu_lightning.core.promotion import HELD_OUT
 from tulu_lightning.core.settings import require
 from tulu_lightning.errors import InputError, nearest
 from tulu_lightning.evaluation.heldout import Scores
+from tulu_lightning.evaluation.judges import use_judge
 from tulu_lightning.evaluation.result import TaskResult
 from tulu_lightning.evaluation.rows import use_file
 from tulu_lightning.evaluation.suite import SUITES, TASKS, find_tasks
@@ -44,6 +45,8 @@ class Suite:
     """The limit of single tasks, e.g. `{mmlu: 400}`."""
     data: dict[str, str] = field(default_factory=dict)
     """Data sets that are read from a JSON-lines file, e.g. `{gsm8k: rows.jsonl}`."""
+    judges: dict[str, str] = field(default_factory=dict)
+    """Who judges answers, by the name of the judge (`evaluation.judges`), e.g. `{safety: keywords}`."""
     max_new_tokens: int | None = None
     """A lower cap of an answer than the tasks' own. It is part of the settings that scores are compared by."""
 
@@ -78,11 +81,13 @@ class Suite:
         """The tasks with the items that are asked.
 
         Raises:
-            InputError: as `resolve`; or a data set is not there.
+            InputError: as `resolve`; or a data set is not there, or a judge.
         """
         tasks = self.resolve()
         for name, path in self.data.items():
             use_file(name, path)
+        for name, who in self.judges.items():
+            use_judge(name, who)
         return [(task, task.examples(self.limits.get(task.name, self.limit))) for task in tasks]
 
 

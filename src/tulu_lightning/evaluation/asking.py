@@ -23,6 +23,17 @@ class Asker:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, template: chat.ChatTemplate | None, where: str) -> None:
         self.tokenizer, self.template, self.where = tokenizer, template, where
 
+    def check(self, tasks: Sequence[Task]) -> None:
+        """Whether the tasks can be asked at all; wants no weights.
+
+        Raises:
+            InputError: a task is asked in chat, and the model has no template.
+        """
+        asked = next((task.name for task in tasks if task.chat), None)
+        if asked is not None and self.template is None and not self.tokenizer.chat_template:
+            what = f"it has no chat template, and {asked} is asked in chat"
+            raise InputError(self.where, what, "Name one: --template tulu (or llama3, chatml, smollm2).")
+
     def prompts(self, task: Task, examples: Sequence[Example]) -> list[list[int]]:
         """Token ids of what comes before the answer, `Example.prefix` included.
 
@@ -42,9 +53,7 @@ class Asker:
             return [
                 one.ids for one in chat.encode_many(self.tokenizer, self.template, messages, generation_prompt=True)
             ]
-        if not self.tokenizer.chat_template:
-            what = f"it has no chat template, and {task.name} is asked in chat"
-            raise InputError(self.where, what, "Name one: --template tulu (or llama3, chatml, smollm2).")
+        self.check([task])
         texts = [self.tokenizer.apply_chat_template(m, add_generation_prompt=True, tokenize=False) for m in messages]
         return [self.tokenizer.encode(text, add_special_tokens=False) for text in texts]  # type: ignore[arg-type]
 

@@ -70,6 +70,9 @@ def evaluate_models(
         InputError: see `open_model`.
     """
     results = []
+    if settings.template is None:  # told before any weights load
+        for path in models:
+            Asker(load_tokenizer(path), None, path).check(tasks)
     for path in models:
         model = open_model(path, settings)
         folder = settings.out / model.digest[:12]

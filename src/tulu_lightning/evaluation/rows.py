@@ -1,5 +1,6 @@
 """Where a task's rows come from: a file of the user's, a file inside an installed package, or the hub."""
 
+import csv
 import gzip
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -11,13 +12,13 @@ from typing import Any
 from tulu_lightning.errors import InputError
 from tulu_lightning.evaluation.task import Row
 
-__all__ = ["DataSet", "package_file", "use_file"]
+__all__ = ["DataSet", "is_given", "package_file", "rows_of", "use_file"]
 
 _given: dict[str, Path] = {}
 
 
 def use_file(name: str, path: str | Path) -> None:
-    """Read a data set from a JSON-lines file (.jsonl or .jsonl.gz) in place of its own source.
+    """Read a data set from a file (.jsonl, .jsonl.gz, a JSON list or .csv) in place of its own source.
 
     Raises:
         InputError: there is no such file.
@@ -25,6 +26,11 @@ def use_file(name: str, path: str | Path) -> None:
     if not Path(path).is_file():
         raise InputError(str(path), f"there is no such file for the data set {name}", "Give an existing .jsonl file.")
     _given[name] = Path(path)
+
+
+def is_given(name: str) -> bool:
+    """Whether `use_file` has named a file for the data set."""
+    return name in _given
 
 
 def package_file(package: str, file: str) -> Path | None:
@@ -44,11 +50,15 @@ class DataSet:
     """
 
     name: str
-    hub: str
-    """Repository of the hub."""
+    hub: str = ""
+    """Repository of the hub; empty where none has the rows as the task needs them."""
+    elsewhere: str = ""
+    """Where a user gets them then, as an instruction."""
     configs: tuple[str | None, ...] = (None,)
     """Of the repository; their rows are read one after the other, in this order."""
     split: str = "test"
+    file: str = ""
+    """A file of the repository (.csv, .json or .jsonl) that holds the rows, where they are no data set of its own."""
     package: tuple[tuple[str, str], ...] = ()
     """(distribution, file) pairs whose rows, in order, are those of the split."""
     from_package: Callable[[Mapping[str, Any]], Row] = field(default=dict, repr=False)
@@ -65,20 +75,27 @@ class DataSet:
             InputError: they are nowhere, or are not as many as they should be.
         """
         if self.name in _given:
-            return list(_lines(_given[self.name]))
+            return list(rows_of(_given[self.name]))
         files = [package_file(*place) for place in self.package]
         if files and all(files):
-            rows = [self.from_package(row) for file in files if file is not None for row in _rows_of(file)]
+            rows = [self.from_package(row) for file in files if file is not None for row in rows_of(file)]
             if self.count is not None and len(rows) != self.count:
                 what = f"its package has {len(rows)} rows, and the split {self.split} has {self.count}"
                 raise InputError(f"data set {self.name}", what, "Install the release that the documents name.")
             return rows
+        if not self.hub:
+            what = "it is on no hub as the task needs it, and no file of it is given"
+            raise InputError(f"data set {self.name}", what, f"{self.elsewhere} Then --data {self.name}=FILE.jsonl.")
         return [self.from_hub(row, config) for config in self.configs for row in self._of_hub(config)]
 
     def _of_hub(self, config: str | None) -> Sequence[Row]:
-        from datasets import load_dataset
-
         try:
+            if self.file:
+                from huggingface_hub import hf_hub_download
+
+                return rows_of(Path(hf_hub_download(self.hub, self.file, repo_type="dataset")))
+            from datasets import load_dataset
+
             return list(load_dataset(self.hub, config, split=self.split))  # type: ignore[arg-type]
         except Exception as error:
             line = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
@@ -90,8 +107,16 @@ class DataSet:
             raise InputError(f"data set {self.name}", what, remedy) from error
 
 
-def _rows_of(file: Path) -> Sequence[Row]:
-    return _arrow(file) if file.suffix == ".arrow" else _lines(file)
+def rows_of(file: Path) -> Sequence[Row]:
+    """Rows of an Arrow stream, a CSV file with a heading (all values are texts), a JSON list or JSON lines."""
+    if file.suffix == ".arrow":
+        return _arrow(file)
+    if file.suffix == ".csv":
+        with file.open(encoding="utf-8", newline="") as lines:
+            return list(csv.DictReader(lines))
+    if file.suffix == ".json":
+        return json.loads(file.read_text(encoding="utf-8"))
+    return _lines(file)
 
 
 def _arrow(file: Path) -> list[Row]:

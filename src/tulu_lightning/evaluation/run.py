@@ -12,11 +12,11 @@ from tulu_lightning.evaluation.asking import Asker, answer_text
 from tulu_lightning.evaluation.result import Answer, Item, TaskResult, pass_at_k
 from tulu_lightning.evaluation.task import Example, Task
 from tulu_lightning.rollout.engine import Engine
-from tulu_lightning.rollout.scoring import Job, Scorer, response_text
+from tulu_lightning.rollout.scoring import Job, PoolLimits, Scorer, response_text
 from tulu_lightning.types import Completion, Sampling
 from tulu_lightning.verifiers.registry import Verifiers
 
-__all__ = ["Model", "Sheet", "run_task"]
+__all__ = ["Model", "Sheet", "finished", "run_task"]
 
 CHUNK = 64
 """Examples between two writes: what a kill can cost."""
@@ -73,6 +73,8 @@ def run_task(
     sheet: Path | None = None,
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
+    *,
+    share: bool = False,
 ) -> TaskResult:
     """Score a model on a task.
 
@@ -86,6 +88,7 @@ def run_task(
         sheet: file of finished items; a run that finds them there goes on after them.
         seed: of the samples.
         progress: called with (finished, all) examples.
+        share: the examples are a rank's share of those asked: whoever puts the shares together calls `finished` on the whole.
 
     Raises:
         InputError: the model has no chat template, or a prompt does not fit it.
@@ -97,13 +100,14 @@ def run_task(
     missing = [example for example in examples if example.key not in done.items]
     if progress is not None:
         progress(len(examples) - len(missing), len(examples))
-    with Scorer(Verifiers({} if task.own is None else {task.verifier: task.own})) as scorer:
+    with Scorer(Verifiers({} if task.own is None else {task.verifier: task.own}), _limits(task)) as scorer:
         for at in range(0, len(missing), CHUNK):
             part = missing[at : at + CHUNK]
             ranked = bool(part[0].choices)
             done.add(_ranked(task, part, model, scorer) if ranked else _sampled(task, part, model, scorer, seed))
             if progress is not None:
                 progress(len(examples) - len(missing) + at + len(part), len(examples))
+    items = [done.items[example.key] for example in examples]
     named = model.asker.template
     template = "" if not task.chat else "model" if named is None else named.name
     return TaskResult(
@@ -115,8 +119,20 @@ def run_task(
         model=model.name,
         model_digest=model.digest,
         template=template,
-        items=tuple(done.items[example.key] for example in examples),
+        items=tuple(items) if share else finished(task, items),
     )
+
+
+def finished(task: Task, items: Sequence[Item]) -> tuple[Item, ...]:
+    """All items of a task with their final scores, which may hang on all answers (`Task.finish`)."""
+    return tuple(items if task.finish is None else task.finish(items))
+
+
+def _limits(task: Task) -> PoolLimits:
+    """The scoring pool's, wide enough for a judge that has limits of its own (`Code`)."""
+    usual = PoolLimits()
+    seconds, memory = (getattr(task.own, name, 0) for name in ("seconds", "memory_mb"))
+    return PoolLimits(seconds=max(usual.seconds, 1.5 * seconds), memory_mb=max(usual.memory_mb, memory))
 
 
 def _key(example: Example) -> int:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from tulu_lightning.evaluation.task import Turn
 
-__all__ = ["conversation", "one_text"]
+__all__ = ["Shot", "conversation", "one_text"]
 
 Shot = tuple[str, str]
 """A question as it is asked, and its answer."""

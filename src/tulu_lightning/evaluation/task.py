@@ -81,6 +81,8 @@ class Task:
     """Answers to each example."""
     k: int = 1
     """With more samples than one: the score of an example is pass@k (Chen et al. 2021), unbiased."""
+    finish: Callable[[Sequence[Any]], list[Any]] | None = field(default=None, repr=False)
+    """Gives the items (`result.Item`) of a whole task their scores, where a score hangs on all answers."""
     stops: tuple[str, ...] = ()
     """Texts that end an answer; what comes after the first of them is not read."""
     source: str = ""
@@ -98,8 +100,11 @@ class Task:
         """All examples, or the first so many spread evenly over the data set (every group is in them then).
 
         Raises:
-            InputError: the data set is not there.
+            InputError: the data set is not there, or what judges the answers is not (its `ready()` says so).
         """
+        ready = getattr(self.own, "ready", None)
+        if ready is not None:
+            ready()
         rows = self.rows()
         places: Iterable[int] = range(len(rows))
         if limit is not None and limit < len(rows):

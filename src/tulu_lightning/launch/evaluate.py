@@ -20,6 +20,7 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--limit", type=int, metavar="N", help="so many items of each task, spread evenly")
     found.add_argument("--template", metavar="NAME", help="chat template; the model's own by default")
     found.add_argument("--data", action="append", default=[], metavar="SET=FILE", help="read a data set from a file")
+    found.add_argument("--judge", action="append", default=[], metavar="NAME=WHO", help="MODEL@URL, folder or keywords")
     found.add_argument("--engine", choices=("local", "vllm", "server"), default="local")
     found.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     found.add_argument("--seed", type=int, default=0)
@@ -36,11 +37,12 @@ def main(argv: Sequence[str]) -> int:
         Exit status.
 
     Raises:
-        InputError: an unknown suite, data that are not there, a model without a chat template.
+        InputError: an unknown suite, data that are not there, a judge that is down, a model without a chat template.
     """
     options = parser().parse_args(list(argv))
     if options.limit is not None and options.limit < 1:
         raise InputError("--limit", f"is {options.limit}", "Use at least 1.")
+    from tulu_lightning.evaluation.judges import use_judge
     from tulu_lightning.evaluation.rows import use_file
     from tulu_lightning.evaluation.suite import find_tasks
 
@@ -48,6 +50,9 @@ def main(argv: Sequence[str]) -> int:
     for given in options.data:
         name, _, path = given.partition("=")
         use_file(name, path)
+    for given in options.judge:
+        name, _, who = given.partition("=")
+        use_judge(name, who)
     examples = [task.examples(options.limit) for task in tasks]  # every data set is there, or nothing is loaded
     from tulu_lightning.evaluation.command import evaluate_models, show
 

@@ -1,4 +1,4 @@
-"""One request to a server of OpenAI's chat interface, with tries again: a local `vllm serve`, or any other."""
+"""One request to a server of OpenAI's interface, with tries again: a local `vllm serve`, or any other."""
 
 import json
 import os
@@ -12,7 +12,7 @@ from urllib.request import OpenerDirector, ProxyHandler, Request, build_opener
 
 from tulu_lightning.errors import InputError
 
-__all__ = ["Reply", "RequestFailed", "check_server", "request_chat", "with_tries"]
+__all__ = ["Reply", "RequestFailed", "check_server", "request_chat", "request_text", "with_tries"]
 
 ANSWER_BYTES = 1 << 20
 RETRIED = (408, 409, 425, 429)
@@ -30,6 +30,8 @@ class Reply(NamedTuple):
     prompt_tokens: int
     tokens: int
     """Of the answer; both are 0 where the server does not count."""
+    first: Mapping[str, float] | None = None
+    """Log-probs of the likeliest first tokens, where the request asked for them and the server gives them."""
 
 
 class RequestFailed(Exception):
@@ -76,11 +78,26 @@ def request_chat(
     Raises:
         RequestFailed: no answer, or one that is no chat completion.
     """
+    body = {"model": model, "messages": [_plain(message) for message in messages], **options}
+    return _request(_endpoint(url, "chat/completions"), body, seconds, api_key_env)
+
+
+def request_text(
+    url: str, model: str, prompt: str, seconds: float, api_key_env: str | None = None, **options: Any
+) -> Reply:
+    """Ask `URL/completions` once to go on after a prompt that is given as it is, without a chat template.
+
+    Args and Raises: as for `request_chat`.
+    """
+    body = {"model": model, "prompt": prompt.encode("utf-8", "replace").decode("utf-8"), **options}
+    return _request(_endpoint(url, "completions"), body, seconds, api_key_env)
+
+
+def _request(url: str, body: Mapping[str, Any], seconds: float, api_key_env: str | None) -> Reply:
     headers = {"Content-Type": "application/json"}
     if api_key_env is not None:
         headers["Authorization"] = f"Bearer {os.environ.get(api_key_env, '')}"
-    body = {"model": model, "messages": [_plain(message) for message in messages], **options}
-    request = Request(_endpoint(url), json.dumps(body).encode(), headers)
+    request = Request(url, json.dumps(body).encode(), headers)
     try:
         return _reply(json.loads(_read(_opener(url), request, seconds)))
     except HTTPError as error:
@@ -123,12 +140,15 @@ def _reply(answer: Any) -> Reply:
     choice = answer["choices"][0]
     usage = answer.get("usage") or {}
     counts = [int(usage.get(name) or 0) for name in ("prompt_tokens", "completion_tokens")]
-    return Reply(str(choice["message"]["content"] or ""), str(choice.get("finish_reason") or "stop"), *counts)
+    text = choice["message"]["content"] if "message" in choice else choice["text"]
+    found = ((choice.get("logprobs") or {}).get("content") or [{}])[0].get("top_logprobs")
+    first = None if found is None else {str(one["token"]): float(one["logprob"]) for one in found}
+    return Reply(str(text or ""), str(choice.get("finish_reason") or "stop"), *counts, first=first)
 
 
-def _endpoint(url: str) -> str:
+def _endpoint(url: str, path: str) -> str:
     base = url.rstrip("/")
-    return f"{base}/chat/completions" if urlsplit(base).path else f"{base}/v1/chat/completions"
+    return f"{base}/{path}" if urlsplit(base).path else f"{base}/v1/{path}"
 
 
 def _opener(url: str) -> OpenerDirector:

@@ -64,11 +64,11 @@ def _options(row: Row, form: str) -> str:
 
 
 def _summarised(row: Row, place: int) -> Example:
-    """Zero-shot: reason in brief, then name the letter (section 7.1: "Therefore, the answer is: X")."""
+    """Zero-shot: reason in brief, then name the letter, in the words of OLMES."""
     subject = row["subject"].replace("_", " ")
     text = (
-        f"The following is a multiple choice question about {subject}. Summarize your reasoning concisely, then conclude "
-        f'with "Therefore, the answer is: X" where X is one of A, B, C or D.\n\n'
+        f"The following are multiple choice questions about {subject}. Summarize your reasoning concisely, then conclude "
+        f"with 'Therefore, the answer is: X' where X is one of A, B, C, or D.\n\n"
         f"Question: {row['question'].strip()}\n{_options(row, '({}) {}')}"
     )
     return Example(_key(row, place), (Turn("user", text),), LETTERS[row["answer"]], row["subject"])
@@ -92,7 +92,7 @@ def _description(row: Row) -> str:
 
 def _letters(row: Row, place: int) -> Example:
     asked, shots = _asked(row), _shots()[row["subject"]]
-    turns = conversation(asked, shots, _description(row), multi_turn=False)
+    turns = conversation(asked, shots, _description(row))
     return Example(_key(row, place), turns, str(row["answer"]), row["subject"], choices=tuple(LETTERS))
 
 
@@ -104,7 +104,7 @@ def _letters_plain(row: Row, place: int) -> Example:
 
 MMLU = Task(
     name="mmlu",
-    version=1,
+    version=2,
     skill="Knowledge",
     rows=DATA.read,
     example=_summarised,
@@ -118,12 +118,14 @@ MMLU = Task(
 MMLU_MC = replace(
     MMLU,
     name="mmlu_mc",
+    version=2,
     example=_letters,
     verifier="best_choice",
     own=Best(),
     metric="most likely letter, mean over subjects",
     shots=5,
+    multi_turn=True,
     cot=False,
-    source="mmlu:mc::tulu of OLMES: five shots, the letter with the highest probability",
+    source="mmlu:mc::tulu of OLMES: five shots as turns, the letter with the highest probability",
 )
-MMLU_MC_PLAIN = replace(MMLU_MC, name="mmlu_mc_plain", example=_letters_plain, chat=False)
+MMLU_MC_PLAIN = replace(MMLU_MC, name="mmlu_mc_plain", version=1, example=_letters_plain, chat=False, multi_turn=False)
