@@ -15,8 +15,13 @@ from tulu_lightning.launch.compose import compose, merge, value_at
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 RECIPES = sorted((CONFIGS / "recipes").glob("*.yaml"))
-PAIRS = sorted(CONFIGS.glob("pairs_*.yaml"))
-FITS = sorted(set(CONFIGS.glob("*_*.yaml")) - set(PAIRS))
+MAKING = {
+    path: path.stem.partition("_")[0]
+    for name in ("pairs", "synthesize", "prompts")
+    for path in sorted(CONFIGS.glob(f"{name}_*.yaml"))
+}
+"""Configs of commands that make data, with the command."""
+FITS = sorted(set(CONFIGS.glob("*_*.yaml")) - set(MAKING))
 CALLBACKS = "tulu_lightning.callbacks."
 
 
@@ -48,7 +53,7 @@ def composed(name: str) -> dict:
 
 def test_no_config_is_left_out_here():
     """A file that is neither tried as a leaf nor included by one would rot."""
-    leaves = {*FITS, *PAIRS, *RECIPES}
+    leaves = {*FITS, *MAKING, *RECIPES}
     tried = {layer.path for leaf in leaves for layer in compose(leaf)}
     assert tried == set(CONFIGS.rglob("*.yaml"))
     assert {path.stem for path in FITS} >= {
@@ -70,11 +75,11 @@ def test_a_stage_config_parses_and_what_is_printed_stands_alone(path, capsys, tm
     assert [p.name for p in tmp_path.iterdir()] == ["saved.yaml"]
 
 
-@pytest.mark.parametrize("path", PAIRS, ids=ids(PAIRS))
-def test_a_pairs_config_parses_and_what_is_printed_stands_alone(path, capsys, tmp_path, monkeypatch):
+@pytest.mark.parametrize("path", MAKING, ids=ids(list(MAKING)))
+def test_a_config_of_data_parses_and_what_is_printed_stands_alone(path, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    Path("saved.yaml").write_text(text := printed(capsys, "pairs", path))
-    assert printed(capsys, "pairs", "saved.yaml") == text
+    Path("saved.yaml").write_text(text := printed(capsys, MAKING[path], path))
+    assert printed(capsys, MAKING[path], "saved.yaml") == text
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=ids(RECIPES))

@@ -19,7 +19,8 @@ from tulu_lightning.stages.sft import SFT
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "configs"
-ALL = sorted(path.stem for path in CONFIGS.glob("[sdrpg]*_*.yaml") if not path.stem.startswith("pairs"))
+STAGES = ("sft", "dpo", "reward", "ppo", "grpo")
+ALL = sorted(path.stem for path in CONFIGS.glob("*_*.yaml") if path.stem.startswith(STAGES))
 WITHIN = 0.15
 
 
