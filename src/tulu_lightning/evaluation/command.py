@@ -1,9 +1,10 @@
 """What `tulu eval` does once its arguments are read: load, score task after task, write, compare, show."""
 
 import gc
+import io
 import json
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,15 +18,17 @@ from tulu_lightning.assets.models import generation_eos, load_tokenizer, resolve
 from tulu_lightning.checkpoints.identity import weights_digest
 from tulu_lightning.data import chat
 from tulu_lightning.evaluation.asking import Asker
-from tulu_lightning.evaluation.result import Difference, TaskResult, compare_results
-from tulu_lightning.evaluation.run import Model, run_task
+from tulu_lightning.evaluation.ranks import collect, rank_sheet
+from tulu_lightning.evaluation.result import Difference, Item, TaskResult, compare_results
+from tulu_lightning.evaluation.run import Model, finished, head_of, run_task
 from tulu_lightning.evaluation.task import Example, Task
 from tulu_lightning.files import write_whole
 from tulu_lightning.progress import Progress
 from tulu_lightning.rollout.engines import EngineSettings, build_engine
 from tulu_lightning.rollout.local import LocalEngine
+from tulu_lightning.rollout.together import ALONE, Together, share_of
 
-__all__ = ["Settings", "evaluate_models", "open_model", "show"]
+__all__ = ["Settings", "check_models", "evaluate_models", "open_model", "show"]
 
 
 class Settings(NamedTuple):
@@ -36,6 +39,8 @@ class Settings(NamedTuple):
     """Name of a chat template; None takes the model's own."""
     engine: EngineSettings
     seed: int
+    together: Together = ALONE
+    """The processes that share the items."""
 
 
 def open_model(path: str, settings: Settings) -> Model:
@@ -61,6 +66,17 @@ def open_model(path: str, settings: Settings) -> Model:
     return Model(path, weights_digest(folder), engine, Asker(tokenizer, template, path), stops)
 
 
+def check_models(models: Sequence[str], tasks: Sequence[Task], template: str | None) -> None:
+    """Refuse a model that cannot be asked, before any weights load.
+
+    Raises:
+        InputError: a task is a chat, and the model has no chat template and none is named; a model is not there.
+    """
+    if template is None:
+        for path in models:
+            Asker(load_tokenizer(path), None, path).check(tasks)
+
+
 def evaluate_models(
     models: Sequence[str], tasks: Sequence[Task], examples: Sequence[Sequence[Example]], settings: Settings
 ) -> list[list[TaskResult]]:
@@ -70,9 +86,7 @@ def evaluate_models(
         InputError: see `open_model`.
     """
     results = []
-    if settings.template is None:  # told before any weights load
-        for path in models:
-            Asker(load_tokenizer(path), None, path).check(tasks)
+    check_models(models, tasks, settings.template)
     for path in models:
         model = open_model(path, settings)
         folder = settings.out / model.digest[:12]
@@ -87,11 +101,29 @@ def evaluate_models(
 
 
 def _scored(task: Task, examples: Sequence[Example], model: Model, folder: Path, settings: Settings) -> TaskResult:
-    with Progress(task.name, len(examples), unit="items") as progress:
-        sheet = folder / f"{task.name}.items.jsonl"
-        told = lambda done, _total: progress.update(done)  # noqa: E731
-        result = run_task(task, examples, model, sheet, settings.seed, told)
-    result.to_json(folder / f"{task.name}.json")
+    """A task's result; every process has it, and the first one writes."""
+    together, sheet = settings.together, folder / f"{task.name}.items.jsonl"
+    head = head_of(task, task.settings(examples), model, settings.seed)
+    there: dict[str, Item] = together.gather(collect(sheet, head).items if together.first else {}, "finished items")[0]
+    mine = share_of([each for each in examples if each.key not in there], together.rank, together.ranks)
+    kept = sheet if together.ranks == 1 else rank_sheet(sheet, together.rank)
+    asked = list(examples) if together.ranks == 1 else mine
+    before = 0 if together.ranks == 1 else len(there)
+    with Progress(task.name, len(examples), unit="items", stream=None if together.first else io.StringIO()) as progress:
+
+        def told(done: int, _total: int) -> None:
+            progress.update(min(len(examples), before + done * together.ranks))
+
+        def answer() -> TaskResult:
+            return run_task(task, asked, model, kept, settings.seed, told, share=True, whole=examples)
+
+        own = together.run(answer, f"answers to {task.name}")
+    for items in together.gather(own.items, f"answers to {task.name}"):
+        there |= {item["key"]: item for item in items}
+    result = replace(own, items=finished(task, [there[example.key] for example in examples]))
+    if together.first:
+        collect(sheet, head)
+        result.to_json(folder / f"{task.name}.json")
     return result
 
 

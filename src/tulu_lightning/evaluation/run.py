@@ -16,7 +16,7 @@ from tulu_lightning.rollout.scoring import Job, PoolLimits, Scorer, response_tex
 from tulu_lightning.types import Completion, Sampling
 from tulu_lightning.verifiers.registry import Verifiers
 
-__all__ = ["Model", "Sheet", "finished", "run_task"]
+__all__ = ["Model", "Sheet", "finished", "head_of", "run_task"]
 
 CHUNK = 64
 """Examples between two writes: what a kill can cost."""
@@ -75,6 +75,7 @@ def run_task(
     progress: Callable[[int, int], None] | None = None,
     *,
     share: bool = False,
+    whole: Sequence[Example] | None = None,
 ) -> TaskResult:
     """Score a model on a task.
 
@@ -89,13 +90,14 @@ def run_task(
         seed: of the samples.
         progress: called with (finished, all) examples.
         share: the examples are a rank's share of those asked: whoever puts the shares together calls `finished` on the whole.
+        whole: what they are a share of; the settings are then the whole's.
 
     Raises:
         InputError: the model has no chat template, or a prompt does not fit it.
         EngineError: the engine died; finished items are kept.
     """
-    settings = task.settings(examples)
-    head = {"task": task.name, "version": task.version, "settings": settings, "model": model.digest, "seed": seed}
+    settings = task.settings(examples if whole is None else whole)
+    head = head_of(task, settings, model, seed)
     done = Sheet(sheet, head)
     missing = [example for example in examples if example.key not in done.items]
     if progress is not None:
@@ -121,6 +123,11 @@ def run_task(
         template=template,
         items=tuple(items) if share else finished(task, items),
     )
+
+
+def head_of(task: Task, settings: str, model: Model, seed: int) -> dict[str, Any]:
+    """What finished items belong to."""
+    return {"task": task.name, "version": task.version, "settings": settings, "model": model.digest, "seed": seed}
 
 
 def finished(task: Task, items: Sequence[Item]) -> tuple[Item, ...]:

@@ -12,7 +12,7 @@ __all__ = ["main", "parser"]
 
 def parser() -> argparse.ArgumentParser:
     """The command line's."""
-    found = argparse.ArgumentParser(prog="tulu eval", description=__doc__)
+    found = argparse.ArgumentParser(prog="tulu eval", description=__doc__, allow_abbrev=False)
     found.add_argument("--model", required=True, metavar="DIR", help="model folder, name or hub id")
     found.add_argument("--suite", required=True, nargs="+", metavar="NAME", help="suites and tasks, e.g. tulu3_dev")
     found.add_argument("--against", metavar="DIR", help="a second model: paired differences are shown")
@@ -24,6 +24,7 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--engine", choices=("local", "vllm", "server"), default="local")
     found.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     found.add_argument("--seed", type=int, default=0)
+    found.add_argument("--devices", type=int, default=1, metavar="N", help="processes that share the items, one a GPU")
     return found
 
 
@@ -42,6 +43,8 @@ def main(argv: Sequence[str]) -> int:
     options = parser().parse_args(list(argv))
     if options.limit is not None and options.limit < 1:
         raise InputError("--limit", f"is {options.limit}", "Use at least 1.")
+    if options.devices < 1:
+        raise InputError("--devices", f"is {options.devices}", "Use at least 1.")
     from tulu_lightning.evaluation.judges import use_judge
     from tulu_lightning.evaluation.rows import use_file
     from tulu_lightning.evaluation.suite import find_tasks
@@ -54,12 +57,30 @@ def main(argv: Sequence[str]) -> int:
         name, _, who = given.partition("=")
         use_judge(name, who)
     examples = [task.examples(options.limit) for task in tasks]  # every data set is there, or nothing is loaded
-    from tulu_lightning.evaluation.command import evaluate_models, show
+    from tulu_lightning.evaluation.command import check_models, evaluate_models, show
+    from tulu_lightning.evaluation.ranks import join, start
 
     models = [options.model, *([options.against] if options.against else [])]
-    results = evaluate_models(models, tasks, examples, _settings(options))
-    show(results, Path(options.out))
+    check_models(models, tasks, options.template)
+    if options.devices > 1:
+        return start(options.devices, _without_devices(argv))
+    settings = _settings(options)._replace(together=join())
+    results = evaluate_models(models, tasks, examples, settings)
+    if settings.together.first:
+        show(results, Path(options.out))
     return 0
+
+
+def _without_devices(argv: Sequence[str]) -> list[str]:
+    kept, skip = list[str](), False
+    for word in argv:
+        if skip:
+            skip = False
+        elif word == "--devices":
+            skip = True
+        elif not word.startswith("--devices="):
+            kept.append(word)
+    return kept
 
 
 def _settings(options: argparse.Namespace) -> Any:
