@@ -12,7 +12,7 @@ from tulu_lightning.evaluation.suite import find_tasks
 from tulu_lightning.launch.evaluate import _without_devices
 
 HEAD = {"task": "t", "version": 1, "settings": "s", "model": "m", "seed": 0}
-SUITE = ["mmlu_mc_plain", "gsm8k_plain"]
+SUITE = ["mmlu_mc_plain", "drop"]
 
 
 def item(key, score=1.0):

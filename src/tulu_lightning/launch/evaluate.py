@@ -24,6 +24,8 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--engine", choices=("local", "vllm", "server"), default="local")
     found.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     found.add_argument("--seed", type=int, default=0)
+    found.add_argument("--lm_eval_path", metavar="DIR", help="further tasks of lm-evaluation-harness (lm_eval:NAME)")
+    found.add_argument("--lm_eval_chat", action="store_true", help="ask the harness's tasks in the chat template")
     found.add_argument("--devices", type=int, default=1, metavar="N", help="processes that share the items, one a GPU")
     return found
 
@@ -45,11 +47,16 @@ def main(argv: Sequence[str]) -> int:
         raise InputError("--limit", f"is {options.limit}", "Use at least 1.")
     if options.devices < 1:
         raise InputError("--devices", f"is {options.devices}", "Use at least 1.")
+    from tulu_lightning.evaluation.harness import check_harness, split_suite
     from tulu_lightning.evaluation.judges import use_judge
     from tulu_lightning.evaluation.rows import use_file
     from tulu_lightning.evaluation.suite import find_tasks
 
-    tasks = find_tasks(options.suite)
+    own, harness = split_suite(options.suite)
+    if harness and options.devices > 1:
+        raise InputError("--devices", "is above 1, and lm_eval: tasks run in one process", "Run them on their own.")
+    manager = check_harness(harness, options.lm_eval_path) if harness else None
+    tasks = find_tasks(own)
     for given in options.data:
         name, _, path = given.partition("=")
         use_file(name, path)
@@ -66,9 +73,26 @@ def main(argv: Sequence[str]) -> int:
         return start(options.devices, _without_devices(argv))
     settings = _settings(options)._replace(together=join())
     results = evaluate_models(models, tasks, examples, settings)
+    if harness:
+        results = [
+            [*done, *_by_harness(harness, path, manager, options, settings)]
+            for done, path in zip(results, models, strict=True)
+        ]
     if settings.together.first:
         show(results, Path(options.out))
     return 0
+
+
+def _by_harness(names: Sequence[str], path: str, manager: Any, options: argparse.Namespace, settings: Any) -> list[Any]:
+    from tulu_lightning.evaluation.harness import run_harness
+
+    chat = options.lm_eval_chat
+    found = run_harness(names, path, settings.engine, manager, limit=options.limit, seed=options.seed, chat=chat)
+    for result in found:
+        result.to_json(
+            settings.out / result.model_digest[:12] / f"{result.task.replace(':', '_').replace('/', '_')}.json"
+        )
+    return found
 
 
 def _without_devices(argv: Sequence[str]) -> list[str]:
