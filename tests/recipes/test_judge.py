@@ -64,6 +64,24 @@ def test_a_question_has_all_texts_one_aspect_and_takes_braces_as_they_are():
     assert "or N/A" not in questionnaire("truthfulness", ASPECTS["truthfulness"], messages, ["a"])[1]["content"]
 
 
+def test_own_words_of_a_question_may_hold_any_braces(responses, server, tmp_path):
+    asked = "Is it {fine}? {aspect}: {rubric}{or_na}\n{instruction}\n{texts}"
+    rubric = {"tone": "friendly {texts} {instruction} {or_na}, or N/A"}
+    words = {"aspects": ["tone"], "rubrics": rubric, "question": asked, "system": ""}
+    made = config(responses, server, tmp_path, "even", **words)
+    judge(made)
+    (message,) = server.requests[0]["messages"]
+    assert message["role"] == "user"
+    assert message["content"].startswith(
+        "Is it {fine}? tone: friendly {texts} {instruction} {or_na}, or N/A or N/A\nWhat is"
+    )
+    assert message["content"].count("## Text ") == 3
+    with pytest.raises(InputError, match="holds rows made with question"):
+        judge(replace(made, question=asked + "!"))
+    with pytest.raises(InputError, match=r"question: has no \{texts\}"):
+        judge(replace(made, question="{instruction}"))
+
+
 # Against servers ------------------------------------------------------------------------------------------------------
 
 

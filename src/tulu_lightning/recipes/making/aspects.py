@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from tulu_lightning.core.binarise import NOT_APPLICABLE, Rating
 from tulu_lightning.data.chat import Message
 
-__all__ = ["ASPECTS", "questionnaire", "read_ratings"]
+__all__ = ["ASPECTS", "LAYOUT", "SLOTS", "SYSTEM", "questionnaire", "read_ratings"]
 
 ASPECTS: Mapping[str, str] = {
     "helpfulness": """\
@@ -52,7 +52,18 @@ For each text write one line "Text N: R", where R is a whole number from 1 to 5{
 the reason in one sentence. Write nothing else."""
 
 
-def questionnaire(aspect: str, rubric: str, messages: Sequence[Message], responses: Sequence[str]) -> list[Message]:
+SLOTS = ("aspect", "rubric", "or_na", "instruction", "texts")
+"""What a layout may name between braces; without the last two nothing could be judged."""
+
+
+def questionnaire(
+    aspect: str,
+    rubric: str,
+    messages: Sequence[Message],
+    responses: Sequence[str],
+    layout: str = LAYOUT,
+    system: str = SYSTEM,
+) -> list[Message]:
     """The conversation that a judge gets: all responses to one prompt, one aspect.
 
     Args:
@@ -60,21 +71,24 @@ def questionnaire(aspect: str, rubric: str, messages: Sequence[Message], respons
         rubric: what the numbers mean.
         messages: the prompt.
         responses: in the order in which they are to be shown.
+        layout: of the question, with the `SLOTS` between braces.
+        system: what stands before it; no system message if empty.
     """
     if len(messages) == 1:
         instruction = messages[0]["content"]
     else:
         instruction = "\n\n".join(f"[{message['role']}]\n{message['content']}" for message in messages)
-    texts = "".join(f"## Text {number}\n{text}\n\n" for number, text in enumerate(responses, start=1))
-    filled = LAYOUT.replace("{aspect}", aspect.replace("_", " ")).replace("{rubric}", rubric)
-    filled = filled.replace("{or_na}", " or N/A" if "N/A" in rubric else "")
-    # Last, so that braces in what people wrote are not taken for slots.
-    before, after = filled.split("{instruction}")
-    before_texts, after_texts = after.split("{texts}")
-    return [
-        {"role": "system", "content": SYSTEM},
-        {"role": "user", "content": before + instruction + before_texts + texts + after_texts},
-    ]
+    values = {
+        "aspect": aspect.replace("_", " "),
+        "rubric": rubric,
+        "or_na": " or N/A" if "N/A" in rubric else "",
+        "instruction": instruction,
+        "texts": "".join(f"## Text {number}\n{text}\n\n" for number, text in enumerate(responses, start=1)),
+    }
+    # All at once, so that braces in what people wrote are not taken for slots.
+    asked = re.sub("|".join(rf"\{{{name}\}}" for name in SLOTS), lambda slot: values[slot[0][1:-1]], layout)
+    before: list[Message] = [{"role": "system", "content": system}] if system else []
+    return [*before, {"role": "user", "content": asked}]
 
 
 _VALUE = r"(N\s?/\s?A|\d{1,3}(?:\.\d{1,3})?)(?:\s{0,3}/\s{0,3}5(?:\.0)?)?(?![\w./])"

@@ -21,7 +21,7 @@ from tulu_lightning.files import write_whole
 from tulu_lightning.progress import Progress
 from tulu_lightning.recipes.config import read_config
 from tulu_lightning.recipes.making.asks import own_verifiers
-from tulu_lightning.recipes.making.aspects import ASPECTS, questionnaire, read_ratings
+from tulu_lightning.recipes.making.aspects import ASPECTS, LAYOUT, SYSTEM, questionnaire, read_ratings
 from tulu_lightning.recipes.making.judged import VERIFIER, agreements, ratings_told, tell
 from tulu_lightning.recipes.making.models import answers, rendered
 from tulu_lightning.recipes.making.pool import Decoding, Model, Question, identity
@@ -52,6 +52,11 @@ class JudgeConfig:
     """What each judge is asked for, one call each."""
     rubrics: dict[str, str] = field(default_factory=dict)
     """Own aspects: name to rubric; they win over the built-in ones. One that says N/A allows it."""
+    question: str = LAYOUT
+    """Own words of the question, with {aspect}, {rubric}, {instruction} and {texts}, and {or_na} where N/A may be allowed.
+    The texts are called Text 1, Text 2 and so on."""
+    system: str = SYSTEM
+    """Own system message; none if empty."""
     rounds: int = 1
     """How often each question is asked, each time in another order; agreement of a judge with itself is reported."""
     max_new_tokens: int = 1024
@@ -86,6 +91,9 @@ class JudgeConfig:
                 raise InputError("aspects", f"there is none called {aspect!r}", remedy)
         if not self.aspects or len(set(self.aspects)) < len(self.aspects):
             raise InputError("aspects", "is empty or names one twice", f"Choose among {', '.join(known)}.")
+        for slot in ("{instruction}", "{texts}"):
+            if slot not in self.question:
+                raise InputError("question", f"has no {slot}", "Say in it where the instruction and the texts stand.")
         require(self.rounds >= 1, "rounds", self.rounds, "Use at least 1.")
         require(self.limit is None or self.limit >= 1, "limit", self.limit, "Use at least 1, or leave it out.")
 
@@ -233,7 +241,8 @@ def _calls(config: JudgeConfig, groups: Sequence[list[dict[str, Any]]]) -> Itera
                 order = list(range(len(group)))
                 random.Random(mix_seed(config.seed, 2, key, place, number)).shuffle(order)
                 shown = [group[at]["response"] for at in order]
-                messages = questionnaire(aspect, rubrics[aspect], group[0]["messages"], shown)
+                asked = group[0]["messages"]
+                messages = questionnaire(aspect, rubrics[aspect], asked, shown, config.question, config.system)
                 drawn = f"{mix_seed(key, place, number):016x}"
                 yield _Call(group, aspect, number, order, Question(drawn, messages, 1))
 
@@ -266,7 +275,7 @@ def _row(
 
 
 def _settings(config: JudgeConfig) -> dict[str, Any]:
-    kept = ("verify", "aspects", "rubrics", "rounds", "max_new_tokens", "temperature", "seed")
+    kept = ("verify", "aspects", "rubrics", "question", "system", "rounds", "max_new_tokens", "temperature", "seed")
     values = asdict(config)
     made = read_settings(config.input)
     return {
