@@ -22,8 +22,10 @@ from tulu_lightning.errors import InputError
 from tulu_lightning.files import write_whole
 from tulu_lightning.recipes.config import read_config
 from tulu_lightning.recipes.making.generate import POLICY, GenerateConfig, generate
-from tulu_lightning.recipes.making.judge import JudgeConfig, groups_of, judge
+from tulu_lightning.recipes.making.judge import JudgeConfig, judge
 from tulu_lightning.recipes.making.judged import VERIFIER
+from tulu_lightning.recipes.making.parquet import columns_of, write_parquet
+from tulu_lightning.recipes.making.responses import groups_of
 from tulu_lightning.recipes.making.store import read_rows
 from tulu_lightning.recipes.pair_lengths import PairLengths, pair_lengths
 
@@ -35,7 +37,7 @@ class PairsConfig:
     """Make preference pairs of rated responses."""
 
     output: str
-    """Folder for pairs.jsonl, held_out.jsonl and summary.json."""
+    """Folder for pairs.jsonl, held_out.jsonl (or .parquet) and summary.json."""
     input: str | None = None
     """Folder that `tulu generate` wrote; OUTPUT/generate where `generate` is given."""
     ratings: str | None = None
@@ -57,6 +59,8 @@ class PairsConfig:
     held_out_share: float = 0.0
     """Share of the prompts whose pairs go to held_out.jsonl, decided by the prompt alone."""
     seed: int = 0
+    format: Literal["jsonl", "parquet"] = "jsonl"
+    """Of the pairs' files; `generate` and `judge` have their own."""
 
     def check(self) -> None:
         """Refuse settings that cannot be meant.
@@ -112,15 +116,25 @@ def make_pairs(config: PairsConfig) -> dict[str, Any]:
     held_out = [row for row in rows if _is_held_out(row["id"], config)]
     train = [row for row in rows if not _is_held_out(row["id"], config)]
     output.mkdir(parents=True, exist_ok=True)
-    for name, part in (("pairs.jsonl", train), ("held_out.jsonl", held_out)):
-        if part or name == "pairs.jsonl":
-            write_whole(output / name, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in part))
+    _write(output / "pairs", train, config.format)
+    _write(output / "held_out", held_out, config.format, needed=False)
     summary = _summary(config, groups, means, rows, without)
     summary |= {"held_out": len(held_out), "seconds": time.perf_counter() - started}
     summary |= {name: made[name] for name in ("start_digest",) if name in made}
     write_whole(output / "summary.json", json.dumps(summary, indent=1))
-    _tell(summary, output)
+    _tell(summary, output / f"pairs.{config.format}")
     return summary
+
+
+def _write(path: Path, rows: Sequence[Mapping[str, Any]], kind: str, needed: bool = True) -> None:
+    """Write a file of pairs, and remove the one that settings of before left under that name."""
+    if (rows or needed) and kind == "parquet":
+        write_parquet(path.with_suffix(".parquet"), rows, columns_of([rows]))
+    elif rows or needed:
+        write_whole(path.with_suffix(".jsonl"), "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    for suffix in ("jsonl", "parquet"):
+        if suffix != kind or not (rows or needed):
+            path.with_suffix(f".{suffix}").unlink(missing_ok=True)
 
 
 # Ratings ------------------------------------------------------------------------------------------------------------
@@ -272,9 +286,9 @@ def _summary(
     }
 
 
-def _tell(summary: Mapping[str, Any], output: Path) -> None:
+def _tell(summary: Mapping[str, Any], file: Path) -> None:
     lengths = PairLengths(**summary["lengths"])
-    print(f"{summary['pairs']:,} pairs of {summary['prompts']:,} prompts: {output / 'pairs.jsonl'}")
+    print(f"{summary['pairs']:,} pairs of {summary['prompts']:,} prompts: {file}")
     for reason, count in summary["without"].items():
         print(f"  no pair of {count:,} prompts: {reason}")
     longer = f"chosen is longer in {lengths.chosen_longer:.0%} of the pairs, rejected in {lengths.rejected_longer:.0%}"

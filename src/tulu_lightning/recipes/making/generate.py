@@ -39,7 +39,7 @@ class GenerateConfig:
     sources: list[PromptSource]
     """Prompts; rows of SFT count as their prompts. What verifies an answer is kept where a row says it."""
     output: str = ""
-    """Folder for rows-*.jsonl and summary.json."""
+    """Folder for rows-*.jsonl (or rows-*.parquet) and summary.json."""
     model: str | None = None
     """The current checkpoint, which rows call `policy`: model folder, or a known name."""
     template: str | None = None
@@ -63,6 +63,8 @@ class GenerateConfig:
     seed: int = 0
     limit: int | None = None
     """Only the first so many prompts."""
+    format: Literal["jsonl", "parquet"] = "jsonl"
+    """`parquet`: rows-*.parquet in place of the JSON lines, once all rows are there."""
     dry_run: bool = False
     """Show the first request and what would be made, and make nothing."""
 
@@ -144,6 +146,8 @@ def generate(config: GenerateConfig) -> dict[str, Any]:
                     store.add(row for row in rows if row["key"] not in store.done)
                     progress.update(len(store.done), name)
         summary = _summary(store, plan, who, time.perf_counter() - started)
+        if config.format == "parquet":
+            store.to_parquet()
     summary |= {"repeated": asks.repeated, "left_out": asks.left_out}
     write_whole(Path(config.output, "summary.json"), json.dumps(summary, indent=1))
     if summary["failed"]:
@@ -190,7 +194,7 @@ def _rows(
             "cost": cost,
         }
         if ask.checks:
-            row["checks"] = [check._asdict() for check in ask.checks]
+            row["checks"] = [{"verifier": c.verifier, "ground_truth": c.target, "weight": c.weight} for c in ask.checks]
         if answer.ids is not None:
             row |= {"prompt_ids": answer.prompt_ids, "ids": answer.ids}
         rows.append(row | ask.columns)

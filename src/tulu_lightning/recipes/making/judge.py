@@ -7,11 +7,10 @@ for a place does not favour a model.
 import json
 import random
 import time
-from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from tulu_lightning.core.binarise import Rating
 from tulu_lightning.core.settings import require
@@ -25,12 +24,13 @@ from tulu_lightning.recipes.making.aspects import ASPECTS, LAYOUT, SYSTEM, quest
 from tulu_lightning.recipes.making.judged import VERIFIER, agreements, ratings_told, tell
 from tulu_lightning.recipes.making.models import answers, rendered
 from tulu_lightning.recipes.making.pool import Decoding, Model, Question, identity
-from tulu_lightning.recipes.making.store import RowStore, read_rows, read_settings
+from tulu_lightning.recipes.making.responses import groups_of
+from tulu_lightning.recipes.making.store import RowStore, read_settings
 from tulu_lightning.rollout.scoring import Job, Scorer, combined
 from tulu_lightning.types import Check
 from tulu_lightning.verifiers.registry import Verifier
 
-__all__ = ["VERIFIER", "JudgeConfig", "groups_of", "judge", "main"]
+__all__ = ["VERIFIER", "JudgeConfig", "judge", "main"]
 
 JOBS = 512
 """Responses that are verified between two writes."""
@@ -43,7 +43,7 @@ class JudgeConfig:
     input: str = ""
     """Folder that `tulu generate` wrote."""
     output: str = ""
-    """Folder for rows-*.jsonl and summary.json."""
+    """Folder for rows-*.jsonl (or rows-*.parquet) and summary.json."""
     judges: list[Model] = field(default_factory=list)
     """Who rates; how far any two agree is reported."""
     verify: bool = False
@@ -67,6 +67,8 @@ class JudgeConfig:
     seed: int = 0
     limit: int | None = None
     """Only the first so many prompts."""
+    format: Literal["jsonl", "parquet"] = "jsonl"
+    """`parquet`: rows-*.parquet in place of the JSON lines, once all rows are there."""
     dry_run: bool = False
     """Show the first question and what would be asked, and ask nothing."""
 
@@ -137,6 +139,8 @@ def judge(config: JudgeConfig) -> dict[str, Any]:
         for model in config.judges:
             _ask(config, model, groups, store)
         rows = list(store.rows())
+        if config.format == "parquet":
+            store.to_parquet()
     asked = len(groups) * config.rounds * len(config.aspects) * len(config.judges) + len(groups) * config.verify
     summary = {
         "stage": "judge",
@@ -154,28 +158,6 @@ def judge(config: JudgeConfig) -> dict[str, Any]:
     return summary
 
 
-def groups_of(folder: str | Path, limit: int | None = None) -> tuple[list[list[dict[str, Any]]], int]:
-    """The responses of each prompt that has all of them (as in the release), in order; and how many prompts lack one.
-
-    Raises:
-        InputError: no row is there, or none has all of its responses, or a row lacks a field.
-    """
-    made: dict[str, list[dict[str, Any]]] = defaultdict(list)
-    for number, row in enumerate(read_rows(folder), start=1):
-        for name in ("prompt_key", "messages", "model", "response"):
-            if name not in row:
-                raise InputError(f"{folder}, row {number}", f"has no field {name!r}", "Give what tulu generate wrote.")
-        made[row["prompt_key"]].append(row)
-    settings = read_settings(folder)
-    each = settings.get("draw") == "each"
-    expected = settings.get("responses", 1) * (len(settings.get("models", [])) if each else 1)
-    whole = [sorted(group, key=lambda row: row["key"]) for group in made.values() if len(group) >= expected]
-    if not whole:
-        what = f"of {len(made)} prompts none has all of its {expected} responses"
-        raise InputError(str(folder), what, "Let tulu generate finish first.")
-    return whole[:limit], len(made) - len(whole)
-
-
 # Verifiers ----------------------------------------------------------------------------------------------------------
 
 
@@ -190,7 +172,12 @@ def _verify(config: JudgeConfig, groups: Sequence[Sequence[Mapping[str, Any]]], 
         size = max(1, JOBS // max((len(group) for group in missing), default=1))
         for at in range(0, len(missing), size):
             part = missing[at : at + size]
-            checks = {group[0]["prompt_key"]: [Check(**check) for check in group[0]["checks"]] for group in part}
+            checks = {
+                group[0]["prompt_key"]: [
+                    Check(c["verifier"], c["ground_truth"], c["weight"]) for c in group[0]["checks"]
+                ]
+                for group in part
+            }
             jobs = [
                 Job(check.verifier, row["response"], check.target)
                 for group in part

@@ -1,7 +1,8 @@
 """Rows on disk, one JSON object a line in numbered shards, that a killed command goes on from without losing or doubling one.
 
 A folder belongs to one command with one set of settings (`settings.json`). A row has a `key` that says which piece of
-work it is the outcome of; work whose key is there already is not done again.
+work it is the outcome of; work whose key is there already is not done again. A command that is through may turn its
+shards into Parquet; a shard's lines are removed when its Parquet file is on the disk, and until then they are the rows.
 """
 
 import fcntl
@@ -14,10 +15,12 @@ from typing import Any, Self
 
 from tulu_lightning.errors import InputError
 from tulu_lightning.files import write_whole
+from tulu_lightning.recipes.making.parquet import columns_of, rows_of_parquet, write_parquet
 
 __all__ = ["RowStore", "read_rows", "read_settings"]
 
 SHARD_ROWS = 10_000
+LINES, PARQUET = ".jsonl", ".parquet"
 
 
 class RowStore:
@@ -41,7 +44,7 @@ class RowStore:
         self.folder.mkdir(parents=True, exist_ok=True)
         self.done: set[str] = set()
         """Keys of the rows that are there."""
-        self._in_shard = 0
+        self._in_shard = self._shard = 0
         self._lock = self._locked()
         try:
             self._open({"command": command, **json.loads(json.dumps(settings, default=str))})
@@ -54,11 +57,12 @@ class RowStore:
         _claim(self.folder, settings)
         _mend(self.folder)
         for path in _shards(self.folder):
-            self._in_shard = 0
-            for row in _lines(path):
+            self._shard, self._in_shard = int(path.stem.removeprefix("rows-")), 0
+            for row in _rows(path):
                 self.done.add(row["key"])
                 self._in_shard += 1
-        self._shard = max(0, len(_shards(self.folder)) - 1)
+            if path.suffix == PARQUET:  # which takes no more rows
+                self._in_shard = self._shard_rows
 
     def add(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """Write rows whose keys are new. They survive a SIGKILL from here on.
@@ -81,6 +85,22 @@ class RowStore:
     def rows(self) -> Iterator[dict[str, Any]]:
         """All rows, in the order in which they were written."""
         return read_rows(self.folder)
+
+    def to_parquet(self) -> None:
+        """Turn all shards into Parquet files with the same columns. Killed at any point, no row is lost or doubled.
+
+        Raises:
+            OSError: the disk is full; the lines stay.
+        """
+        shards = _shards(self.folder)
+        if all(path.suffix == PARQUET for path in shards):
+            return
+        columns = columns_of(list(_rows(path)) for path in shards)
+        for path in shards:
+            write_parquet(path.with_suffix(PARQUET), list(_rows(path)), columns)
+            if path.suffix != PARQUET:
+                path.unlink()
+        self._in_shard = self._shard_rows
 
     def close(self) -> None:
         """Let others write."""
@@ -106,7 +126,7 @@ class RowStore:
 
 
 def read_rows(folder: str | Path) -> Iterator[dict[str, Any]]:
-    """The rows of a folder that a `RowStore` wrote, or of one file of JSON lines.
+    """The rows of a folder that a `RowStore` wrote, or of one file: Parquet by its name, else JSON lines.
 
     Raises:
         InputError: nothing is there, or a line is damaged.
@@ -115,9 +135,9 @@ def read_rows(folder: str | Path) -> Iterator[dict[str, Any]]:
     files = [path] if path.is_file() else _shards(path)
     if not files:
         remedy = "Give the folder that the command before this one wrote."
-        raise InputError(str(folder), "there are no rows (rows-*.jsonl)", remedy)
+        raise InputError(str(folder), "there are no rows (rows-*.jsonl or rows-*.parquet)", remedy)
     for file in files:
-        yield from _lines(file)
+        yield from _rows(file)
 
 
 def read_settings(folder: str | Path) -> dict[str, Any]:
@@ -148,20 +168,34 @@ def _short(value: Any) -> str:
 
 
 def _path(folder: Path, number: int) -> Path:
-    return folder / f"rows-{number:05d}.jsonl"
+    return folder / f"rows-{number:05d}{LINES}"
 
 
 def _shards(folder: Path) -> list[Path]:
-    return sorted(folder.glob("rows-*.jsonl"))
+    """A file for each number: a Parquet file that has its name is whole, and its lines may not be gone yet."""
+    found = {path.stem: path for suffix in (LINES, PARQUET) for path in folder.glob(f"rows-*{suffix}")}
+    return [found[stem] for stem in sorted(found)]
 
 
 def _mend(folder: Path) -> None:
-    """Cut off a half-written last line; a row is whole when its newline is there."""
-    for path in _shards(folder)[-1:]:
+    """Remove what a kill left over, and cut off a half-written last line; a row is whole when its newline is there."""
+    for path in folder.glob(f".rows-*{PARQUET}.tmp"):
+        path.unlink()
+    shards = _shards(folder)
+    for path in shards:
+        if path.suffix == PARQUET:
+            path.with_suffix(LINES).unlink(missing_ok=True)
+    for path in (path for path in shards[-1:] if path.suffix == LINES):
         raw = path.read_bytes()
         whole = raw.rfind(b"\n") + 1
         if whole < len(raw):
             os.truncate(path, whole)
+
+
+def _rows(path: Path) -> Iterator[dict[str, Any]]:
+    if path.suffix == LINES and not path.exists():  # the command that writes them has just turned them into Parquet
+        path = path.with_suffix(PARQUET)
+    return rows_of_parquet(path) if path.suffix == PARQUET else _lines(path)
 
 
 def _lines(path: Path) -> Iterator[dict[str, Any]]:

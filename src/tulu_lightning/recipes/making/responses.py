@@ -1,0 +1,32 @@
+"""What `tulu generate` wrote, by prompt, for the commands that go on with it."""
+
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+from tulu_lightning.errors import InputError
+from tulu_lightning.recipes.making.store import read_rows, read_settings
+
+__all__ = ["groups_of"]
+
+
+def groups_of(folder: str | Path, limit: int | None = None) -> tuple[list[list[dict[str, Any]]], int]:
+    """The responses of each prompt that has all of them (as in the release), in order; and how many prompts lack one.
+
+    Raises:
+        InputError: no row is there, or none has all of its responses, or a row lacks a field.
+    """
+    made: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for number, row in enumerate(read_rows(folder), start=1):
+        for name in ("prompt_key", "messages", "model", "response"):
+            if name not in row:
+                raise InputError(f"{folder}, row {number}", f"has no field {name!r}", "Give what tulu generate wrote.")
+        made[row["prompt_key"]].append(row)
+    settings = read_settings(folder)
+    each = settings.get("draw") == "each"
+    expected = settings.get("responses", 1) * (len(settings.get("models", [])) if each else 1)
+    whole = [sorted(group, key=lambda row: row["key"]) for group in made.values() if len(group) >= expected]
+    if not whole:
+        what = f"of {len(made)} prompts none has all of its {expected} responses"
+        raise InputError(str(folder), what, "Let tulu generate finish first.")
+    return whole[:limit], len(made) - len(whole)
