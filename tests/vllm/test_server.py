@@ -76,11 +76,15 @@ def test_weights_travel_by_broadcast_and_a_broken_one_is_begun_anew(engine, weig
 
 def test_an_answer_that_takes_too_long_names_who_waited_for_whom(engine, tiny, weights):
     impatient = ServerEngine(engine._client.url, tiny)
-    impatient._seconds = 0.005  # loading takes twenty times as long
-    with pytest.raises(
-        EngineError, match=r"the trainer waited .* s for POST /collective_rpc of the server at http://127"
-    ):
-        impatient.refresh(weights.items(), 1)
+    impatient._seconds = 0.5
+    os.killpg(engine._server.process.pid, signal.SIGSTOP)  # it listens, and does nothing
+    try:
+        with pytest.raises(
+            EngineError, match=r"the trainer waited .* s for POST /collective_rpc of the server at http://127"
+        ):
+            impatient.refresh(weights.items(), 1)
+    finally:
+        os.killpg(engine._server.process.pid, signal.SIGCONT)
     assert impatient.version == -1
 
 
