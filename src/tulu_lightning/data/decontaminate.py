@@ -23,10 +23,11 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from tulu_lightning.assets.cache import build_once, cache_dir, locked, writing
 from tulu_lightning.data.decontaminate_settings import Decontaminate
-from tulu_lightning.data.decontaminate_texts import items_of, turns_of
+from tulu_lightning.data.decontaminate_texts import items_of, pieces_of, turns_of
 from tulu_lightning.data.keys import key
 from tulu_lightning.data.ngram_index import Index, Set, write_index
 from tulu_lightning.data.overlap import Overlaps, Rule, overlaps
+from tulu_lightning.data.similar import identity, similar
 from tulu_lightning.data.sources import Source, Table, open_source
 from tulu_lightning.errors import InputError, RunStopped
 from tulu_lightning.progress import Progress
@@ -38,6 +39,7 @@ __all__ = [
     "evaluation_index",
     "find",
     "open_scan",
+    "processes_of",
     "rows_to_drop",
     "verdicts",
     "without_overlaps",
@@ -45,8 +47,6 @@ __all__ = [
 
 BLOCK = 8192
 """Rows of a block: what a kill can cost."""
-CHUNK = 2 << 20
-"""Characters that are looked up at once."""
 VERSION = 1
 """Of what a block's file says."""
 
@@ -103,15 +103,24 @@ def evaluation_index(settings: Decontaminate) -> Index:
 
 def open_scan(source: Source, table: Table, index: Index, settings: Decontaminate) -> Scan:
     """What is to be done for a source."""
+    rule: list[Any] = [settings.mode, settings.short, settings.item_share, settings.turns]
+    if settings.mode == "embedding":
+        rule += [settings.similarity, identity(settings)]
     asked = {
         "rows": table.fingerprint,
         "read": source.read,
         "index": index.folder.name,
-        "rule": [settings.mode, settings.short, settings.item_share, settings.turns],
+        "rule": rule,
         "block": BLOCK,
         "version": VERSION,
     }
     return Scan(source, table, index, settings, cache_dir() / "overlaps" / key(asked))
+
+
+def processes_of(scan: Scan) -> int:
+    """How many look at a source at once; a model that embeds uses all CPUs, or the GPU, by itself."""
+    many = scan.blocks > 16 and scan.settings.mode != "embedding"
+    return scan.settings.processes or (os.cpu_count() or 1 if many else 1)
 
 
 def find(scan: Scan, processes: int = 1, shard: tuple[int, int] = (0, 1)) -> Findings | None:
@@ -180,12 +189,11 @@ def _work(block: int) -> int:
 def _block(scan: Scan, block: int) -> None:
     start = block * BLOCK
     indices = range(start, min(start + BLOCK, len(scan.table)))
-    rule = Rule(scan.settings.mode, scan.settings.short, scan.settings.item_share)
     rows = [
         turns_of(scan.source, scan.table.number(index), row, scan.settings.turns)
         for index, row in zip(indices, scan.table.take(indices), strict=True)
     ]
-    found = [(first, overlaps(scan.index, chunk, rule)) for first, chunk in _chunks(rows)]
+    found = [(first, _compare(scan, chunk)) for first, chunk in pieces_of(rows)]
     columns = {
         "rows": np.concatenate([pairs.rows_P + first + start for first, pairs in found]),
         "items": np.concatenate([pairs.items_P for _, pairs in found]),
@@ -199,15 +207,11 @@ def _block(scan: Scan, block: int) -> None:
     beside.replace(path)
 
 
-def _chunks(rows: Sequence[Sequence[str]]) -> Iterator[tuple[int, Sequence[Sequence[str]]]]:
-    start = size = 0
-    for place, row in enumerate(rows):
-        size += sum(map(len, row))
-        if size > CHUNK:
-            yield start, rows[start : place + 1]
-            start, size = place + 1, 0
-    if start < len(rows):
-        yield start, rows[start:]
+def _compare(scan: Scan, rows: Sequence[Sequence[str]]) -> Overlaps:
+    settings = scan.settings
+    if settings.mode == "embedding":
+        return similar(scan.index, rows, settings)
+    return overlaps(scan.index, rows, Rule(settings.mode, settings.short, settings.item_share))
 
 
 def _collect(scan: Scan) -> Findings:
@@ -276,7 +280,7 @@ def without_overlaps(source: Source, table: Table) -> Table:
         with locked(
             scan.folder.with_name(f".{scan.folder.name}.lock")
         ):  # the ranks of a run: one looks, the others wait
-            findings = find(scan, settings.processes or (os.cpu_count() or 1 if scan.blocks > 16 else 1))
+            findings = find(scan, processes_of(scan))
     assert findings is not None
     bad = [verdict for verdict in verdicts(scan, findings) if verdict.contaminated]
     told = ", ".join(f"{each.hit:,} of {each.items:,} items of {each.name}" for each in bad)

@@ -9,7 +9,9 @@ from tulu_lightning.errors import InputError
 if TYPE_CHECKING:
     from tulu_lightning.data.sources import Source
 
-__all__ = ["Decontaminate", "Evaluation"]
+__all__ = ["EMBEDDER", "Decontaminate", "Evaluation"]
+
+EMBEDDER = "tulu_lightning.models.embed.embed_texts"
 
 
 @dataclass(frozen=True)
@@ -59,8 +61,17 @@ class Decontaminate:
     """What the rows are held against."""
     action: Literal["report", "drop_rows", "drop_source"] = "drop_rows"
     """Of a source that contaminates a set: say so; leave out the rows that overlap with its items; leave out the source."""
-    mode: Literal["ngram", "exact"] = "ngram"
-    """`ngram`: by tokens within shared n-grams. `exact`: by whole turns with the same tokens."""
+    mode: Literal["ngram", "exact", "embedding"] = "ngram"
+    """`ngram`: by tokens within shared n-grams. `exact`: by whole turns with the same tokens. `embedding`: by the cosine
+    of vectors that `model` makes of texts."""
+    model: str | None = None
+    """Of `embedding`: folder of a causal LM, or a known name."""
+    similarity: float | None = None
+    """Of `embedding`: a turn and an item with a larger cosine overlap. What is large depends on the model."""
+    max_tokens: int = 512
+    """Of `embedding`: of a text, only so many are read."""
+    embedder: str = EMBEDDER
+    """Of `embedding`: import path of a function of (texts, model, max_tokens) that returns a vector for each text."""
     n: int = 8
     """Tokens of an n-gram."""
     short: Literal["whole", "never"] = "whole"
@@ -84,16 +95,38 @@ class Decontaminate:
             )
         known = self.action in ("report", "drop_rows", "drop_source")
         require(known, "decontaminate.action", repr(self.action), "Use report, drop_rows or drop_source.")
-        require(self.mode in ("ngram", "exact"), "decontaminate.mode", repr(self.mode), "Use ngram or exact.")
+        known = self.mode in ("ngram", "exact", "embedding")
+        require(known, "decontaminate.mode", repr(self.mode), "Use ngram, exact or embedding.")
         require(self.turns in ("user", "all"), "decontaminate.turns", repr(self.turns), "Use user or all.")
         require(self.short in ("whole", "never"), "decontaminate.short", repr(self.short), "Use whole or never.")
         require(self.n >= 1, "decontaminate.n", self.n, "Use at least 1.")
-        if self.mode == "exact":
-            require(self.n == 8, "decontaminate.n", f"{self.n}, and mode exact does not read it", "Leave it at 8.")
-            what = f"{self.short}, and mode exact does not read it"
-            require(self.short == "whole", "decontaminate.short", what, "Leave it out.")
+        self._check_mode()
         for name in ("item_share", "set_share"):
             value = getattr(self, name)
             require(0 <= value < 1, f"decontaminate.{name}", value, "It is a share: 0 to below 1.")
         if self.processes is not None:
             require(self.processes >= 1, "decontaminate.processes", self.processes, "Use at least 1, or null.")
+
+    def _check_mode(self) -> None:
+        """Refuse what the mode does not read, and ask for what it needs."""
+        embedding = self.mode == "embedding"
+        unread = {
+            "n": (8, self.mode != "ngram"),
+            "short": ("whole", self.mode != "ngram"),
+            "item_share": (0.5, embedding),
+            "model": (None, not embedding),
+            "similarity": (None, not embedding),
+            "max_tokens": (512, not embedding),
+            "embedder": (EMBEDDER, not embedding),
+        }
+        for name, (default, idle) in unread.items():
+            value = getattr(self, name)
+            remedy = "Leave it out." if default is None else f"Leave it at {default}."
+            what = f"{value}, and mode {self.mode} does not read it"
+            require(not idle or value == default, f"decontaminate.{name}", what, remedy)
+        if embedding:
+            require(self.model is not None, "decontaminate.model", "left out", "Name a model folder: it embeds texts.")
+            remedy = "Give a cosine, such as 0.98 for SmolLM2; docs/decontamination.md says how to find one."
+            require(self.similarity is not None, "decontaminate.similarity", "left out", remedy)
+            require(-1 <= (self.similarity or 0) < 1, "decontaminate.similarity", self.similarity, "Use -1 to below 1.")
+            require(self.max_tokens >= 1, "decontaminate.max_tokens", self.max_tokens, "Use at least 1.")

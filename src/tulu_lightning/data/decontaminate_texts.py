@@ -1,7 +1,7 @@
 """The texts that decontamination compares: the turns of training rows, the fields of test items."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from tulu_lightning.data.decontaminate_settings import Evaluation
@@ -13,9 +13,12 @@ from tulu_lightning.data.readers import field, messages_of, shown
 from tulu_lightning.data.sources import Row, Source, Table
 from tulu_lightning.errors import InputError
 
-__all__ = ["items_of", "turns_of"]
+__all__ = ["items_of", "pieces_of", "turns_of"]
 
 CHUNK = 1024
+"""Items that are read at once."""
+CHARACTERS = 2 << 20
+"""Of rows that are looked up at once."""
 
 
 def turns_of(source: Source, number: int, row: Row, which: str = "user") -> list[str]:
@@ -53,6 +56,18 @@ def _messages(source: Source, where: str, number: int, row: Row) -> Sequence[Any
     if source.read in ("sharegpt", "alpaca", "prompt_completion", "text"):
         return to_messages(source, number, row)
     return messages_of(where, "messages", field(where, row, "messages"))
+
+
+def pieces_of(rows: Sequence[Sequence[str]]) -> Iterator[tuple[int, Sequence[Sequence[str]]]]:
+    """Rows of about `CHARACTERS` at a time, each piece with the place of its first."""
+    start = size = 0
+    for place, row in enumerate(rows):
+        size += sum(map(len, row))
+        if size > CHARACTERS:
+            yield start, rows[start : place + 1]
+            start, size = place + 1, 0
+    if start < len(rows):
+        yield start, rows[start:]
 
 
 def items_of(evaluation: Evaluation, table: Table) -> list[list[str]]:

@@ -5,7 +5,6 @@ import dataclasses
 import gzip
 import hashlib
 import json
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,6 +19,7 @@ from tulu_lightning.data.decontaminate import (
     evaluation_index,
     find,
     open_scan,
+    processes_of,
     rows_to_drop,
     verdicts,
 )
@@ -36,8 +36,9 @@ __all__ = ["run"]
 
 USAGE = """\
 usage: tulu data decontaminate --config FILE --against FILE [--out FOLDER] [--action report|drop_rows|drop_source]
-           [--mode ngram|exact] [--turns user|all] [--item-share X] [--set-share X] [--n N] [--source NAME] [--limit N]
-           [--processes N] [--shard I/N] [--worst N] [--dry-run]
+           [--mode ngram|exact|embedding] [--embedding-model FOLDER] [--similarity X] [--turns user|all]
+           [--item-share X] [--set-share X] [--n N] [--source NAME] [--limit N] [--processes N] [--shard I/N]
+           [--worst N] [--dry-run]
 
 --config   of a stage: its sources are compared; options such as --data.sources=... change it as in `tulu fit`
 --against  YAML: `evaluations`, a list of sets with name, path or hub, and fields; and any other setting of
@@ -68,8 +69,7 @@ def run(argv: Sequence[str]) -> None:
         if options.dry_run:
             print(_plan(scan), flush=True)
             continue
-        processes = scan.settings.processes or (os.cpu_count() or 1 if scan.blocks > 16 else 1)
-        findings = find(scan, processes, shard)
+        findings = find(scan, processes_of(scan), shard)
         if findings is None:
             done = sum(scan.path(block).exists() for block in range(scan.blocks))
             print(f"{source.name}: {done} of {scan.blocks} blocks are compared; run the other shards too", flush=True)
@@ -95,9 +95,10 @@ def _options(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     options.add_argument("--against", type=Path)
     options.add_argument("--out", type=Path)
     options.add_argument("--action", choices=("report", "drop_rows", "drop_source"))
-    options.add_argument("--mode", choices=("ngram", "exact"))
+    options.add_argument("--mode", choices=("ngram", "exact", "embedding"))
+    options.add_argument("--embedding-model", dest="model")
     options.add_argument("--turns", choices=("user", "all"))
-    for name in ("--item-share", "--set-share"):
+    for name in ("--item-share", "--set-share", "--similarity"):
         options.add_argument(name, type=float)
     for name in ("--n", "--limit", "--processes"):
         options.add_argument(name, type=int)
@@ -133,7 +134,7 @@ def _sources(rest: Sequence[str], options: argparse.Namespace) -> list[Source]:
     if options.source is not None and options.source not in names:
         raise InputError("--source", f"there is no source {options.source!r}", nearest(options.source, names))
     shared = None if options.against is None else _read_settings(options.against)
-    given = ("action", "mode", "turns", "item_share", "set_share", "n", "processes")
+    given = ("action", "mode", "model", "similarity", "turns", "item_share", "set_share", "n", "processes")
     own = {name: value for name in given if (value := getattr(options, name)) is not None}
     found = []
     for source in data.sources:
