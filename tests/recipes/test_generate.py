@@ -214,6 +214,46 @@ def test_the_key_is_in_the_request_and_nowhere_else(tmp_path, server, monkeypatc
     assert "secret-7" not in written + told.out + told.err
 
 
+def test_a_key_that_a_server_repeats_or_no_header_can_hold_is_not_told(tmp_path, server, monkeypatch, capsys):
+    monkeypatch.setenv("MY_KEY", "secret-7\n")  # as a file leaves it
+    server.replies = lambda request: (401, f"no such key: {server.headers[-1]['Authorization']}", {})
+    made = config(tmp_path, pool(server.url, "a", "b", api_key_env="MY_KEY", give_up=1), limit=2)
+    with pytest.raises(InputError) as caught:
+        generate(made)
+    assert "no such key: Bearer (the key)" in str(caught.value)
+    assert server.headers[-1]["Authorization"] == "Bearer secret-7"
+    told = capsys.readouterr()
+    written = "".join(path.read_text() for path in (tmp_path / "out").iterdir())
+    assert "secret" not in str(caught.value) + told.out + told.err + written
+    monkeypatch.setenv("MY_KEY", "secret-7\nsecret-8")
+    with pytest.raises(InputError, match="MY_KEY holds what no header can hold") as caught:
+        pool(server.url, "a", api_key_env="MY_KEY")
+    assert "secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize("url", ["http://me:secret@host/v1", "https://host/v1?api_key=secret", "http://secret@host"])
+def test_an_address_that_holds_a_secret_is_refused_without_telling_it(url):
+    with pytest.raises(InputError, match="api_key_env") as caught:
+        Model("m", url=url)
+    assert "secret" not in str(caught.value)
+
+
+def test_the_command_takes_limit_and_dry_run(tmp_path, server, capsys):
+    file = tmp_path / "generate.yaml"
+    models = ", ".join(f"{{name: {name}, url: '{server.url}'}}" for name in "ab")
+    file.write_text(
+        f"output: {tmp_path}/out\nresponses: 2\nmodels: [{models}]\n"
+        "sources: [{name: sums, rows: tulu_lightning.assets.arithmetic.prompt_rows, args: {count: 9}}]\n"
+    )
+    command = ["generate", "--config", str(file), "--limit", "3"]
+    assert cli.main([*command, "--dry-run"]) == 0
+    assert "3 prompts, 6 responses" in capsys.readouterr().out
+    assert not server.requests
+    assert cli.main(command) == 0
+    assert len(server.requests) == 6
+    assert "left" in capsys.readouterr().err  # of the time
+
+
 def test_a_dry_run_shows_the_first_request_and_makes_nothing(tmp_path, capsys, tiny):
     made = config(tmp_path, [], model=tiny, template="tulu", draw="each", dry_run=True)
     assert generate(made) == {}
@@ -236,6 +276,22 @@ def test_a_checkpoint_and_servers_are_one_pool(tmp_path, server, tiny):
     for row in rows:
         assert ("ids" in row) == (row["model"] == POLICY)
     assert len(summary["start_digest"]) == 64
+
+
+def test_a_checkpoint_and_its_twin_sample_by_themselves(tmp_path, tiny):
+    """The same weights under two names: one seed for both would give every prompt the same answer twice."""
+    twin = Model("before", path=tiny, template="tulu", dtype="float32")
+    decoding = Decoding(max_new_tokens=8)
+    made = config(tmp_path, [twin], model=tiny, template="tulu", dtype="float32", limit=6, decoding=decoding)
+    generate(made)
+    pairs = [[row["ids"] for row in group] for group in _by_prompt(rows_of(made)).values()]
+    assert all(len(pair) == 2 for pair in pairs)
+    assert not any(one == other for one, other in pairs)
+
+
+def test_a_server_gets_another_seed_for_each_model_prompt_and_answer(tmp_path, server):
+    generate(config(tmp_path, pool(server.url, "a", "b"), draw="each", responses=2, limit=5))
+    assert len({request["seed"] for request in server.requests}) == 5 * 2 * 2
 
 
 def _by_prompt(rows):

@@ -1,14 +1,19 @@
 """`tulu judge`: what a judge is shown, how its words are read, and how far raters agree."""
 
 import json
+import os
 import re
+import signal
+import subprocess
 import sys
+import time
 from collections import Counter, defaultdict
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from tulu_lightning import cli
 from tulu_lightning.data.prompt_source import PromptSource
 from tulu_lightning.errors import InputError
 from tulu_lightning.recipes.making.aspects import ASPECTS, questionnaire, read_ratings
@@ -267,3 +272,83 @@ def test_a_dry_run_shows_the_first_question(responses, server, tmp_path, capsys)
     assert "## Text 3" in said
     assert not server.requests
     assert not Path(made.output).exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"response": None}, "row 1: has no field 'response'"),
+        ({"tokens": None}, "row 1: has no field 'tokens'"),
+        ({"prompt_key": "first"}, "row 1: prompt_key is 'first', which is no hash"),
+    ],
+)
+def test_a_row_that_lacks_a_field_is_named(responses, server, tmp_path, change, told):
+    path = Path(responses, "rows-00000.jsonl")
+    first, *rest = path.read_text().splitlines(keepends=True)
+    row = {name: value for name, value in (json.loads(first) | change).items() if value is not None}
+    path.write_text("".join([json.dumps(row) + "\n", *rest]))
+    made = config(responses, server, tmp_path, "even")
+    with pytest.raises(InputError, match=told):
+        judge(made)
+    with pytest.raises(InputError, match=told):
+        make_pairs(PairsConfig(str(tmp_path / "pairs"), responses, responses))
+
+
+def test_pairs_of_another_rule_are_not_written_over(responses, server, tmp_path, capsys):
+    made = config(responses, server, tmp_path, "even", aspects=["honesty"])
+    judge(made)
+    pairs = PairsConfig(str(tmp_path / "pairs"), responses, made.output, limit=4, dry_run=True)
+    capsys.readouterr()
+    assert make_pairs(pairs) == {}
+    said = capsys.readouterr().out
+    assert said.startswith("4 pairs of 4 prompts; the first:\n{")
+    assert json.loads(said.splitlines()[1])["chosen"] == "good"
+    assert not (tmp_path / "pairs").exists()
+    assert make_pairs(replace(pairs, dry_run=False))["pairs"] == 4
+    with pytest.raises(InputError, match="holds pairs made with seed = 0, not 1"):
+        make_pairs(replace(pairs, dry_run=False, seed=1))
+    assert make_pairs(replace(pairs, dry_run=False, limit=None))["pairs"] == 10
+
+
+@pytest.mark.slow
+def test_one_command_for_all_three_killed_in_each_of_them_makes_the_same_pairs(server, tmp_path):
+    """SIGKILL while it generates, while it judges, and again: rows and pairs are those of a run that nobody killed."""
+
+    def slow(request):
+        time.sleep(0.02)
+        return reply(request)
+
+    server.replies = slow
+
+    def command(name):
+        def listed(*names):
+            return [{"name": each, "url": server.url, "concurrency": 2} for each in names]
+
+        source = {"name": "sums", "rows": SUMS.rows, "args": {"count": 30}}
+        written = {
+            "output": str(tmp_path / name),
+            "generate": {"sources": [source], "models": listed(*QUALITY), "responses": 3},
+            "judge": {"judges": listed("even"), "aspects": ["honesty", "helpfulness"]},
+        }
+        (tmp_path / f"{name}.yaml").write_text(json.dumps(written))
+        return ["pairs", "--config", str(tmp_path / f"{name}.yaml")]
+
+    def there(name):
+        return sum(len(path.read_bytes().splitlines()) for path in (tmp_path / "killed" / name).glob("rows-*"))
+
+    words = [sys.executable, "-m", "tulu_lightning", *command("killed")]
+    for part, wanted in (("generate", 20), ("generate", 60), ("judge", 15), ("judge", 40)):
+        process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        while there(part) < wanted and process.poll() is None:
+            time.sleep(0.005)
+        os.kill(process.pid, signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL
+    assert not (tmp_path / "killed" / "pairs.jsonl").exists()
+    assert cli.main(words[3:]) == cli.main(command("whole")) == 0
+    for part, count in (("generate", 90), ("judge", 60)):
+        killed, whole = ({row["key"]: row for row in read_rows(tmp_path / name / part)} for name in ("killed", "whole"))
+        assert there(part) == len(killed) == count
+        assert killed == whole
+    killed, whole = (sorted((tmp_path / name / "pairs.jsonl").read_text().splitlines()) for name in ("killed", "whole"))
+    assert len(killed) == 30
+    assert killed == whole

@@ -187,6 +187,10 @@ def test_without_a_right_and_a_wrong_answer_there_is_no_pair(config):
 def test_held_out_prompts_and_shares(config):
     whole = make_pairs(config)
     split = replace(config, held_out_share=0.3)
+    with pytest.raises(InputError, match=r"made with held_out_share = 0\.0, not 0\.3"):
+        make_pairs(split)
+    summary_file = Path(config.output, "summary.json")
+    summary_file.unlink()  # what was generated and judged stays
     summary = make_pairs(split)
     train, held = lines(split, "pairs.jsonl"), lines(split, "held_out.jsonl")
     assert len(train) + len(held) == whole["pairs"]
@@ -194,6 +198,7 @@ def test_held_out_prompts_and_shares(config):
     assert not {row["id"] for row in train} & {row["id"] for row in held}
     assert all(int(row["id"][:8], 16) / 16**8 < 0.3 for row in held)
     assert summary["on_policy"] == whole["pairs"], "all are the checkpoint's own"
+    summary_file.unlink()
     with pytest.raises(InputError, match="no prompt makes a pair"):
         make_pairs(replace(config, on_policy_share=0.0))
 

@@ -30,6 +30,8 @@ def read_config(kind: type[T], command: str, argv: Sequence[str]) -> tuple[T, Pa
     Raises:
         InputError: an unknown key (with file, line and the nearest name), a value of the wrong type, or a missing one.
     """
+    if "dry_run" in kind.__dataclass_fields__:  # type: ignore[attr-defined]
+        argv = ["--dry_run=true" if word == "--dry-run" else word for word in argv]
     if not argv:
         raise InputError("command line", "no config is given", f"Write `{command} --config FILE`.")
     parser: Any = TuluParser(prog=command, description=kind.__doc__ or "")

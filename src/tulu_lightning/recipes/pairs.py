@@ -24,12 +24,15 @@ from tulu_lightning.recipes.config import read_config
 from tulu_lightning.recipes.making.generate import POLICY, GenerateConfig, generate
 from tulu_lightning.recipes.making.judge import JudgeConfig, judge
 from tulu_lightning.recipes.making.judged import VERIFIER
-from tulu_lightning.recipes.making.parquet import columns_of, write_parquet
 from tulu_lightning.recipes.making.responses import groups_of
 from tulu_lightning.recipes.making.store import read_rows
+from tulu_lightning.recipes.pair_files import check_output, write_pairs
 from tulu_lightning.recipes.pair_lengths import PairLengths, pair_lengths
 
 __all__ = ["PairsConfig", "main", "make_pairs"]
+
+RULE = ("literal", "min_chosen", "sides", "verified", "on_policy_share", "held_out_share", "seed")
+"""Settings that make other pairs of the same ratings."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,10 @@ class PairsConfig:
     seed: int = 0
     format: Literal["jsonl", "parquet"] = "jsonl"
     """Of the pairs' files; `generate` and `judge` have their own."""
+    limit: int | None = None
+    """Only the first so many prompts."""
+    dry_run: bool = False
+    """Show the first request, or where nothing is asked the first pair, and make nothing."""
 
     def check(self) -> None:
         """Refuse settings that cannot be meant.
@@ -74,6 +81,7 @@ class PairsConfig:
                 raise InputError("pairs", f"has neither or both of {name} and {made}", "Give exactly one.")
         share = self.on_policy_share
         require(share is None or 0 <= share <= 1, "on_policy_share", share, "It is a share of the pairs: 0 to 1.")
+        require(self.limit is None or self.limit >= 1, "limit", self.limit, "Use at least 1, or leave it out.")
         require(0 <= self.held_out_share < 1, "held_out_share", self.held_out_share, "Use 0 to below 1.")
 
 
@@ -98,43 +106,40 @@ def make_pairs(config: PairsConfig) -> dict[str, Any]:
     output = Path(config.output)
     made: dict[str, Any] = {}
     responses, ratings = config.input or str(output / "generate"), config.ratings or str(output / "judge")
+    check_output(output, {name: getattr(config, name) for name in RULE})
     if config.generate is not None:
-        made = generate(dataclasses.replace(config.generate, output=responses))
-        if config.generate.dry_run:
+        dry = config.dry_run or config.generate.dry_run
+        limit = config.generate.limit if config.limit is None else config.limit
+        made = generate(dataclasses.replace(config.generate, output=responses, dry_run=dry, limit=limit))
+        if dry:
             return {}
     if config.judge is not None:
-        judge(dataclasses.replace(config.judge, input=responses, output=ratings))
-        if config.judge.dry_run:
+        dry = config.dry_run or config.judge.dry_run
+        limit = config.judge.limit if config.limit is None else config.limit
+        judge(dataclasses.replace(config.judge, input=responses, output=ratings, dry_run=dry, limit=limit))
+        if dry:
             return {}
-    groups, incomplete = groups_of(responses)
+    groups, incomplete = groups_of(responses, config.limit)
     means = _means(ratings)
     without: Counter[str] = Counter({"responses are missing": incomplete} if incomplete else {})
     rows = _mixed(list(_pairs(groups, means, config, without)), config)
     if not rows:
         told = ", ".join(f"{count} because {reason}" for reason, count in without.items())
         raise InputError(config.output, f"no prompt makes a pair ({told})", "Use other prompts, or more responses.")
+    if config.dry_run:
+        print(f"{len(rows):,} pairs of {len(groups):,} prompts; the first:\n{json.dumps(rows[0], ensure_ascii=False)}")
+        return {}
     held_out = [row for row in rows if _is_held_out(row["id"], config)]
     train = [row for row in rows if not _is_held_out(row["id"], config)]
     output.mkdir(parents=True, exist_ok=True)
-    _write(output / "pairs", train, config.format)
-    _write(output / "held_out", held_out, config.format, needed=False)
+    write_pairs(output / "pairs", train, config.format)
+    write_pairs(output / "held_out", held_out, config.format, needed=False)
     summary = _summary(config, groups, means, rows, without)
     summary |= {"held_out": len(held_out), "seconds": time.perf_counter() - started}
     summary |= {name: made[name] for name in ("start_digest",) if name in made}
     write_whole(output / "summary.json", json.dumps(summary, indent=1))
     _tell(summary, output / f"pairs.{config.format}")
     return summary
-
-
-def _write(path: Path, rows: Sequence[Mapping[str, Any]], kind: str, needed: bool = True) -> None:
-    """Write a file of pairs, and remove the one that settings of before left under that name."""
-    if (rows or needed) and kind == "parquet":
-        write_parquet(path.with_suffix(".parquet"), rows, columns_of([rows]))
-    elif rows or needed:
-        write_whole(path.with_suffix(".jsonl"), "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-    for suffix in ("jsonl", "parquet"):
-        if suffix != kind or not (rows or needed):
-            path.with_suffix(f".{suffix}").unlink(missing_ok=True)
 
 
 # Ratings ------------------------------------------------------------------------------------------------------------
@@ -147,7 +152,7 @@ def _means(folder: str) -> dict[str, dict[str, float | None]]:
     """
     by: dict[str, dict[str, list[Rating]]] = defaultdict(lambda: defaultdict(list))
     for number, row in enumerate(read_rows(folder), start=1):
-        if len(row.get("responses", ())) != len(row.get("ratings", (None,))):
+        if "judge" not in row or len(row.get("responses", ())) != len(row.get("ratings", (None,))):
             raise InputError(
                 f"{folder}, row {number}", "is no row of ratings", "Give the folder that tulu judge wrote."
             )

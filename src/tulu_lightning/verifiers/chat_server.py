@@ -44,17 +44,25 @@ class RequestFailed(Exception):
 
 
 def check_server(where: str, url: str, api_key_env: str | None) -> None:
-    """Refuse an address that is none, and a key that is not set.
+    """Refuse an address that is none or holds a secret, and a key that is not set or cannot be sent.
 
     Raises:
-        InputError: either.
+        InputError: one of these; what it says of a secret is where it stands.
     """
     parts = urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.netloc:
         raise InputError(f"{where}.url", f"is {url!r}", "Give an address such as http://localhost:8000/v1.")
+    if parts.username is not None or parts.query or parts.fragment:  # an address is written into summaries and messages
+        remedy = "Give the address alone, and name the variable that holds the key in api_key_env."
+        raise InputError(
+            f"{where}.url", f"holds a user, a password or a query before or after {parts.hostname}", remedy
+        )
     if api_key_env is not None and not os.environ.get(api_key_env):
         what = f"the environment variable {api_key_env} is not set"
         raise InputError(f"{where}.api_key_env", what, "Set it to the server's key, or leave api_key_env out.")
+    if not _key(api_key_env).isprintable() or not _key(api_key_env).isascii():
+        what = f"the environment variable {api_key_env} holds what no header can hold"
+        raise InputError(f"{where}.api_key_env", what, "Set it to the key alone, on one line.")
 
 
 def request_chat(
@@ -96,13 +104,16 @@ def request_text(
 def _request(url: str, body: Mapping[str, Any], seconds: float, api_key_env: str | None) -> Reply:
     headers = {"Content-Type": "application/json"}
     if api_key_env is not None:
-        headers["Authorization"] = f"Bearer {os.environ.get(api_key_env, '')}"
+        headers["Authorization"] = f"Bearer {_key(api_key_env)}"
     request = Request(url, json.dumps(body).encode(), headers)
     try:
         return _reply(json.loads(_read(_opener(url), request, seconds)))
     except HTTPError as error:
         with error:
-            told = error.read(200).decode("utf-8", "replace").strip()
+            told = error.read(1000).decode("utf-8", "replace").strip()
+        if key := _key(api_key_env):
+            told = told.replace(key, "(the key)")  # some servers repeat it
+        told = told[:200]
         again = error.code >= 500 or error.code in RETRIED
         wait = (error.headers or {}).get("Retry-After", "")
         pause = float(wait) if wait.isdecimal() else 0.0
@@ -129,6 +140,11 @@ def with_tries(once: Callable[[], T], retries: int, backoff_seconds: float) -> T
             time.sleep(min(LONGEST_PAUSE, max(failure.pause, pause)))
             pause *= 2
     raise AssertionError("unreachable")
+
+
+def _key(api_key_env: str | None) -> str:
+    """The key without the line end that a file leaves behind it; empty where there is none."""
+    return "" if api_key_env is None else os.environ.get(api_key_env, "").strip()
 
 
 def _plain(message: Mapping[str, Any]) -> dict[str, str]:

@@ -4,6 +4,7 @@ Tülu 3, section 5.2.1: several models, drawn anew for each prompt, answer it; o
 among them.
 """
 
+import hashlib
 import json
 import random
 import time
@@ -141,7 +142,7 @@ def generate(config: GenerateConfig) -> dict[str, Any]:
                     for key, counts in plan.items()
                     if name in counts and not all(_key(key, name, j) in store.done for j in range(counts[name]))
                 ]
-                for question, made in answers(model, questions, config.decoding, config.seed):
+                for question, made in answers(model, questions, config.decoding, _seed(config, name)):
                     rows = _rows(by_key[question.key], model, made, who[name], config)
                     store.add(row for row in rows if row["key"] not in store.done)
                     progress.update(len(store.done), name)
@@ -166,6 +167,13 @@ def assigned(config: GenerateConfig, key: str) -> dict[str, int]:
     on_policy = config.model is not None and draw.random() < config.on_policy_share
     picked = draw.sample(others, config.responses - on_policy)
     return dict.fromkeys([*([POLICY] if on_policy else []), *picked], 1)
+
+
+def _seed(config: GenerateConfig, name: str) -> int:
+    """Of a model's samples: with one seed for all, two checkpoints that hardly differ would say the same."""
+    if name == POLICY:
+        return config.seed
+    return mix_seed(config.seed, 5, int(hashlib.sha256(name.encode()).hexdigest()[:12], 16))
 
 
 def _key(prompt: str, model: str, number: int) -> str:

@@ -1,5 +1,6 @@
 """What `tulu generate` wrote, by prompt, for the commands that go on with it."""
 
+import re
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,9 @@ from tulu_lightning.errors import InputError
 from tulu_lightning.recipes.making.store import read_rows, read_settings
 
 __all__ = ["groups_of"]
+
+FIELDS = ("key", "prompt_key", "messages", "source", "model", "response", "finish", "tokens")
+"""What judging and pairing read."""
 
 
 def groups_of(folder: str | Path, limit: int | None = None) -> tuple[list[list[dict[str, Any]]], int]:
@@ -18,9 +22,12 @@ def groups_of(folder: str | Path, limit: int | None = None) -> tuple[list[list[d
     """
     made: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for number, row in enumerate(read_rows(folder), start=1):
-        for name in ("prompt_key", "messages", "model", "response"):
+        for name in FIELDS:
             if name not in row:
                 raise InputError(f"{folder}, row {number}", f"has no field {name!r}", "Give what tulu generate wrote.")
+        if not re.fullmatch("[0-9a-f]{12,}", str(row["prompt_key"])):
+            what = f"prompt_key is {row['prompt_key']!r}, which is no hash"
+            raise InputError(f"{folder}, row {number}", what, "Give what tulu generate wrote.")
         made[row["prompt_key"]].append(row)
     settings = read_settings(folder)
     each = settings.get("draw") == "each"

@@ -1,0 +1,46 @@
+"""The files of `tulu pairs`."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tulu_lightning.errors import InputError
+from tulu_lightning.files import write_whole
+from tulu_lightning.recipes.making.parquet import columns_of, write_parquet
+
+__all__ = ["check_output", "write_pairs"]
+
+
+def check_output(output: Path, rule: Mapping[str, Any]) -> None:
+    """Refuse a folder whose pairs were made by another rule; what they are made of is checked where it is made.
+
+    Raises:
+        InputError: names the first setting that differs.
+    """
+    try:
+        before = json.loads((output / "summary.json").read_text(encoding="utf-8"))["settings"]
+    except (OSError, ValueError, LookupError, TypeError):
+        return
+    for name, value in rule.items():
+        if name in before and before[name] != value:
+            what = f"holds pairs made with {name} = {before[name]}, not {value}"
+            raise InputError(str(output), what, "Give another output, or remove its summary.json and pairs.")
+
+
+def write_pairs(path: Path, rows: Sequence[Mapping[str, Any]], kind: str, needed: bool = True) -> None:
+    """Write a file of pairs, and remove one that settings of before left under that name.
+
+    Args:
+        path: without a suffix.
+        rows: the pairs.
+        kind: `jsonl` or `parquet`, which is the suffix too.
+        needed: write it even if it is empty.
+    """
+    if (rows or needed) and kind == "parquet":
+        write_parquet(path.with_suffix(".parquet"), rows, columns_of([rows]))
+    elif rows or needed:
+        write_whole(path.with_suffix(".jsonl"), "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    for suffix in ("jsonl", "parquet"):
+        if suffix != kind or not (rows or needed):
+            path.with_suffix(f".{suffix}").unlink(missing_ok=True)
