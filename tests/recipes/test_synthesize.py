@@ -242,6 +242,9 @@ def test_personas_come_once_before_any_comes_again_and_the_plan_is_the_seeds(ser
     assert {row["key"] for row in read_rows(tmp_path / "again" / "out" / "requests")} < keys, (
         "--limit asks for the same ones"
     )
+    synthesize(replace(again, skills=[replace(PROSE, count=30, answer=" Be brief.")]))
+    assert len(list(read_rows(tmp_path / "again" / "out" / "requests"))) == 20, "another wording, other rows"
+    assert len(lines(tmp_path / "again", "sft.jsonl")) == 10
     with pytest.raises(InputError, match="holds rows made with seed"):
         synthesize(replace(again, seed=1))
 

@@ -189,7 +189,9 @@ def _slots(config: SynthesizeConfig, skills: Sequence[Skill]) -> list[_Slot]:
             persona = personas[order[number % len(order)]]
             dice = Dice(config.seed, skill.name, number)
             example = dice.pick(skill.examples) if skill.examples else ""
-            named_by = json.dumps([config.seed, skill.name, skill.ask, number, persona, example])
+            # What a row is made from: with another wording its requests and answers are others.
+            words = [skill.name, skill.ask, skill.begins, skill.answer, skill.check, skill.constraints, skill.kinds]
+            named_by = json.dumps([config.seed, *words, number, persona, example])
             found.append(_Slot(hashlib.sha256(named_by.encode()).hexdigest()[:16], skill, persona, example))
     return found
 
