@@ -15,6 +15,7 @@ import pytest
 import yaml
 
 from tulu_lightning import cli
+from tulu_lightning.evaluation.harness import split_suite
 from tulu_lightning.evaluation.suite import find_tasks
 from tulu_lightning.launch import chat, evaluate, export, lineage
 from tulu_lightning.launch.compose import compose, merge, value_at
@@ -113,7 +114,7 @@ def test_the_commands_run(path, clone, capsys):
         if words[0] in PARSERS and "tiny" not in " ".join(words):
             options = PARSERS[words[0]]().parse_args(words[1:])
             if words[0] == "eval":
-                find_tasks(options.suite)
+                find_tasks(split_suite(options.suite)[0])
             continue
         if words[0] == "plan":  # loads nothing; 1 says that the run does not fit
             assert cli.main(words) in (0, 1), capsys.readouterr().err
