@@ -7,7 +7,6 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from tulu_lightning.assets.architectures import KNOWN
 from tulu_lightning.core.memory import (
     Architecture,
     Network,
@@ -19,11 +18,12 @@ from tulu_lightning.core.memory import (
     pass_bytes,
 )
 from tulu_lightning.core.packing import pack
+from tulu_lightning.models.architectures import KNOWN
 from tulu_lightning.models.backbone import Backbone, PackedLM
 from tulu_lightning.models.lora import Lora
 from tulu_lightning.types import Document, Segment
 
-LLAMA = {name: Architecture(*shapes) for name, shapes in KNOWN.items()}
+LLAMA = KNOWN
 SMALL = Architecture(width=64, mlp=160, layers=3, query=64, kv=32, vocabulary=300, tied=False)
 
 

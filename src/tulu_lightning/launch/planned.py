@@ -3,7 +3,6 @@
 from dataclasses import dataclass, replace
 from typing import Any
 
-from tulu_lightning.assets.architectures import find_shapes
 from tulu_lightning.core.memory import (
     Architecture,
     Network,
@@ -13,6 +12,7 @@ from tulu_lightning.core.memory import (
     network_bytes,
     pass_bytes,
 )
+from tulu_lightning.models.architectures import find_architecture
 
 __all__ = ["Layout", "Planned", "Sizes", "peak_parts", "read_plan"]
 
@@ -223,7 +223,7 @@ def _get(value: Any, *names: str) -> Any:
 
 
 def _network(backbone: Any, optimizer: Any, scalar: bool, path: str | None = None) -> Network:
-    arch = Architecture(*find_shapes(path or backbone.path))
+    arch = find_architecture(path or backbone.path)
     if backbone.layers:
         arch = arch._replace(layers=backbone.layers)
     four = 0.0

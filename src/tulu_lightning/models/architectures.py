@@ -2,35 +2,24 @@
 
 import json
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from tulu_lightning.assets.models import NAMED_MODELS, resolve_model
+from tulu_lightning.core.memory import Architecture
 from tulu_lightning.errors import InputError
 
-__all__ = ["KNOWN", "Shapes", "find_shapes"]
-
-
-class Shapes(NamedTuple):
-    """Of a Llama-like decoder; widths of queries and keys are those of all heads together."""
-
-    width: int
-    mlp: int
-    layers: int
-    query: int
-    kv: int
-    vocabulary: int
-    tied: bool
+__all__ = ["KNOWN", "find_architecture"]
 
 
 KNOWN = {
-    "8B": Shapes(4096, 14336, 32, 4096, 1024, 128_256, False),
-    "70B": Shapes(8192, 28672, 80, 8192, 1024, 128_256, False),
-    "405B": Shapes(16384, 53248, 126, 16384, 1024, 128_256, False),
+    "8B": Architecture(4096, 14336, 32, 4096, 1024, 128_256, False),
+    "70B": Architecture(8192, 28672, 80, 8192, 1024, 128_256, False),
+    "405B": Architecture(16384, 53248, 126, 16384, 1024, 128_256, False),
 }
 """Llama 3.1, and what Tülu 3 made of it (config.json of meta-llama/Llama-3.1-*; section 1.2 of the fact sheet's models)."""
 
 
-def find_shapes(path: str) -> Shapes:
+def find_architecture(path: str) -> Architecture:
     """Shapes of a model folder, a named model, or a Llama 3.1 or Tülu 3 on the hub; no weights are read.
 
     Raises:
@@ -49,7 +38,7 @@ def find_shapes(path: str) -> Shapes:
     try:
         heads = config["num_attention_heads"]
         size = config.get("head_dim") or config["hidden_size"] // heads
-        return Shapes(
+        return Architecture(
             config["hidden_size"],
             config["intermediate_size"],
             config["num_hidden_layers"],
