@@ -16,6 +16,7 @@ import sys
 import time
 from contextlib import suppress
 from pathlib import Path
+from uuid import uuid4
 
 import pytest
 import yaml
@@ -58,8 +59,8 @@ def stubs(tmp_path_factory):
     for name, text in {
         "srun": 'echo "srun $*"; while [[ $1 == --* ]]; do shift; done; exec "$@"',
         "scontrol": '[[ $1 == show ]] && for i in $(seq 0 39); do echo "node$i"; done; true',
-        "vllm": 'echo "vllm $*"; exec sleep 60',
-        "curl": "exit 0",
+        "vllm": 'echo "vllm $*"; touch "$STARTED"; exec sleep 60',
+        "curl": "while [[ ! -e $STARTED ]]; do sleep 0.05; done",  # healthy once it has started, as a server is
     }.items():
         (folder / name).write_text(f"#!/usr/bin/env bash\n{text}\n")
         (folder / name).chmod(0o755)
@@ -70,6 +71,7 @@ def said(stubs, script, *arguments, **environment):
     """What a script would run: `PYTHON=echo` prints torchrun's command line."""
     path = f"{stubs}{os.pathsep}{os.environ['PATH']}"
     own = {"PYTHON": "echo", "PATH": path, "SLURM_JOB_ID": "4242", "SLURM_JOB_NODELIST": "node[0-39]"}
+    own["STARTED"] = str(stubs / f"started-{uuid4()}")
     found = subprocess.run(
         ["bash", str(LAUNCH / script), *arguments],
         capture_output=True,
