@@ -94,8 +94,8 @@ class Evaluation:
         def answer() -> Sequence[Any]:
             with self._shown(f"{label} {task.name}", len(mine)) as progress:
                 told = lambda done, total: progress.update(done)  # noqa: E731
-                whole.append(run_task(task, mine, model, sheet, progress=told, share=True))
+                whole.append(run_task(task, mine, model, sheet, progress=told, whole=examples))
             return whole[0].items
 
         items = self._gathered(answer, f"{label}: answers to {task.name}")
-        return replace(whole[0], items=finished(task, items), settings=task.settings(examples))
+        return replace(whole[0], items=finished(task, items))

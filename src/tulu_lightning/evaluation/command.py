@@ -107,15 +107,14 @@ def _scored(task: Task, examples: Sequence[Example], model: Model, folder: Path,
     there: dict[str, Item] = together.gather(collect(sheet, head).items if together.first else {}, "finished items")[0]
     mine = share_of([each for each in examples if each.key not in there], together.rank, together.ranks)
     kept = sheet if together.ranks == 1 else rank_sheet(sheet, together.rank)
-    asked = list(examples) if together.ranks == 1 else mine
-    before = 0 if together.ranks == 1 else len(there)
+    before = len(there)
     with Progress(task.name, len(examples), unit="items", stream=None if together.first else io.StringIO()) as progress:
 
         def told(done: int, _total: int) -> None:
             progress.update(min(len(examples), before + done * together.ranks))
 
         def answer() -> TaskResult:
-            return run_task(task, asked, model, kept, settings.seed, told, share=True, whole=examples)
+            return run_task(task, mine, model, kept, settings.seed, told, whole=examples)
 
         own = together.run(answer, f"answers to {task.name}")
     for items in together.gather(own.items, f"answers to {task.name}"):

@@ -1,11 +1,9 @@
 """One `tulu eval` by several processes: torchrun's, or those that `--devices` starts. Items are dealt; the first process writes."""
 
-import json
 import os
 import subprocess
 import sys
 from collections.abc import Sequence
-from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -14,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from tulu_lightning.errors import InputError
-from tulu_lightning.evaluation.run import Sheet
+from tulu_lightning.evaluation.run import Sheet, read_items
 from tulu_lightning.rollout.together import ALONE, Together
 
 __all__ = ["collect", "join", "rank_sheet", "start"]
@@ -73,14 +71,7 @@ def collect(sheet: Path, head: dict[str, Any]) -> Sheet:
     whole = Sheet(sheet, head)
     parts = sorted(sheet.parent.glob(rank_sheet(sheet, 0).name.replace("rank0", "rank*")))
     for part in parts:
-        found = Sheet(None, head)
-        lines: list[Any] = []
-        for line in part.read_text(encoding="utf-8").splitlines():
-            with suppress(ValueError):
-                lines.append(json.loads(line))
-        if lines and lines[0] == head:
-            found.add(lines[1:])
-        whole.add([item for key, item in found.items.items() if key not in whole.items])
+        whole.add([item for key, item in read_items(part, head).items() if key not in whole.items])
     for part in parts:  # only now that what they hold stands in the whole
         part.unlink()
     return whole

@@ -16,7 +16,7 @@ from tulu_lightning.rollout.scoring import Job, PoolLimits, Scorer, response_tex
 from tulu_lightning.types import Completion, Sampling
 from tulu_lightning.verifiers.registry import Verifiers
 
-__all__ = ["Model", "Sheet", "finished", "head_of", "run_task"]
+__all__ = ["Model", "Sheet", "finished", "head_of", "read_items", "run_task"]
 
 CHUNK = 64
 """Examples between two writes: what a kill can cost."""
@@ -42,15 +42,8 @@ class Sheet:
     """
 
     def __init__(self, path: Path | None, head: dict[str, Any]) -> None:
-        self._path, self._head = path, head
-        self.items: dict[str, Item] = {}
-        lines: list[Any] = []
-        if path is not None and path.exists():
-            for line in path.read_text(encoding="utf-8").splitlines():
-                with suppress(ValueError):
-                    lines.append(json.loads(line))
-        if lines and lines[0] == head:
-            self.items = {item["key"]: item for item in lines[1:]}
+        self._path = path
+        self.items = {} if path is None else read_items(path, head)
         if path is not None:  # rewritten, so that half a line at its end does not spoil the next one
             path.parent.mkdir(parents=True, exist_ok=True)
             beside = path.with_name(f".{path.name}.tmp")
@@ -66,6 +59,16 @@ class Sheet:
                 file.writelines(json.dumps(item, ensure_ascii=False) + "\n" for item in items)
 
 
+def read_items(path: Path, head: dict[str, Any]) -> dict[str, Item]:
+    """The finished items of a sheet by key; none where it is not there, or belongs to something else."""
+    lines: list[Any] = []
+    if path.exists():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            with suppress(ValueError):
+                lines.append(json.loads(line))
+    return {item["key"]: item for item in lines[1:]} if lines and lines[0] == head else {}
+
+
 def run_task(
     task: Task,
     examples: Sequence[Example],
@@ -74,7 +77,6 @@ def run_task(
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
     *,
-    share: bool = False,
     whole: Sequence[Example] | None = None,
 ) -> TaskResult:
     """Score a model on a task.
@@ -89,8 +91,8 @@ def run_task(
         sheet: file of finished items; a run that finds them there goes on after them.
         seed: of the samples.
         progress: called with (finished, all) examples.
-        share: the examples are a rank's share of those asked: whoever puts the shares together calls `finished` on the whole.
-        whole: what they are a share of; the settings are then the whole's.
+        whole: what the examples are a rank's share of. The settings are the whole's then, and whoever puts the shares together
+            calls `finished`.
 
     Raises:
         InputError: the model has no chat template, or a prompt does not fit it.
@@ -121,7 +123,7 @@ def run_task(
         model=model.name,
         model_digest=model.digest,
         template=template,
-        items=tuple(items) if share else finished(task, items),
+        items=finished(task, items) if whole is None else tuple(items),
     )
 
 

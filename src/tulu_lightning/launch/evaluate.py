@@ -68,8 +68,8 @@ def main(argv: Sequence[str]) -> int:
     from tulu_lightning.evaluation.ranks import join, start
 
     models = [options.model, *([options.against] if options.against else [])]
-    check_models(models, tasks, options.template)
     if options.devices > 1:
+        check_models(models, tasks, options.template)  # once, and not by every process
         return start(options.devices, _without_devices(argv))
     settings = _settings(options)._replace(together=join())
     results = evaluate_models(models, tasks, examples, settings)

@@ -10,13 +10,12 @@ from tulu_lightning.errors import InputError
 
 __all__ = ["KNOWN", "find_architecture"]
 
-
 KNOWN = {
     "8B": Architecture(4096, 14336, 32, 4096, 1024, 128_256, False),
     "70B": Architecture(8192, 28672, 80, 8192, 1024, 128_256, False),
     "405B": Architecture(16384, 53248, 126, 16384, 1024, 128_256, False),
 }
-"""Llama 3.1, and what Tülu 3 made of it (config.json of meta-llama/Llama-3.1-*; section 1.2 of the fact sheet's models)."""
+"""Llama 3.1, and what Tülu 3 made of it (config.json of meta-llama/Llama-3.1-*)."""
 
 
 def find_architecture(path: str) -> Architecture:
