@@ -76,6 +76,10 @@ def test_the_key_comes_from_the_environment_and_is_told_to_the_server_alone(serv
         ((500, "boom", {}), 2, "HTTP 500: 'boom'"),
         ((503, "loading", {"Retry-After": "0"}), 2, "HTTP 503"),
         ((429, "busy", {}), 2, "HTTP 429"),
+        ((429, "no more today", {"Retry-After": "7200"}), 1, "asks to be left alone for 7,200 seconds"),
+        ((429, "then", {"Retry-After": "Fri, 01 Jan 2010 00:00:00 GMT"}), 2, "HTTP 429"),
+        ((429, "ever", {"Retry-After": "Tue, 01 Jan 2199 00:00:00 GMT"}), 1, "asks to be left alone for"),
+        ((429, "hm", {"Retry-After": "soon"}), 2, "HTTP 429"),
         ((404, "no model m", {}), 1, "HTTP 404: 'no model m'"),
         ((400, "too long", {}), 1, "HTTP 400"),
         ((200, "<html>", {}), 2, "is no chat completion"),
@@ -95,6 +99,15 @@ def test_a_server_that_fails_makes_the_outcome_error_after_the_tries_that_make_s
     assert judge(server.url, rubric="{response}")("x", "") == ERROR
     assert len(server.requests) == tries
     assert told in caplog.text
+
+
+@pytest.mark.parametrize(("asked", "pauses"), [(None, [8, 16, 30]), ("45", [45, 45, 45]), ("10", [10, 16, 30])])
+def test_a_pause_is_as_long_as_the_server_asks_or_doubles_to_half_a_minute(server, monkeypatch, asked, pauses):
+    waited = []
+    monkeypatch.setattr("tulu_lightning.verifiers.chat_server.time.sleep", waited.append)
+    server.replies = lambda request: (429, "busy", {"Retry-After": asked} if asked else {})
+    assert judge(server.url, retries=3, backoff_seconds=8.0, rubric="{response}")("x", "") == ERROR
+    assert waited == pauses
 
 
 def test_a_failure_that_passes_is_not_told(server, caplog):

@@ -4,6 +4,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
+from email.utils import parsedate_to_datetime
 from http.client import HTTPException
 from typing import Any, NamedTuple, TypeVar
 from urllib.error import HTTPError
@@ -18,6 +19,9 @@ ANSWER_BYTES = 1 << 20
 RETRIED = (408, 409, 425, 429)
 """HTTP statuses below 500 that may pass by themselves."""
 LONGEST_PAUSE = 30.0
+"""Seconds between two tries, where the server names none."""
+LONGEST_ASKED = 600.0
+"""Seconds that a server may ask for; one that asks for more is not waited for."""
 T = TypeVar("T")
 
 
@@ -115,9 +119,10 @@ def _request(url: str, body: Mapping[str, Any], seconds: float, api_key_env: str
             told = told.replace(key, "(the key)")  # some servers repeat it
         told = told[:200]
         again = error.code >= 500 or error.code in RETRIED
-        wait = (error.headers or {}).get("Retry-After", "")
-        pause = float(wait) if wait.isdecimal() else 0.0
-        raise RequestFailed(f"HTTP {error.code}: {told!r}", pause if again else None) from None
+        pause = _asked_pause((error.headers or {}).get("Retry-After", ""))
+        later = f", and asks to be left alone for {pause:,.0f} seconds" if pause > LONGEST_ASKED else ""
+        again = again and not later
+        raise RequestFailed(f"HTTP {error.code}: {told!r}{later}", pause if again else None) from None
     except (OSError, HTTPException) as error:
         raise RequestFailed(f"{getattr(error, 'reason', None) or error or type(error).__name__}", 0.0) from None
     except (ValueError, LookupError, TypeError) as error:
@@ -125,7 +130,7 @@ def _request(url: str, body: Mapping[str, Any], seconds: float, api_key_env: str
 
 
 def with_tries(once: Callable[[], T], retries: int, backoff_seconds: float) -> T:
-    """Call until it does not fail, with pauses that double.
+    """Call until it does not fail, with pauses that double, or as long as the server asks for.
 
     Raises:
         RequestFailed: the last try failed, or one for a reason that does not pass.
@@ -137,9 +142,19 @@ def with_tries(once: Callable[[], T], retries: int, backoff_seconds: float) -> T
         except RequestFailed as failure:
             if failure.pause is None or left == 0:
                 raise
-            time.sleep(min(LONGEST_PAUSE, max(failure.pause, pause)))
+            time.sleep(max(failure.pause, min(LONGEST_PAUSE, pause)))
             pause *= 2
     raise AssertionError("unreachable")
+
+
+def _asked_pause(header: str) -> float:
+    """Seconds of a Retry-After header, which has them or a date (RFC 9110, section 10.2.3); 0 for none."""
+    if header.isdecimal():
+        return float(header)
+    try:
+        return max(0.0, parsedate_to_datetime(header).timestamp() - time.time())
+    except ValueError:
+        return 0.0
 
 
 def _key(api_key_env: str | None) -> str:
