@@ -99,7 +99,8 @@ class Memory(threading.Thread):
 
 def measure(folder: Path, counts: list[int], processes: int) -> None:
     """One line for each number of rows."""
-    from tulu_lightning.data.decontaminate import evaluation_index, find, open_scan, verdicts
+    from tulu_lightning.data.decontaminate import verdicts
+    from tulu_lightning.data.decontaminate_scan import evaluation_index, find, open_scan
     from tulu_lightning.data.decontaminate_settings import Decontaminate, Evaluation
     from tulu_lightning.data.sources import Source, open_source
 

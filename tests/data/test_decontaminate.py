@@ -3,8 +3,13 @@
 import gzip
 import json
 import random
+import sys
 from dataclasses import replace
+from importlib import import_module
+from importlib.util import find_spec
 from itertools import product
+from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -13,9 +18,10 @@ import yaml
 from tulu_lightning import cli
 from tulu_lightning.assets import arithmetic
 from tulu_lightning.core import ngrams
-from tulu_lightning.data import decontaminate as module
-from tulu_lightning.data.decontaminate import evaluation_index, find, open_scan, rows_to_drop, verdicts
+from tulu_lightning.data import decontaminate_scan as module
+from tulu_lightning.data.decontaminate import rows_to_drop, verdicts
 from tulu_lightning.data.decontaminate_report import as_html, as_text, report_of
+from tulu_lightning.data.decontaminate_scan import evaluation_index, find, open_scan
 from tulu_lightning.data.decontaminate_settings import Decontaminate, Evaluation
 from tulu_lightning.data.ngram_index import Index, Set, write_index
 from tulu_lightning.data.overlap import Rule, literal_share, overlaps
@@ -141,12 +147,23 @@ def test_all_of_math_500_is_found_among_the_5000_problems(mode, short, hit, tmp_
         assert not left & {doc["problem"] for doc in test}
 
 
+def symbolic_rows(monkeypatch, count):
+    """Of reasoning-gym, read without its hundred other generators, each of which wants packages of its own."""
+    root = find_spec("reasoning_gym").submodule_search_locations[0]
+    for name in ("reasoning_gym", "reasoning_gym.arithmetic"):
+        bare = ModuleType(name)
+        bare.__path__ = [str(Path(root, *name.split(".")[1:]))]
+        monkeypatch.setitem(sys.modules, name, bare)
+    import_module("reasoning_gym.coaching")  # first, as the package itself does: the two import each other
+    made = import_module("reasoning_gym.arithmetic.gsm_symbolic.gsm_symbolic")
+    return list(made.GSMSymbolicDataset(made.GSMSymbolicDatasetConfig(size=count, seed=1)))
+
+
 @needs_package
-def test_generated_grade_school_rows_are_held_against_gsm8k(tmp_path):
+@pytest.mark.skipif(find_spec("reasoning_gym") is None, reason="reasoning-gym is not installed")
+def test_generated_grade_school_rows_are_held_against_gsm8k(tmp_path, monkeypatch):
     """GSM-symbolic's templates were made of GSM8K's test questions; what repeats half of one in 8-grams is told."""
-    gym = pytest.importorskip("reasoning_gym")
-    made = gym.create_dataset("gsm_symbolic", size=2000, seed=1)
-    rows = [chat(made[number]["question"], made[number]["answer"]) for number in range(2000)]
+    rows = [chat(row["question"], row["answer"]) for row in symbolic_rows(monkeypatch, 2000)]
     against = Evaluation(
         "gsm8k", path=jsonl(tmp_path / "test.jsonl", docs_of("gsm8k/gold_bpb_5shot")), fields=["question"]
     )

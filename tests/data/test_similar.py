@@ -10,8 +10,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tulu_lightning.data import similar as module
-from tulu_lightning.data.decontaminate import evaluation_index, find, open_scan, rows_to_drop, verdicts
+from tulu_lightning.data.decontaminate import rows_to_drop, verdicts
 from tulu_lightning.data.decontaminate_report import as_text, report_of
+from tulu_lightning.data.decontaminate_scan import evaluation_index, find, open_scan
 from tulu_lightning.data.decontaminate_settings import Decontaminate, Evaluation
 from tulu_lightning.data.sft import SFTData
 from tulu_lightning.data.similar import similar

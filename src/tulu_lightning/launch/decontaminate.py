@@ -13,17 +13,9 @@ from typing import Any
 from jsonargparse import ArgumentParser
 
 from tulu_lightning.data.base import StepData
-from tulu_lightning.data.decontaminate import (
-    Findings,
-    Scan,
-    evaluation_index,
-    find,
-    open_scan,
-    processes_of,
-    rows_to_drop,
-    verdicts,
-)
+from tulu_lightning.data.decontaminate import rows_to_drop, verdicts
 from tulu_lightning.data.decontaminate_report import as_html, as_text, report_of
+from tulu_lightning.data.decontaminate_scan import Findings, Scan, evaluation_index, find, open_scan, processes_of
 from tulu_lightning.data.decontaminate_settings import Decontaminate
 from tulu_lightning.data.decontaminate_texts import turns_of
 from tulu_lightning.data.sources import Source, open_source
