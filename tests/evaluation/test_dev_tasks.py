@@ -12,7 +12,6 @@ from transformers import AutoTokenizer
 
 from tulu_lightning.data import chat
 from tulu_lightning.errors import InputError
-from tulu_lightning.evaluation import rows
 from tulu_lightning.evaluation.asking import Asker
 from tulu_lightning.evaluation.bbh_answer import BBHAnswer, answer_of
 from tulu_lightning.evaluation.contains import ContainsAny
@@ -22,23 +21,6 @@ from tulu_lightning.evaluation.suite import SUITES, find_task, find_tasks
 from tulu_lightning.evaluation.tasks.bbh import SUBTASKS, shots_of
 from tulu_lightning.evaluation.tasks.popqa import RELATIONS
 from tulu_lightning.types import Completion
-
-
-@pytest.fixture(autouse=True)
-def no_files(monkeypatch):
-    monkeypatch.setattr(rows, "_given", {})
-
-
-@pytest.fixture
-def give(tmp_path):
-    """Write rows and have a data set read them."""
-
-    def write(name, content):
-        path = tmp_path / f"{name}.jsonl"
-        path.write_text("".join(json.dumps(row) + "\n" for row in content), encoding="utf-8")
-        use_file(name, path)
-
-    return write
 
 
 class Fixed:

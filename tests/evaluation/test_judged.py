@@ -13,12 +13,12 @@ from transformers import AutoTokenizer
 from tulu_lightning.core.stats import bootstrap
 from tulu_lightning.data import chat
 from tulu_lightning.errors import InputError
-from tulu_lightning.evaluation import alpaca_judge, judges, rows
+from tulu_lightning.evaluation import alpaca_judge, judges
 from tulu_lightning.evaluation.alpaca_judge import AlpacaJudge, messages_of, preference_of, switched
 from tulu_lightning.evaluation.asking import Asker
 from tulu_lightning.evaluation.judges import use_judge
 from tulu_lightning.evaluation.length_control import Comparison, fit_l1, length_controlled
-from tulu_lightning.evaluation.rows import package_file, use_file
+from tulu_lightning.evaluation.rows import package_file
 from tulu_lightning.evaluation.run import Model, finished, run_task
 from tulu_lightning.evaluation.safety_judge import Reading, SafetyJudge, by_keywords, read_guard
 from tulu_lightning.evaluation.suite import find_task, find_tasks
@@ -36,7 +36,6 @@ TEMPLATE = (
 
 @pytest.fixture(autouse=True)
 def nothing_named(monkeypatch):
-    monkeypatch.setattr(rows, "_given", {})
     monkeypatch.setattr(judges, "_named", {})
     monkeypatch.setattr(judges, "RETRIES", 0)
 
@@ -47,16 +46,6 @@ def server():
     yield made
     made.http.shutdown()
     made.http.server_close()
-
-
-@pytest.fixture
-def give(tmp_path):
-    def write(name, content):
-        path = tmp_path / f"{name}.json"
-        path.write_text(json.dumps(content), encoding="utf-8")
-        use_file(name, path)
-
-    return write
 
 
 @pytest.fixture(scope="module")
@@ -241,7 +230,7 @@ def test_alpaca_eval_scores_items_whose_mean_is_the_length_controlled_win_rate(s
     gamed = [Comparison(g["preference"], g["std_delta_len"], g["instruction_difficulty"]) for g in gamed_rows()]
     assert found.score == pytest.approx(length_controlled(own, gamed).win_rate)
     shares = [task.examples()[:2], task.examples()[2:]]
-    parts = [run_task(task, share, says("my own answer"), share=True) for share in shares]
+    parts = [run_task(task, share, says("my own answer"), whole=task.examples()) for share in shares]
     assert finished(task, [item for part in parts for item in part.items]) == found.items
     plain = find_task("alpaca_eval_raw")
     assert run_task(plain, plain.examples(), says("my own answer")).score == pytest.approx(sum(raw) / 4)

@@ -5,25 +5,9 @@ import json
 import pytest
 
 from tulu_lightning.errors import InputError
-from tulu_lightning.evaluation import rows
 from tulu_lightning.evaluation.math_expression import MathExpression, stated
-from tulu_lightning.evaluation.rows import package_file, use_file
+from tulu_lightning.evaluation.rows import package_file
 from tulu_lightning.evaluation.suite import SUITES, find_task, find_tasks
-
-
-@pytest.fixture(autouse=True)
-def no_files(monkeypatch):
-    monkeypatch.setattr(rows, "_given", {})
-
-
-@pytest.fixture
-def give(tmp_path):
-    def write(name, content):
-        path = tmp_path / f"{name}.json"
-        path.write_text(json.dumps(content), encoding="utf-8")
-        use_file(name, path)
-
-    return write
 
 
 def text(example):
