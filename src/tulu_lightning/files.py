@@ -1,12 +1,23 @@
 """Files and folders that are whole or not there, also after a kill or a power cut."""
 
 import hashlib
+import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-__all__ = ["content_digest", "of_the_disk", "put_in_place", "remove", "remove_whole", "sync", "write_whole"]
+__all__ = [
+    "content_digest",
+    "of_the_disk",
+    "put_in_place",
+    "remove",
+    "remove_whole",
+    "sync",
+    "write_rows",
+    "write_whole",
+]
 
 FULL_BYTES = 8 << 30
 """Files of up to this size in all are read in full for a digest."""
@@ -19,6 +30,11 @@ def write_whole(path: Path, text: str) -> None:
     beside = path.with_name(f".{path.name}.tmp")
     beside.write_text(text, encoding="utf-8")
     beside.replace(path)
+
+
+def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Write JSON lines as `write_whole` does."""
+    write_whole(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def put_in_place(beside: Path, path: Path) -> None:

@@ -48,15 +48,20 @@ def _constrained(number: int, row: Mapping[str, Any], seed: int, kinds: Sequence
         raise InputError(f"constrained: row {number}", "it has no user turn to add constraints to", remedy)
     prompt = messages[-1]["content"]
     drawn = _draw(Dice(seed, number, prompt), prompt, kinds)
-    asked = " ".join(constraint.text for constraint in drawn)
-    text = f"{prompt}\n\n{asked}" if "\n" in prompt else f"{prompt} {asked}"
+    text = with_sentences(prompt, [constraint.text for constraint in drawn])
     return {
         "messages": [*messages[:-1], {**messages[-1], "content": text}],
         "ground_truth": ground_truth(text, drawn),
         "verifier": "ifeval",
         "dataset": "ifeval",
-        "constraint": asked,
+        "constraint": " ".join(constraint.text for constraint in drawn),
     }
+
+
+def with_sentences(prompt: str, sentences: Sequence[str]) -> str:
+    """A prompt with what is asked of its answer behind it; a paragraph of its own where the prompt has lines."""
+    gap = "\n\n" if "\n" in prompt else " "
+    return prompt + gap + " ".join(sentences)
 
 
 def draw_constraints(seed: object, prompt: str, kinds: Sequence[str], at_most: int = AT_MOST) -> list[Constraint]:

@@ -39,12 +39,12 @@ def shingles(texts: Sequence[str], n: int = 3) -> list[Array]:
     for index, own in enumerate(grouped):
         if counts[index] < n:
             piece = tokens.tokens_T[ends[index] - counts[index] : ends[index]]
-            own = np.array([hash_of(piece)], np.uint64) if len(piece) else np.zeros(0, np.uint64)
+            own = np.array([_hash_of(piece)], np.uint64) if len(piece) else np.zeros(0, np.uint64)
         result.append(np.unique(own))
     return result
 
 
-def hash_of(tokens: Array) -> int:
+def _hash_of(tokens: Array) -> int:
     """One number of a short run of tokens."""
     value = len(tokens)
     for token in tokens.tolist():

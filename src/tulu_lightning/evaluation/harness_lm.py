@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from lightning.fabric.utilities.apply_func import move_data_to_device
 from lm_eval.api.model import TemplateLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from torch.nn.functional import log_softmax
@@ -130,14 +131,7 @@ class HarnessLM(TemplateLM):
     @torch.no_grad()
     def _pass(self, part: Sequence[tuple[Document, list[int]]]) -> dict[int, tuple[float, bool]]:
         model = self._model
-        made = pack([document for document, _ in part])
-        made = made._replace(
-            **{
-                name: getattr(made, name).to(self.device)
-                for name, value in made._asdict().items()
-                if torch.is_tensor(value)
-            }
-        )
+        made = move_data_to_device(pack([document for document, _ in part]), self.device)
         hidden_ND = model.source_hidden(model.lm.get_decoder(), made)  # type: ignore[arg-type]
         head: Any = model.lm.get_output_embeddings()
         sums, greedy = torch.zeros(len(made.spans), dtype=torch.float64), torch.ones(len(made.spans), dtype=torch.bool)

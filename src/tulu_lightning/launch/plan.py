@@ -140,10 +140,14 @@ def _text(told: dict[str, Any], plan: Planned) -> str:
         lines += [f"  {e['change']}: {bytes_text(e['total'])} ({e['cost']})" for e in told["would_fit"]]
         if not told["would_fit"] or told["would_fit"][-1]["total"] > told["available"]:
             lines.append("  and it still does not: train adapters (model.backbone.lora.r=16), or a smaller model.")
-    lines.append("")
+    return "\n".join([*lines, "", *_course(told, plan)])
+
+
+def _course(told: dict[str, Any], plan: Planned) -> list[str]:
+    """Steps, time and disk."""
     what = "batches of rollouts" if plan.sizes.samples else "steps"
     steps = "?" if told["steps"] is None else f"{told['steps']:,}"
-    lines.append(f"tokens a step: at most {told['tokens_per_step']:,}; {what}: {steps}")
+    lines = [f"tokens a step: at most {told['tokens_per_step']:,}; {what}: {steps}"]
     if told["steps"] is None:
         lines.append("  how many rows there are cannot be told without reading them: give --rows")
     if told["seconds_per_step"]:
@@ -153,12 +157,10 @@ def _text(told: dict[str, Any], plan: Planned) -> str:
             lines[-1] += f"; the run {duration(low * told['steps'])} to {duration(high * told['steps'])}"
         length = told["assumed"]["tokens_per_row"]
         lines.append(f"  taken for granted: {MFU[0]:.0%} to {MFU[1]:.0%} of the peak, rows of {length:,} tokens")
-    size = told["disk"]
-    lines.append(
-        f"disk: {bytes_text(size['checkpoint'])} a checkpoint, {bytes_text(size['export'])} an export, {bytes_text(size['total'])} at most "
-        f"at once ({bytes_text(shutil.disk_usage('.').free)} are free here)"
-    )
-    return "\n".join(lines)
+    size = {name: bytes_text(many) for name, many in told["disk"].items()}
+    free = bytes_text(shutil.disk_usage(".").free)
+    kept = f"{size['checkpoint']} a checkpoint, {size['export']} an export"
+    return [*lines, f"disk: {kept}, {size['total']} at most at once ({free} are free here)"]
 
 
 def _count(number: float) -> str:

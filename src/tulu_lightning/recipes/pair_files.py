@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from tulu_lightning.errors import InputError
-from tulu_lightning.files import write_whole
+from tulu_lightning.files import write_rows
 from tulu_lightning.recipes.making.parquet import columns_of, write_parquet
 
 __all__ = ["check_output", "write_pairs"]
@@ -40,7 +40,7 @@ def write_pairs(path: Path, rows: Sequence[Mapping[str, Any]], kind: str, needed
     if (rows or needed) and kind == "parquet":
         write_parquet(path.with_suffix(".parquet"), rows, columns_of([rows]))
     elif rows or needed:
-        write_whole(path.with_suffix(".jsonl"), "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        write_rows(path.with_suffix(".jsonl"), rows)
     for suffix in ("jsonl", "parquet"):
         if suffix != kind or not (rows or needed):
             path.with_suffix(f".{suffix}").unlink(missing_ok=True)

@@ -185,7 +185,6 @@ def _rows(
 ) -> list[dict[str, Any]]:
     rows = []
     for number, answer in enumerate(made):
-        cost = (answer.prompt_tokens * model.price_prompt + answer.tokens * model.price_tokens) / 1e6
         row = {
             "key": _key(ask.key, model.name, number),
             "prompt_key": ask.key,
@@ -199,7 +198,7 @@ def _rows(
             "finish": answer.finish,
             "prompt_tokens": answer.prompt_tokens,
             "tokens": answer.tokens,
-            "cost": cost,
+            "cost": model.cost(answer),
         }
         if ask.checks:
             row["checks"] = [{"verifier": c.verifier, "ground_truth": c.target, "weight": c.weight} for c in ask.checks]

@@ -213,7 +213,7 @@ def _ask(config: JudgeConfig, model: Model, groups: Sequence[list[dict[str, Any]
                 call.group, model.name, call.aspect, call.round, call.order,
                 read_ratings(answer.text, len(call.group)),
             )  # fmt: skip
-            cost = (answer.prompt_tokens * model.price_prompt + answer.tokens * model.price_tokens) / 1e6
+            cost = model.cost(answer)
             store.add([{**row, "answer": answer.text, "finish": answer.finish, "tokens": answer.tokens, "cost": cost}])
             done += 1
             progress.update(done)

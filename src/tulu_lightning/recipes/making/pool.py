@@ -67,6 +67,10 @@ class Model:
             value = getattr(self, name)
             require(value is None or value > 0, f"{where}.{name}", value, "Use a number above 0.")
 
+    def cost(self, answer: "Answer") -> float:
+        """Of an answer and its prompt, in the currency of the prices."""
+        return (answer.prompt_tokens * self.price_prompt + answer.tokens * self.price_tokens) / 1e6
+
 
 @dataclass(frozen=True)
 class Decoding:

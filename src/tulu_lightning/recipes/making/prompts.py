@@ -16,7 +16,7 @@ from tulu_lightning.core.settings import require
 from tulu_lightning.data.constraints import constrained
 from tulu_lightning.data.prompt_source import PromptSource
 from tulu_lightning.errors import InputError
-from tulu_lightning.files import write_whole
+from tulu_lightning.files import write_rows, write_whole
 from tulu_lightning.recipes.config import read_config
 from tulu_lightning.recipes.making.asks import Ask, own_verifiers, prompt_key, read_asks
 from tulu_lightning.verifiers.registry import Verifier, Verifiers
@@ -85,7 +85,7 @@ def make_prompts(config: PromptsConfig) -> dict[str, Any]:
     out.parent.mkdir(parents=True, exist_ok=True)
     for path, part in ((out, kept), (out.with_name("held_out.jsonl"), held)):
         if part:
-            write_whole(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in part))
+            write_rows(path, part)
     summary = {
         "stage": "prompts",
         "prompts": len(kept),

@@ -12,12 +12,12 @@ from typing import Any, Literal
 
 from tulu_lightning.assets.constraints import DRAWS, Constraint, Dice, ground_truth
 from tulu_lightning.core.settings import require
-from tulu_lightning.data.constraints import draw_constraints
+from tulu_lightning.data.constraints import draw_constraints, with_sentences
 from tulu_lightning.errors import InputError, nearest
 from tulu_lightning.verifiers.code import program_of
 from tulu_lightning.verifiers.registry import check_target
 
-__all__ = ["SKILLS", "Skill", "Written", "filled", "known_skill", "read_request"]
+__all__ = ["SKILLS", "Skill", "Written", "filled", "read_request"]
 
 PERSONA = "{persona}"
 UNFIT = "combination:repeat_prompt"
@@ -166,11 +166,6 @@ class Written:
     """Empty if it can be used."""
 
 
-def known_skill(skill: Skill) -> bool:
-    """Whether a built-in skill has the name."""
-    return skill.name in SKILLS
-
-
 def filled(skill: Skill, persona: str, example: str) -> str:
     """What the writer of requests is told. Braces in persona and example stay as they are."""
     assert skill.ask is not None
@@ -194,8 +189,7 @@ def read_request(skill: Skill, answer: str, finish: str, seed: str) -> Written:
     if skill.check != "constraints":
         return Written(text, text)
     drawn = draw_constraints(seed, text, skill.kinds, skill.constraints)
-    asked = " ".join(each.text for each in drawn)
-    whole = f"{text}\n\n{asked}" if "\n" in text else f"{text} {asked}"
+    whole = with_sentences(text, [each.text for each in drawn])
     return Written(whole, text, [(each.id, each.arguments, each.text) for each in drawn])
 
 

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 from tulu_lightning.assets.constraints import Dice
 from tulu_lightning.core.settings import require
 from tulu_lightning.core.step_plan import mix_seed
+from tulu_lightning.data.constraints import with_sentences
 from tulu_lightning.data.decontaminate_settings import Decontaminate
 from tulu_lightning.data.sources import Source, load
 from tulu_lightning.errors import InputError
@@ -228,7 +229,7 @@ def _told(model: Model, who: Mapping[str, Any], answer: Answer, seed: int) -> di
         "seed": seed,
         "prompt_tokens": answer.prompt_tokens,
         "tokens": answer.tokens,
-        "cost": (answer.prompt_tokens * model.price_prompt + answer.tokens * model.price_tokens) / 1e6,
+        "cost": model.cost(answer),
     }
 
 
@@ -272,8 +273,7 @@ def relaxed(written: Written, key: str) -> str:
     """The request without one of its constraints, drawn by its key."""
     gone = Dice(key, "relaxed").below(len(written.constraints))
     kept = [text for place, (_, _, text) in enumerate(written.constraints) if place != gone]
-    gap = "\n\n" if "\n" in written.bare else " "
-    return f"{written.bare}{gap}{' '.join(kept)}"
+    return with_sentences(written.bare, kept)
 
 
 def _show(config: SynthesizeConfig, skills: Sequence[Skill], slots: Sequence[_Slot]) -> None:

@@ -2,7 +2,7 @@
 
 import json
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,7 +10,7 @@ from tulu_lightning.assets.constraints import Constraint, ground_truth
 from tulu_lightning.core.majority import majority
 from tulu_lightning.data.near_duplicates import near_duplicates
 from tulu_lightning.data.sources import Source, load
-from tulu_lightning.files import write_whole
+from tulu_lightning.files import write_rows
 from tulu_lightning.recipes.making.skills import Skill, Written
 from tulu_lightning.rollout.scoring import Job, Scorer
 from tulu_lightning.verifiers.math_extract import stated
@@ -56,12 +56,12 @@ def finish(
         kept = _different(config, kept, left)
         kept = _clean(config, kept, out, left)
         pairs = _pairs(kept, answers, scorer, left) if config.relax else []
-    _write(out / "sft.jsonl", (_sft(each) for each in kept))
-    _write(out / "rlvr.jsonl", (_rlvr(each) for each in kept if each.target))
+    write_rows(out / "sft.jsonl", (_sft(each) for each in kept))
+    write_rows(out / "rlvr.jsonl", (_rlvr(each) for each in kept if each.target))
     if config.relax:
-        _write(out / "pairs.jsonl", pairs)
+        write_rows(out / "pairs.jsonl", pairs)
     of = {row["key"]: row for row in requests}
-    _write(out / "left_out.jsonl", ({"key": key, "reason": why, **_about(of, key)} for key, why in left.items()))
+    write_rows(out / "left_out.jsonl", ({"key": key, "reason": why, **_about(of, key)} for key, why in left.items()))
     summary = _summary(skills, requests, answers, kept, pairs, left)
     _tell(summary, out)
     return summary
@@ -180,7 +180,7 @@ def _clean(config: Any, kept: Sequence[Kept], out: Path, left: dict[str, str]) -
     if config.decontaminate is None or not kept:
         return list(kept)
     path = out / "candidates.jsonl"
-    _write(path, ({**_sft(each), "key": each.key} for each in kept))
+    write_rows(path, ({**_sft(each), "key": each.key} for each in kept))
     rows = load(Source("synthesized", path=str(path), decontaminate=config.decontaminate))
     clean = {row["key"] for row in rows}
     path.unlink()
@@ -230,10 +230,6 @@ def _rlvr(each: Kept) -> dict[str, Any]:
         "source": f"personas/{each.skill}",
     }
     return row if each.share is None else {**row, "agreement": each.share}
-
-
-def _write(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    write_whole(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def _about(of: Rows, key: str) -> dict[str, Any]:
