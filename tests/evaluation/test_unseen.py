@@ -173,11 +173,6 @@ def test_checkers_that_are_not_there_are_told(monkeypatch):
         find_task("ifeval_ood").examples()
 
 
-def test_href_says_that_it_cannot_be_made():
-    with pytest.raises(InputError, match=r"task href: .*Leave it out: --suite gpqa mmlu_pro agieval deepmind_math"):
-        find_task("href").examples()
-
-
 def test_sets_that_no_hub_has_say_where_to_get_them():
     with pytest.raises(InputError, match=r"on no hub.*ruixiangcui/AGIEval.* Then --data agieval=FILE"):
         find_task("agieval").examples()

@@ -23,6 +23,8 @@ KEY = "TULU_JUDGE_KEY"
 """Environment variable with the key of a judge's server, where it wants one."""
 JUDGED: Mapping[str, str] = {
     "alpaca_eval": "--judge alpaca_eval=gpt-4-1106-preview@https://api.openai.com/v1, or a server of your own",
+    "href": "--judge href=meta-llama/Llama-3.1-70B-Instruct@http://localhost:8000/v1",
+    "href_similarity": "--judge href_similarity=FacebookAI/roberta-large, or a folder of it",
     "safety": "--judge safety=allenai/wildguard@http://localhost:8000/v1, a folder of WildGuard, or safety=keywords",
 }
 """Names of the judges that tasks have, with what would name one."""

@@ -1,32 +1,38 @@
-"""HREF (Lyu et al. 2024): named, so that the suite says what is missing of it.
+"""HREF (Lyu et al. 2024): eleven kinds of instructions that people answered too, against Llama-3.1-405B-Instruct's answers.
 
-Tülu 3 scores 11 kinds of instructions against Llama-3.1-405B-Instruct's answers: two kinds by the similarity of RoBERTa
-embeddings, two by Llama-3.1-70B-Instruct alone, seven by it with a human reference. The judge's prompts and the baseline's
-answers are in no package or data set that could be read here, and other ones would make another score.
+Tülu 3 scores two kinds by the similarity of RoBERTa embeddings to a person's answer, two by a judge alone (Llama-3.1-70B-Instruct), and
+seven by it with the person's answer in view. The score is wins and half of the ties among all instructions.
 """
 
-from collections.abc import Sequence
+import json
 
-from tulu_lightning.errors import InputError
-from tulu_lightning.evaluation.suite import SUITES
+from tulu_lightning.errors import InputError, nearest
+from tulu_lightning.evaluation.href_judge import METHODS, HrefJudge
+from tulu_lightning.evaluation.rows import DataSet
 from tulu_lightning.evaluation.task import Example, Row, Task, Turn
 
-__all__ = ["HREF"]
+__all__ = ["DATA", "HREF"]
+
+DATA = DataSet(name="href", hub="allenai/href", split="dev")
 
 
-def _rows() -> Sequence[Row]:
-    what = "its judge's prompts and its baseline's answers are not to be had, so its score cannot be made here"
-    others = " ".join(name for name in SUITES["tulu3_unseen"] if name != "href")
-    raise InputError("task href", what, f"Leave it out: --suite {others}, and run github.com/allenai/href for it.")
+def _example(row: Row, place: int) -> Example:
+    if row["category"] not in METHODS:
+        what = f"there is no category {row['category']!r}"
+        raise InputError(f"data set href, row {place + 1}", what, nearest(str(row["category"]), METHODS))
+    target = {name: row[name] for name in ("instruction", "category", "reference")} | {"baseline": row["output"]}
+    turns = (Turn("user", row["instruction"]),)
+    return Example(f"href/{place}", turns, json.dumps(target, ensure_ascii=False), row["category"])
 
 
 HREF = Task(
     name="href",
     version=1,
     skill="Chat",
-    rows=_rows,
-    example=lambda row, place: Example(f"href/{place}", (Turn("user", row["instruction"]),), ""),
-    verifier="exact",
+    rows=DATA.read,
+    example=_example,
+    verifier="href_judge",
+    own=HrefJudge(),
     metric="win rate",
-    source="Tülu 3, table 24",
+    source="Tülu 3, table 24; github.com/allenai/href for the kinds and how each is judged",
 )
