@@ -57,6 +57,47 @@ def test_groups_count_the_same_whatever_their_size():
     assert gain(pairs, 0.95).low == pytest.approx(0.47, abs=0.011)
 
 
+CHANCE = 2
+"""Variance of the items that are gained and lost by chance in a resample, before it is divided by n squared."""
+
+
+def width(spread):
+    """Of a 95% interval."""
+    return 2 * 1.96 * spread
+
+
+def test_groups_of_two_vary_as_two_draws_do():
+    # 57 groups, in each one item gained and one not: s² = 1/2 a group, so the mean of means has variance 57 (1/2 / 2) / 57².
+    # Redrawn as they are, two items have half of that.
+    pairs = Paired([0.0] * 114, [1.0, 0.0] * 57, [str(i // 2) for i in range(114)])
+    found = gain(pairs, 0.95)
+    assert found.difference == pytest.approx(0.5)
+    assert found.high - found.low == pytest.approx(width(math.sqrt(0.25 / 57 + CHANCE / 114**2)), rel=0.03)
+
+
+def test_groups_of_one_vary_as_much_as_they_differ():
+    # 57 groups of one, 25 of them gained: as 57 items of one group, p (1 - p) / 56.
+    pairs = Paired([0.0] * 57, [1.0] * 25 + [0.0] * 32, [str(i) for i in range(57)])
+    found = gain(pairs, 0.95)
+    assert found.difference == pytest.approx(25 / 57)
+    spread = math.sqrt(25 / 57 * 32 / 57 / 56 + CHANCE / 57**2)
+    assert found.high - found.low == pytest.approx(width(spread), rel=0.03)
+
+
+def test_a_lone_group_of_one_varies_as_the_smallest_other_does():
+    # Means 1 (of one item), 1/2 (of two) and 0 (of four): their mean 1/2. The one item stands for {1, 1, 0}: variance 1/3.
+    # The two have s² = 1/2, so 1/4; the four do not vary. All over 3².
+    pairs = Paired([0.0] * 7, [1.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0], ["a", "b", "b", "c", "c", "c", "c"])
+    found = gain(pairs, 0.95)
+    assert found.difference == pytest.approx(0.5)
+    assert found.high - found.low == pytest.approx(width(math.sqrt((1 / 3 + 1 / 4) / 9 + CHANCE / 49)), rel=0.1)
+
+
+def test_one_item_alone_says_little():
+    found = gain(Paired([0.0], [1.0], ["a"]), 0.95)
+    assert found.low <= 0 < found.high
+
+
 def test_the_same_scores_give_the_same_interval():
     pairs = outcomes(30, 20, 300)
     assert gain(pairs, 0.99) == gain(pairs, 0.99)
@@ -165,6 +206,31 @@ def test_many_looks_without_a_gain_promote_no_oftener_than_the_level_says(spendi
     # At most 2.5% of 80 runs, 2; a binomial count of that mean exceeds 7 with a chance of 0.1%.
     rule = PromotionRule(spending=spending, min_items=100)
     assert false_promotions(rule, looks=6, runs=80, seed=2) <= 7
+
+
+def promoted_by_chance(sizes, runs, seed):
+    """How often two checkpoints of one skill differ "beyond chance" in the mean of groups' means, at a level of 10%."""
+    rng = np.random.default_rng(seed)
+    groups = [str(number) for number, size in enumerate(sizes) for _ in range(size)]
+    rule = PromotionRule(confidence=0.8, min_items=1)
+    count = 0
+    for _ in range(runs):
+        hard = rng.beta(1, 1, len(groups))
+        before, after = ((rng.random(len(groups)) < hard).astype(float).tolist() for _ in range(2))
+        count += rule.judge({"held-out": Paired(before, after, groups)}, Look()).promote
+    return count
+
+
+def test_few_items_a_group_promote_no_oftener_than_the_level_says():
+    # A binomial count of 60 runs at 10% exceeds 13 with a chance of 0.4%; redrawn as they were, these groups gave 14 (now 6).
+    assert promoted_by_chance([1] * 30 + [2] * 20, runs=60, seed=1) <= 13
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sizes", [[1] * 57, [2] * 57, [1] * 17 + [2] * 20 + [3] * 10 + [8] * 6])
+def test_the_rate_with_few_items_a_group_over_many_runs(sizes):
+    # Three standard errors above 10%, of 300 runs.
+    assert promoted_by_chance(sizes, runs=300, seed=2) <= 30 + 3 * math.sqrt(300 * 0.1 * 0.9)
 
 
 @pytest.mark.slow

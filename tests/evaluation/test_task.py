@@ -8,7 +8,8 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from tulu_lightning.core.stats import bootstrap, paired_bootstrap, wilson
+from tulu_lightning.core.gain import Paired, gain
+from tulu_lightning.core.stats import bootstrap, wilson
 from tulu_lightning.data import chat
 from tulu_lightning.errors import InputError
 from tulu_lightning.evaluation.asking import Asker, answer_text
@@ -94,24 +95,25 @@ def test_macro_counts_groups_and_micro_items():
 def test_intervals():
     assert result([1.0, 0.0, 1.0]).interval == wilson(2, 3)
     halves = [0.5, 0.25, 1.0, 0.0] * 20
-    assert result(halves).interval == bootstrap(halves)[1:]
-    low, high = result([1.0, 0.0] * 50, ["a", "b"] * 50, "macro").interval
-    assert (low, high) == (0.5, 0.5), "within each group nothing varies"
+    _, low, high = bootstrap(halves)
+    assert result(halves).interval == pytest.approx((low, high), abs=0.01)
+    assert result([0.0] * 9 + [0.001]).interval[0] == 0.0, "a score is not below 0"
+    low, high = result([0.5] * 20).interval
+    assert low < 0.5 < high, "twenty equal scores are no certainty"
 
 
-def test_a_bootstrap_within_groups_has_the_spread_of_stratified_draws():
-    """Two groups of 40 and 10 coins: the variance of the mean of means is the mean of p(1-p)/n over 2^2."""
-    values, groups = [1.0, 0.0] * 20 + [1.0, 0.0] * 5, ["a"] * 40 + ["b"] * 10
-    mean, low, high = bootstrap(values, groups)
-    spread = math.sqrt((0.25 / 40 + 0.25 / 10) / 4)
-    assert mean == 0.5
-    assert high - low == pytest.approx(2 * 1.96 * spread, rel=0.1)
+def test_an_interval_over_groups_has_the_spread_of_stratified_draws():
+    """Two groups of 40 and 10 coins: the variance of the mean of means is the mean of s²/n over 2², s² = p(1-p) n/(n-1)."""
+    scores, groups = [1.0, 0.0] * 20 + [1.0, 0.0] * 5, ["a"] * 40 + ["b"] * 10
+    low, high = result(scores, groups, "macro").interval
+    spread = math.sqrt((0.25 / 39 + 0.25 / 9) / 4 + 2 / 50**2)  # the last: an item gained or lost by chance
+    assert high - low == pytest.approx(2 * 1.96 * spread, rel=0.05)
 
 
 def test_a_paired_difference_is_over_the_same_items():
     before, after = result([0.0, 1.0, 0.0, 0.0] * 30), result([1.0, 1.0, 0.0, 0.0] * 30)
     found = compare_results(before, after)
-    assert (found.difference, found.low, found.high) == paired_bootstrap(before.per_item, after.per_item)
+    assert (found.difference, found.low, found.high) == gain(Paired(before.per_item, after.per_item), 0.95)
     assert found.n == 120
 
 

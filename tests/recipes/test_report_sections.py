@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,8 @@ import yaml
 from made_run import dump, scores, write_run
 from pages import Page, traces_of
 
-from tulu_lightning.core.stats import paired_bootstrap
+from tulu_lightning.core.gain import Paired, gain
+from tulu_lightning.evaluation.result import TaskResult, compare_results
 from tulu_lightning.recipes.records import RunRecord, Scores, StageRecord, read_run
 from tulu_lightning.recipes.report import main, render
 from tulu_lightning.recipes.report_alerts import find_alerts
@@ -20,7 +22,7 @@ from tulu_lightning.recipes.report_cost import phases
 from tulu_lightning.recipes.report_data import data_part
 from tulu_lightning.recipes.report_samples import Column, columns, pick_prompts, samples_section
 from tulu_lightning.recipes.report_tasks import checkpoints, compared, matched, task_table
-from tulu_lightning.recipes.score_records import Sample
+from tulu_lightning.recipes.score_records import Sample, paired_gain, read_scores
 
 EMPTY = StageRecord("sft", None, (), None, None, None, None)
 
@@ -199,11 +201,44 @@ def test_the_difference_of_two_runs_is_paired_by_prompt():
     one = EMPTY._replace(after=task(0.75, per_item=here))
     two = EMPTY._replace(after=task(0.5, per_item=there))
     table = compared(run_of(one), run_of(two, name="q"), ("r", "q"))
-    _, low, high = paired_bootstrap(there, here)
+    _, low, high = gain(Paired(there, here), 0.95)
     assert "+25.0 pts" in table
     assert f"{100 * low:+.1f} to {100 * high:+.1f}, paired" in table
     other = EMPTY._replace(after=task(0.5, "b", per_item=there))
     assert "other settings" in compared(run_of(one), run_of(other, name="q"), ("r", "q"))
+
+
+def item(number, group, right):
+    return {"key": f"t/{number}", "group": group, "target": "", "score": float(right), "answers": []}
+
+
+def test_the_difference_of_a_mean_over_groups_has_an_interval_of_that_mean(tmp_path):
+    """300 items of one group lose 30, 20 of another gain 8: the mean of means rises by (-0.1 + 0.4) / 2."""
+    before = TaskResult(
+        "t",
+        1,
+        "s",
+        "m",
+        "macro",
+        "a",
+        "d",
+        "",
+        tuple(item(i, "big" if i < 300 else "small", i < 150) for i in range(320)),
+    )
+    after = replace(
+        before,
+        items=tuple(
+            {**each, "score": 0.0 if i < 30 else 1.0 if i >= 312 else each["score"]}
+            for i, each in enumerate(before.items)
+        ),
+    )
+    for name, each in (("b", before), ("a", after)):
+        each.to_json(tmp_path / f"{name}.json")
+    there, here = (read_scores(tmp_path / f"{name}.json", name, []) for name in ("b", "a"))
+    assert here.accuracy - there.accuracy == pytest.approx(0.15)
+    found, expected = paired_gain(there, here), compare_results(before, after)
+    assert (found.difference, found.low, found.high) == (expected.difference, expected.low, expected.high)
+    assert found.low < 0.15 < found.high
 
 
 def test_stages_go_together_by_name_and_single_ones_anyhow():

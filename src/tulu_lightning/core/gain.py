@@ -84,7 +84,9 @@ def gain(pairs: Paired, confidence: float, seed: int = 0) -> Gain:
     sort had been seen besides; Agresti & Min (2005) add half an item to each cell of the table for the same reason.
 
     Args:
-        pairs: at least one item. With groups, items are redrawn within their group and every group counts the same.
+        pairs: at least one item. With groups every group counts the same, and items are redrawn within their group; how far
+            a redrawn mean of m items strays is widened by √(m / (m - 1)), by which the plain bootstrap falls short of the
+            variance. With MMLU's 57 groups of two that is 1.4.
         confidence: share of the resampled means between the two ends.
         seed: same seed, same interval.
 
@@ -100,35 +102,59 @@ def gain(pairs: Paired, confidence: float, seed: int = 0) -> Gain:
     tail = (1 - confidence) / 2
     resamples = max(10_000, math.ceil(50 / tail))
     generator = torch.Generator().manual_seed(seed)
-    parts = _parts(values_R, pairs.groups)
-    means = torch.stack([_resampled_means(part_R, resamples, generator) for part_R in parts]).mean(0)
+    strata = [_Stratum(values_R, values_R, 1.0)] if pairs.groups is None else _strata(values_R, pairs.groups)
+    mean = sum(each.weight * each.own_R.mean().item() for each in strata)
+    means = torch.zeros(resamples, dtype=torch.float64)
+    for each in strata:
+        drawn = _resampled_means(each.pool_R, len(each.own_R), resamples, generator)
+        if pairs.groups is None:
+            means += drawn
+        elif (pool := len(each.pool_R)) > 1:
+            means += each.weight * math.sqrt(pool / (pool - 1)) * (drawn - each.pool_R.mean())
+    means += 0.0 if pairs.groups is None else mean
     one = torch.ones(resamples, dtype=torch.float64)
     more = torch.poisson(one, generator=generator) - torch.poisson(one, generator=generator)
     means += more / len(values_R)
     ends = torch.quantile(means, torch.tensor([tail, 1 - tail], dtype=torch.float64))
-    mean = torch.stack([part_R.mean() for part_R in parts]).mean()
-    return Gain(mean.item(), ends[0].item(), ends[1].item())
+    return Gain(mean, ends[0].item(), ends[1].item())
 
 
-def _parts(values_R: Tensor, groups: Sequence[str] | None) -> list[Tensor]:
-    if groups is None:
-        return [values_R]
+class _Stratum(NamedTuple):
+    own_R: Tensor
+    """The items that count."""
+    pool_R: Tensor
+    """The items that stand for how they vary."""
+    weight: float
+    """Of their mean."""
+
+
+def _strata(values_R: Tensor, groups: Sequence[str]) -> list[_Stratum]:
+    """Groups as strata. Those of one item are collapsed into one stratum, whose spread is then also that between them, so
+    never too small by expectation (Cochran 1977, section 5A.12); a lone one with the smallest other group.
+    """
     places: dict[str, list[int]] = {}
     for place, group in enumerate(groups):
         places.setdefault(group, []).append(place)
-    return [values_R[each] for each in places.values()]
+    several = sorted((each for each in places.values() if len(each) > 1), key=len)
+    single = [each[0] for each in places.values() if len(each) == 1]
+    share = 1 / len(places)
+    found = [_Stratum(values_R[each], values_R[each], share) for each in several]
+    if single:
+        pool = [*single, *several[0]] if len(single) == 1 and several else single
+        found.append(_Stratum(values_R[single], values_R[pool], share * len(single)))
+    return found
 
 
-def _resampled_means(values_R: Tensor, resamples: int, generator: torch.Generator) -> Tensor:
+def _resampled_means(values_R: Tensor, draws: int, resamples: int, generator: torch.Generator) -> Tensor:
     n = len(values_R)
     distinct, counts = values_R.unique(return_counts=True)
     if len(distinct) > DISTINCT:
-        chunk = max(1, CELLS // n)
+        chunk = max(1, CELLS // draws)
         sizes = [min(chunk, resamples - at) for at in range(0, resamples, chunk)]
-        return torch.cat([values_R[torch.randint(n, (size, n), generator=generator)].mean(-1) for size in sizes])
+        return torch.cat([values_R[torch.randint(n, (size, draws), generator=generator)].mean(-1) for size in sizes])
     # How often each value is drawn is multinomial: one binomial after the other, of what is left.
-    left, rest, sums = torch.full((resamples,), float(n), dtype=torch.float64), n, torch.zeros(resamples).double()
+    left, rest, sums = torch.full((resamples,), float(draws), dtype=torch.float64), n, torch.zeros(resamples).double()
     for value, count in zip(distinct.tolist(), counts.tolist(), strict=True):
         drawn = left if count == rest else torch.binomial(left, torch.full_like(left, count / rest), generator)
         sums, left, rest = sums + value * drawn, left - drawn, rest - count
-    return sums / n
+    return sums / draws

@@ -65,22 +65,16 @@ def paired_bootstrap(
     if len(before) != len(after) or not len(before):
         raise ValueError(f"{len(before)} scores before and {len(after)} after; need as many, and at least one")
     differences = [there - here for here, there in zip(before, after, strict=True)]
-    return bootstrap(differences, None, confidence, resamples, seed)
+    return bootstrap(differences, confidence, resamples, seed)
 
 
 def bootstrap(
-    values: Sequence[float],
-    groups: Sequence[str] | None = None,
-    confidence: float = 0.95,
-    resamples: int = 10_000,
-    seed: int = 0,
+    values: Sequence[float], confidence: float = 0.95, resamples: int = 10_000, seed: int = 0
 ) -> tuple[float, float, float]:
-    """Percentile bootstrap of a mean, or of the mean of groups' means.
+    """Percentile bootstrap of a mean.
 
     Args:
         values: one per item; for two models on the same items, their differences.
-        groups: the group of each item. Items are then redrawn within their group, each group as often as it has items,
-            and every group counts the same.
         confidence: share of the resampled means between the two ends.
         resamples: how often all items are redrawn.
         seed: same seed, same interval.
@@ -95,15 +89,9 @@ def bootstrap(
     if not len(values_R) or not torch.isfinite(values_R).all():
         raise ValueError("a score is not finite" if len(values_R) else "there are no scores")
     tail = (1 - _checked(confidence)) / 2
-    generator = torch.Generator().manual_seed(seed)
-    members: dict[str, list[int]] = {}
-    for place, group in enumerate(groups or [""] * len(values_R)):
-        members.setdefault(group, []).append(place)
-    parts = [values_R[places] for places in members.values()]
-    means = torch.stack([_resampled_means(part_R, resamples, generator) for part_R in parts]).mean(0)
+    means = _resampled_means(values_R, resamples, torch.Generator().manual_seed(seed))
     ends = torch.quantile(means, torch.tensor([tail, 1 - tail], dtype=torch.float64))
-    mean = torch.stack([part_R.mean() for part_R in parts]).mean()
-    return mean.item(), ends[0].item(), ends[1].item()
+    return values_R.mean().item(), ends[0].item(), ends[1].item()
 
 
 def _resampled_means(values_R: torch.Tensor, resamples: int, generator: torch.Generator) -> torch.Tensor:

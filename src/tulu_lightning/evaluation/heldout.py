@@ -12,7 +12,8 @@ from typing import Self, TypedDict
 
 from transformers import PreTrainedTokenizerBase
 
-from tulu_lightning.core.stats import paired_bootstrap, wilson
+from tulu_lightning.core.gain import Paired, gain
+from tulu_lightning.core.stats import wilson
 from tulu_lightning.errors import InputError
 from tulu_lightning.rollout.engine import Engine, Progress
 from tulu_lightning.rollout.scoring import Scorer, response_text, score_all
@@ -227,4 +228,4 @@ def compare(before: Scores, after: Scores, confidence: float = 0.95) -> Comparis
         raise InputError("compare", f"the items differ ({before.n} before, {after.n} after)", remedy)
     if before.settings != after.settings:
         raise InputError("compare", f"the settings differ ({before.settings} and {after.settings})", remedy)
-    return Comparison(*paired_bootstrap(before.per_item, after.per_item, confidence))
+    return Comparison(*gain(Paired(before.per_item, after.per_item), confidence))

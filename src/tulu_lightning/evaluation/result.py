@@ -8,7 +8,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Self, TypedDict
 
-from tulu_lightning.core.stats import bootstrap, wilson
+from tulu_lightning.core.gain import Paired, gain
+from tulu_lightning.core.stats import wilson
 from tulu_lightning.errors import InputError
 from tulu_lightning.evaluation.task import Average
 from tulu_lightning.files import write_whole
@@ -93,10 +94,11 @@ class TaskResult:
 
     @property
     def interval(self) -> tuple[float, float]:
-        """Wilson's where every item is right or wrong and counts the same; else a bootstrap within groups."""
+        """Wilson's where every item is right or wrong and counts the same; else that of a gain over nothing."""
         if self.average == "micro" and set(self.per_item) <= {0.0, 1.0}:
             return wilson(sum(self.per_item), self.n, self.confidence)
-        return bootstrap(self.per_item, self._groups_of_items, self.confidence)[1:]
+        _, low, high = gain(Paired([0.0] * self.n, self.per_item, self._groups_of_items), self.confidence)
+        return max(0.0, low), min(1.0, high)
 
     @property
     def _groups_of_items(self) -> list[str] | None:
@@ -156,5 +158,5 @@ def compare_results(before: TaskResult, after: TaskResult, confidence: float = 0
     keys: Sequence[list[str]] = [[item["key"] for item in result.items] for result in (before, after)]
     if keys[0] != keys[1]:
         raise InputError("compare", f"the items differ ({before.n} and {after.n})", remedy)
-    gains = [there - here for here, there in zip(before.per_item, after.per_item, strict=True)]
-    return Difference(*bootstrap(gains, after._groups_of_items, confidence), after.n)
+    pairs = Paired(before.per_item, after.per_item, after._groups_of_items)
+    return Difference(*gain(pairs, confidence), after.n)

@@ -3,11 +3,10 @@
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from tulu_lightning.core.stats import paired_bootstrap
 from tulu_lightning.recipes.reading import number
 from tulu_lightning.recipes.records import RunRecord, Scores, StageRecord
 from tulu_lightning.recipes.report_parts import cell_table
-from tulu_lightning.recipes.score_records import MOMENT
+from tulu_lightning.recipes.score_records import MOMENT, paired_gain
 from tulu_lightning.recipes.table import NOTHING, Cell, count, duration, memory
 
 __all__ = ["HELD_OUT", "Checkpoint", "checkpoints", "compared", "matched", "moments_of", "task_table", "tasks_of"]
@@ -156,10 +155,8 @@ def _gain(a: Scores | None, b: Scores | None) -> Cell:
     if a.settings_hash != b.settings_hash:
         return Cell(NOTHING, "other settings")
     points = f"{100 * (a.accuracy - b.accuracy):+.1f} pts"
-    if not a.per_item or len(a.per_item) != len(b.per_item):
-        return Cell(points)
-    _, low, high = paired_bootstrap(b.per_item, a.per_item)
-    return Cell(points, f"{100 * low:+.1f} to {100 * high:+.1f}, paired")
+    found = paired_gain(b, a)
+    return Cell(points, "" if found is None else f"{100 * found.low:+.1f} to {100 * found.high:+.1f}, paired")
 
 
 def _ratio(a: float | None, b: float | None) -> Cell:

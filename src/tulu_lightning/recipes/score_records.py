@@ -9,10 +9,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from tulu_lightning.core.gain import Gain, Paired, gain
 from tulu_lightning.evaluation.by_length import Answer
 from tulu_lightning.recipes.reading import mapping, number, read_object, text
 
-__all__ = ["MOMENT", "Sample", "Scores", "StageScores", "read_stage_scores"]
+__all__ = ["MOMENT", "Sample", "Scores", "StageScores", "paired_gain", "read_stage_scores"]
 
 MOMENT = re.compile(r"before|after|step_(\d+)")
 
@@ -44,6 +45,8 @@ class Scores(NamedTuple):
     task: str = ""
     per_item: tuple[float, ...] = ()
     """Score of each item, for paired comparisons; empty where one is missing."""
+    groups: tuple[str, ...] | None = None
+    """The group of each item where the score is the mean of groups' means."""
 
 
 class StageScores(NamedTuple):
@@ -119,7 +122,19 @@ def read_scores(path: Path, label: str, notes: list[str]) -> Scores | None:
         samples=_samples(items),
         task=text(value.get("task") or value.get("name")),
         per_item=per_item if len(per_item) == len(items) else (),
+        groups=tuple(text(item.get("group")) for item in items) if value.get("average") == "macro" else None,
     )
+
+
+def paired_gain(before: Scores, after: Scores) -> Gain | None:
+    """The difference of two scores over the same items, with its 95% interval; None where they do not compare."""
+    if (
+        before.settings_hash != after.settings_hash
+        or not before.per_item
+        or len(before.per_item) != len(after.per_item)
+    ):
+        return None
+    return gain(Paired(before.per_item, after.per_item, after.groups), 0.95)
 
 
 def _answers(items: list[dict[str, Any]], label: str, notes: list[str]) -> tuple[Answer, ...]:

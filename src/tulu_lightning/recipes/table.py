@@ -7,9 +7,9 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from tulu_lightning.core.stats import paired_bootstrap
 from tulu_lightning.recipes.reading import number
 from tulu_lightning.recipes.records import RunRecord, Scores, StageRecord, read_run
+from tulu_lightning.recipes.score_records import paired_gain
 
 HEADINGS = ("Stage", "Before", "After", "Difference", "Time", "Tokens", "Peak memory", "Promoted")
 FIGURES = frozenset(HEADINGS) - {"Stage", "Promoted"}
@@ -120,11 +120,8 @@ def gain(stage: StageRecord) -> tuple[float | None, float | None, float | None]:
     if stage.decision is not None and stage.decision.difference is not None:
         return stage.decision.difference, stage.decision.low, stage.decision.high
     before, after = stage.before, stage.after
-    if before is None or after is None or before.settings_hash != after.settings_hash:
-        return None, None, None
-    if not before.per_item or len(before.per_item) != len(after.per_item):
-        return None, None, None
-    return paired_bootstrap(before.per_item, after.per_item)
+    found = None if before is None or after is None else paired_gain(before, after)
+    return (None, None, None) if found is None else found
 
 
 def _verdict(stage: StageRecord) -> Cell:
