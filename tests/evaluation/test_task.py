@@ -2,23 +2,26 @@
 
 import json
 import math
+from dataclasses import replace
 from itertools import combinations
 
 import pytest
 import torch
 from transformers import AutoTokenizer
 
+from tulu_lightning import cli
 from tulu_lightning.core.gain import Paired, gain
 from tulu_lightning.core.stats import bootstrap, wilson
 from tulu_lightning.data import chat
 from tulu_lightning.errors import InputError
+from tulu_lightning.evaluation import rows as rows_module
 from tulu_lightning.evaluation.asking import Asker, answer_text
 from tulu_lightning.evaluation.result import Item, TaskResult, compare_results, pass_at_k
-from tulu_lightning.evaluation.rows import DataSet, use_file
+from tulu_lightning.evaluation.rows import DataSet, check_used, use_file
 from tulu_lightning.evaluation.run import Model, run_task
 from tulu_lightning.evaluation.shots import conversation, one_text
 from tulu_lightning.evaluation.suite import find_tasks
-from tulu_lightning.evaluation.task import Example, Task, Turn
+from tulu_lightning.evaluation.task import Example, Task, Turn, shares
 from tulu_lightning.types import Completion
 
 
@@ -167,7 +170,7 @@ def test_pass_at_k_of_samples(tokenizer):
 
 
 def test_a_run_that_broke_off_goes_on_and_ends_as_one_that_did_not(tokenizer, tmp_path, monkeypatch):
-    monkeypatch.setattr("tulu_lightning.evaluation.run.CHUNK", 2)
+    monkeypatch.setattr("tulu_lightning.evaluation.run.SERVED", 2)
     given, say = task(), lambda text, j: text.split()[2].rstrip("?")
     sheet = tmp_path / "sums.jsonl"
     with pytest.raises(RuntimeError, match="patience"):
@@ -185,10 +188,87 @@ def test_a_run_that_broke_off_goes_on_and_ends_as_one_that_did_not(tokenizer, tm
     assert len(other.engine.asked) == 5, "another model's items are not gone on with"
 
 
+def asked_again(tokenizer, sheet, given, **changes):
+    """How many prompts a second run asks that finds the sheet of a first one of three examples."""
+    say = lambda text, j: "1"  # noqa: E731
+    first = task(rows=lambda: list(range(3)))
+    run_task(first, first.examples(), model(tokenizer, say), sheet)
+    again = model(tokenizer, say)._replace(**changes)
+    run_task(given, given.examples(), again, sheet)
+    return len(again.engine.asked)
+
+
+def test_runs_of_other_limits_share_what_is_finished(tokenizer, tmp_path):
+    longer, shorter = task(), task(rows=lambda: list(range(2)))
+    assert asked_again(tokenizer, tmp_path / "a", longer) == 2, "five less the three that are there"
+    assert asked_again(tokenizer, tmp_path / "b", shorter) == 0
+    kept = [json.loads(line) for line in (tmp_path / "b").read_text().splitlines()]
+    assert [each["key"] for each in kept[1:]] == ["sums/0", "sums/1", "sums/2"], "a quick look takes nothing away"
+
+
+def test_items_of_another_manner_of_asking_are_not_taken(tokenizer, tmp_path):
+    same = task(rows=lambda: list(range(3)))
+    assert asked_again(tokenizer, tmp_path / "a", same) == 0
+    assert asked_again(tokenizer, tmp_path / "b", same, manner=("vllm", "bfloat16")) == 3
+    assert asked_again(tokenizer, tmp_path / "c", same, stop_ids=(1, 2, 3)) == 3
+    template = chat.chat_template("tulu", tokenizer)
+    assert asked_again(tokenizer, tmp_path / "d", same, asker=Asker(tokenizer, template, "toy")) == 3
+    assert asked_again(tokenizer, tmp_path / "e", replace(same, max_new_tokens=7)) == 3
+    other = task(rows=lambda: [0, 1, 5])  # the third question is another under the same key
+    assert asked_again(tokenizer, tmp_path / "f", other) == 1
+
+
+def test_many_samples_make_few_examples_a_write(tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr("tulu_lightning.evaluation.run.SERVED", 8)
+    given, told = task(samples=4, k=2, temperature=0.8), []
+    run_task(given, given.examples(), model(tokenizer, lambda t, j: "1"), None, progress=lambda d, n: told.append(d))
+    assert told == [0, 2, 4, 5], "eight answers at a time are two examples"
+
+
 def test_a_limit_takes_rows_from_everywhere():
     given = task(rows=lambda: list(range(10)))
     assert [example.target for example in given.examples(4)] == ["0", "2", "5", "7"]
     assert len(given.examples(20)) == 10
+
+
+def test_a_limit_takes_items_of_every_group_where_groups_count_the_same():
+    sizes = {"a": 100, "b": 10, "c": 3}
+    rows = [group for group, size in sizes.items() for _ in range(size)]
+    given = task(rows=lambda: rows, example=lambda row, place: asked(place, place)._replace(group=row), average="macro")
+    # One each; then five times to whoever has the most items for each of its own: 100, 50, 33, 25 and 20 of a.
+    taken = given.examples(8)
+    assert [example.group for example in taken] == ["a"] * 6 + ["b", "c"]
+    assert [example.key for example in taken[:3]] == ["sums/0", "sums/16", "sums/33"]
+    assert len(given.examples(2)) == 2
+    assert shares([2, 1, 40], 43) == [2, 1, 40]
+
+
+@pytest.mark.parametrize(
+    ("rows", "said"),
+    [
+        ([], "task sums: its data set has no rows"),
+        ([{"question": "q"}], r"task sums, row 1: has no field 'answer' \(it has: question\)"),
+        (["text"], "task sums, row 1: is not as the task reads it"),
+        ([{"answer": "#### 1"}, None], "task sums, row 2: is not as the task reads it"),
+    ],
+)
+def test_rows_that_are_none_of_the_tasks_are_named(rows, said):
+    given = task(rows=lambda: rows, example=lambda row, place: asked(int(row["answer"].split()[-1]), place))
+    with pytest.raises(InputError, match=said):
+        given.examples()
+
+
+def test_a_prompt_without_room_for_its_answer_is_named(tokenizer):
+    given = task(max_new_tokens=50)
+    asker = Asker(tokenizer, chat.chat_template("chatml", tokenizer), "toy")
+    longest = max(map(len, asker.prompts(given, given.examples())))
+    asker.check_room(given, given.examples(), longest + 50, "")
+    asker.check_room(given, given.examples(), None, "")
+    said = rf"task sums: the longest prompt, sums/\d, has {longest} tokens and answers up to 50; toy has {longest + 49} positions"
+    with pytest.raises(InputError, match=said):
+        asker.check_room(given, given.examples(), longest + 49, "Lower it.")
+    asker.check_room(given.capped(49), given.examples(), longest + 49, "")
+    assert given.capped(60) is given.capped(None) is given
 
 
 def test_choices_are_ranked_by_their_log_probs(tokenizer):
@@ -267,3 +347,19 @@ def test_settings_that_cannot_work():
         task(samples=4)
     with pytest.raises(InputError, match=r"task sums\.k"):
         task(samples=4, k=5, temperature=1.0)
+
+
+def test_a_file_that_no_task_reads_is_refused(tmp_path, monkeypatch):
+    (tmp_path / "rows.jsonl").write_text('{"question": "q"}\n')
+    use_file("sum", tmp_path / "rows.jsonl")
+    monkeypatch.setattr(rows_module, "_read", {"sums"})
+    with pytest.raises(InputError, match=r"--data sum: no task of these reads a data set 'sum'. Did you mean 'sums'"):
+        check_used()
+    use_file("sums", tmp_path / "rows.jsonl")
+    assert DataSet(name="sums").read() == [{"question": "q"}]
+
+
+@pytest.mark.parametrize("option", ["--data", "--judge"])
+def test_an_option_without_its_value_is_refused(option, capsys):
+    assert cli.main(["eval", "--model", "m", "--suite", "gsm8k", option, "gsm8k"]) == 2
+    assert f"{option}: is 'gsm8k'" in capsys.readouterr().err

@@ -127,16 +127,7 @@ class Evaluate(L.Callback):
         room = read_limits(pl_module.folder).positions
         asker = Asker(data.tokenizer, data.template, pl_module.start)
         for task, examples in self._tasks:
-            ranked = bool(examples) and bool(examples[0].choices)
-            new = 0 if ranked else task.max_new_tokens
-            asked = [pair[0] + pair[1] for e in examples for pair in asker.pairs(task, e)] if ranked else None
-            longest = max(map(len, asked or asker.prompts(task, examples)), default=0)
-            if room is not None and longest + new > room:
-                what = (
-                    f"its longest prompt has {longest} tokens and answers up to {new}; the model has {room} positions"
-                )
-                remedy = "Set Evaluate.suite.max_new_tokens lower, or leave the task out."
-                raise InputError(f"task {task.name}", what, remedy)
+            asker.check_room(task, examples, room, "Set Evaluate.suite.max_new_tokens lower, or leave the task out.")
 
     # When -------------------------------------------------------------------------------------------------------
 

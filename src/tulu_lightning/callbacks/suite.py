@@ -9,7 +9,7 @@ A moment is `before`, `step_<n>` or `after`.
 import importlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -71,11 +71,7 @@ class Suite:
             if name not in found:
                 what = f"there is a limit for {name!r}, which is not among the tasks"
                 raise InputError(f"{WHERE}.limits", what, nearest(name, found))
-        return [self._capped(task) for task in found.values()]
-
-    def _capped(self, task: Task) -> Task:
-        cap = self.max_new_tokens
-        return task if cap is None or cap >= task.max_new_tokens else replace(task, max_new_tokens=cap)
+        return [task.capped(self.max_new_tokens) for task in found.values()]
 
     def read(self) -> list[tuple[Task, list[Example]]]:
         """The tasks with the items that are asked.

@@ -1,5 +1,7 @@
 """From an example to token ids, and from a completion to the text that is judged."""
 
+import hashlib
+import json
 from collections.abc import Sequence
 
 from transformers import PreTrainedTokenizerBase
@@ -33,6 +35,33 @@ class Asker:
         if asked is not None and self.template is None and not self.tokenizer.chat_template:
             what = f"it has no chat template, and {asked} is asked in chat"
             raise InputError(self.where, what, "Name one: --template tulu (or llama3, chatml, smollm2).")
+
+    def check_room(self, task: Task, examples: Sequence[Example], positions: int | None, remedy: str) -> None:
+        """Whether a model with so many positions (None: no such limit) can read each prompt and write its longest answer.
+
+        Raises:
+            InputError: names the item with the longest prompt, and says the remedy.
+        """
+        if positions is None or not examples:
+            return
+        if examples[0].choices:
+            new, lengths = 0, [max(len(p) + len(c) for p, c in self.pairs(task, example)) for example in examples]
+        else:
+            new, lengths = task.max_new_tokens, list(map(len, self.prompts(task, examples)))
+        longest = max(lengths)
+        if longest + new > positions:
+            key = examples[lengths.index(longest)].key
+            answer = f" and answers up to {new}" if new else ""
+            what = f"the longest prompt, {key}, has {longest} tokens{answer}; {self.where} has {positions} positions"
+            raise InputError(f"task {task.name}", what, remedy)
+
+    def digest(self, chat_too: bool) -> str:
+        """Hash of what turns an example into token ids: the tokenizer, and for a chat its template."""
+        template = self.tokenizer.chat_template if self.template is None else [self.template.name, self.template.jinja]
+        backend = getattr(self.tokenizer, "backend_tokenizer", None)
+        words = backend.to_str() if backend is not None else json.dumps(self.tokenizer.get_vocab(), sort_keys=True)
+        content = json.dumps([words, self.tokenizer.all_special_ids, template if chat_too else None])
+        return hashlib.sha256(content.encode()).hexdigest()[:16]
 
     def prompts(self, task: Task, examples: Sequence[Example]) -> list[list[int]]:
         """Token ids of what comes before the answer, `Example.prefix` included.

@@ -1,6 +1,7 @@
 """What `tulu eval` does once its arguments are read: load, score task after task, write, compare, show."""
 
 import gc
+import hashlib
 import io
 import json
 from collections.abc import Sequence
@@ -20,9 +21,10 @@ from tulu_lightning.data import chat
 from tulu_lightning.evaluation.asking import Asker
 from tulu_lightning.evaluation.ranks import collect, rank_sheet
 from tulu_lightning.evaluation.result import Difference, Item, TaskResult, compare_results
-from tulu_lightning.evaluation.run import Model, finished, head_of, run_task
+from tulu_lightning.evaluation.run import Model, finished, head_of, is_answered, run_task
 from tulu_lightning.evaluation.task import Example, Task
 from tulu_lightning.files import write_whole
+from tulu_lightning.models.limits import read_limits
 from tulu_lightning.progress import Progress
 from tulu_lightning.rollout.engines import EngineSettings, build_engine
 from tulu_lightning.rollout.local import LocalEngine
@@ -63,18 +65,26 @@ def open_model(path: str, settings: Settings) -> Model:
         stops = chat.stop_ids(tokenizer, template, eos)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     engine = build_engine(settings.engine, lambda dtype: LocalEngine.from_folder(folder, dtype, device), folder)
-    return Model(path, weights_digest(folder), engine, Asker(tokenizer, template, path), stops)
+    manner = (settings.engine.kind, settings.engine.dtype)
+    return Model(path, weights_digest(folder), engine, Asker(tokenizer, template, path), stops, manner)
 
 
-def check_models(models: Sequence[str], tasks: Sequence[Task], template: str | None) -> None:
+def check_models(
+    models: Sequence[str], tasks: Sequence[Task], examples: Sequence[Sequence[Example]], template: str | None
+) -> None:
     """Refuse a model that cannot be asked, before any weights load.
 
     Raises:
-        InputError: a task is a chat, and the model has no chat template and none is named; a model is not there.
+        InputError: a task is a chat, and the model has no chat template and none is named; a model is not there, or has
+            too few positions for a prompt with its longest answer.
     """
-    if template is None:
-        for path in models:
-            Asker(load_tokenizer(path), None, path).check(tasks)
+    for path in models:
+        tokenizer = load_tokenizer(path)
+        asker = Asker(tokenizer, None if template is None else chat.chat_template(template, tokenizer), path)
+        asker.check(tasks)
+        positions = read_limits(str(resolve_model(path))).positions
+        for task, each in zip(tasks, examples, strict=True):
+            asker.check_room(task, each, positions, "Set --max_new_tokens lower, or leave the task out.")
 
 
 def evaluate_models(
@@ -86,7 +96,7 @@ def evaluate_models(
         InputError: see `open_model`.
     """
     results = []
-    check_models(models, tasks, settings.template)
+    check_models(models, tasks, examples, settings.template)
     for path in models:
         model = open_model(path, settings)
         folder = settings.out / model.digest[:12]
@@ -102,9 +112,11 @@ def evaluate_models(
 
 def _scored(task: Task, examples: Sequence[Example], model: Model, folder: Path, settings: Settings) -> TaskResult:
     """A task's result; every process has it, and the first one writes."""
-    together, sheet = settings.together, folder / f"{task.name}.items.jsonl"
-    head = head_of(task, task.settings(examples), model, settings.seed)
-    there: dict[str, Item] = together.gather(collect(sheet, head).items if together.first else {}, "finished items")[0]
+    together, head = settings.together, head_of(task, model, settings.seed)
+    # A name for each manner of asking: one run does not begin the sheet of another anew.
+    sheet = folder / f"{task.name}.{hashlib.sha256(json.dumps(head).encode()).hexdigest()[:8]}.items.jsonl"
+    found: dict[str, Item] = together.gather(collect(sheet, head).items if together.first else {}, "finished items")[0]
+    there = {example.key: found[example.key] for example in examples if is_answered(example, found)}
     mine = share_of([each for each in examples if each.key not in there], together.rank, together.ranks)
     kept = sheet if together.ranks == 1 else rank_sheet(sheet, together.rank)
     before = len(there)

@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Self, TypedDict
+from typing import NotRequired, Self, TypedDict
 
 from tulu_lightning.core.gain import Paired, gain
 from tulu_lightning.core.stats import wilson
@@ -35,6 +35,8 @@ class Item(TypedDict):
     target: str
     score: float
     answers: list[Answer]
+    asked: NotRequired[str]
+    """`Example.digest`; results of older versions have none."""
 
 
 def pass_at_k(right: int, samples: int, k: int) -> float:

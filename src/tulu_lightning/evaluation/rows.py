@@ -9,12 +9,14 @@ from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Any
 
-from tulu_lightning.errors import InputError
+from tulu_lightning.errors import InputError, nearest
 from tulu_lightning.evaluation.task import Row
 
-__all__ = ["DataSet", "is_given", "package_file", "rows_of", "use_file"]
+__all__ = ["DataSet", "check_used", "is_given", "package_file", "rows_of", "use_file"]
 
 _given: dict[str, Path] = {}
+_read: set[str] = set()
+"""Names of data sets that were read."""
 
 
 def use_file(name: str, path: str | Path) -> None:
@@ -26,6 +28,18 @@ def use_file(name: str, path: str | Path) -> None:
     if not Path(path).is_file():
         raise InputError(str(path), f"there is no such file for the data set {name}", "Give an existing .jsonl file.")
     _given[name] = Path(path)
+
+
+def check_used() -> None:
+    """Refuse files that nothing has read: a name with a slip in it would leave the real data in its place, unsaid.
+
+    Raises:
+        InputError: a file of `use_file` is of a data set that no task has read.
+    """
+    for name in _given:
+        if name not in _read:
+            what = f"no task of these reads a data set {name!r}"
+            raise InputError(f"--data {name}", what, nearest(name, sorted(_read)) if _read else "Leave it out.")
 
 
 def is_given(name: str) -> bool:
@@ -74,6 +88,7 @@ class DataSet:
         Raises:
             InputError: they are nowhere, or are not as many as they should be.
         """
+        _read.add(self.name)
         if self.name in _given:
             return list(rows_of(_given[self.name]))
         files = [package_file(*place) for place in self.package]

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,15 +11,18 @@ from tulu_lightning.core.step_plan import mix_seed
 from tulu_lightning.evaluation.asking import Asker, answer_text
 from tulu_lightning.evaluation.result import Answer, Item, TaskResult, pass_at_k
 from tulu_lightning.evaluation.task import Example, Task
-from tulu_lightning.rollout.engine import Engine
+from tulu_lightning.rollout.engine import Engine, Progress
+from tulu_lightning.rollout.local import LocalEngine
 from tulu_lightning.rollout.scoring import Job, PoolLimits, Scorer, response_text
 from tulu_lightning.types import Completion, Sampling
 from tulu_lightning.verifiers.registry import Verifiers
 
-__all__ = ["Model", "Sheet", "finished", "head_of", "read_items", "run_task"]
+__all__ = ["Model", "Sheet", "finished", "head_of", "is_answered", "read_items", "run_task"]
 
 CHUNK = 64
-"""Examples between two writes: what a kill can cost."""
+"""Answers, or texts that are ranked, between two writes: what a kill can cost. As many as our own engine decodes at once."""
+SERVED = 512
+"""Of an engine that has others beside it on its device, and is slow where it has too little to do: vLLM."""
 
 
 class Model(NamedTuple):
@@ -31,6 +34,8 @@ class Model(NamedTuple):
     engine: Engine
     asker: Asker
     stop_ids: tuple[int, ...]
+    manner: tuple[str, ...] = ()
+    """What else decides its answers: the kind of engine, its dtype."""
 
 
 class Sheet:
@@ -99,18 +104,24 @@ def run_task(
         EngineError: the engine died; finished items are kept.
     """
     settings = task.settings(examples if whole is None else whole)
-    head = head_of(task, settings, model, seed)
-    done = Sheet(sheet, head)
-    missing = [example for example in examples if example.key not in done.items]
-    if progress is not None:
-        progress(len(examples) - len(missing), len(examples))
+    done = Sheet(sheet, head_of(task, model, seed))
+    missing = [example for example in examples if not is_answered(example, done.items)]
+    size = _chunk(task, examples, model)
+    told = (lambda done, total: None) if progress is None else progress
+    told(len(examples) - len(missing), len(examples))
     with Scorer(Verifiers({} if task.own is None else {task.verifier: task.own}), _limits(task)) as scorer:
-        for at in range(0, len(missing), CHUNK):
-            part = missing[at : at + CHUNK]
+        for at in range(0, len(missing), size):
+            part, before = missing[at : at + size], len(examples) - len(missing) + at
+
+            def within(rows: int, all_rows: int, before: int = before) -> None:
+                answered = min(rows, all_rows - 1) // task.samples  # the last one counts when all are judged and kept
+                told(before + answered, len(examples))
+
             ranked = bool(part[0].choices)
-            done.add(_ranked(task, part, model, scorer) if ranked else _sampled(task, part, model, scorer, seed))
-            if progress is not None:
-                progress(len(examples) - len(missing) + at + len(part), len(examples))
+            done.add(
+                _ranked(task, part, model, scorer) if ranked else _sampled(task, part, model, scorer, seed, within)
+            )
+            told(before + len(part), len(examples))
     items = [done.items[example.key] for example in examples]
     named = model.asker.template
     template = "" if not task.chat else "model" if named is None else named.name
@@ -127,9 +138,29 @@ def run_task(
     )
 
 
-def head_of(task: Task, settings: str, model: Model, seed: int) -> dict[str, Any]:
-    """What finished items belong to."""
-    return {"task": task.name, "version": task.version, "settings": settings, "model": model.digest, "seed": seed}
+def head_of(task: Task, model: Model, seed: int) -> dict[str, Any]:
+    """What finished items belong to: all that decides an answer but the example, so that runs of other limits share them."""
+    return {
+        "task": task.name,
+        "manner": json.loads(json.dumps(task.manner())),
+        "model": model.digest,
+        "words": model.asker.digest(task.chat),
+        "stops": list(model.stop_ids),
+        "engine": list(model.manner),
+        "seed": seed,
+    }
+
+
+def is_answered(example: Example, items: Mapping[str, Item]) -> bool:
+    """Whether an item of its key is there, and of the same question."""
+    item = items.get(example.key)
+    return item is not None and item.get("asked") == example.digest()
+
+
+def _chunk(task: Task, examples: Sequence[Example], model: Model) -> int:
+    """Examples between two writes."""
+    each = max((len(example.choices) for example in examples), default=0) or task.samples
+    return max(1, (CHUNK if isinstance(model.engine, LocalEngine) else SERVED) // each)
 
 
 def finished(task: Task, items: Sequence[Item]) -> tuple[Item, ...]:
@@ -148,11 +179,13 @@ def _key(example: Example) -> int:
     return int.from_bytes(hashlib.sha256(example.key.encode()).digest()[:6], "big")
 
 
-def _sampled(task: Task, examples: Sequence[Example], model: Model, scorer: Scorer, seed: int) -> list[Item]:
+def _sampled(
+    task: Task, examples: Sequence[Example], model: Model, scorer: Scorer, seed: int, within: Progress
+) -> list[Item]:
     sampling = Sampling(task.max_new_tokens, task.temperature, model.stop_ids, task.top_p)
     prompts = model.asker.prompts(task, examples)
     keys = [_key(example) for example in examples]
-    groups = model.engine.generate(prompts, task.samples, sampling, mix_seed(seed), keys=keys)
+    groups = model.engine.generate(prompts, task.samples, sampling, mix_seed(seed), keys=keys, progress=within)
     texts = [[_text(task, example, c, model) for c in group] for example, group in zip(examples, groups, strict=True)]
     jobs = [
         Job(task.verifier, text, example.target) for example, each in zip(examples, texts, strict=True) for text in each
@@ -193,4 +226,5 @@ def _ranked(task: Task, examples: Sequence[Example], model: Model, scorer: Score
 
 
 def _item(example: Example, score: float, answers: list[Answer]) -> Item:
-    return Item(key=example.key, group=example.group, target=example.target, score=score, answers=answers)
+    asked = example.digest()
+    return Item(key=example.key, group=example.group, target=example.target, score=score, answers=answers, asked=asked)

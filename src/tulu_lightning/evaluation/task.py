@@ -5,12 +5,14 @@ it is judged raises the version: scores of two versions do not compare.
 """
 
 import hashlib
+import itertools
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple
 
 from tulu_lightning.core.settings import require
+from tulu_lightning.errors import InputError
 from tulu_lightning.verifiers.registry import Verifier
 
 __all__ = ["Average", "Example", "Row", "Task", "Turn"]
@@ -44,6 +46,10 @@ class Example(NamedTuple):
     """Words that are put into the assistant's mouth: the answer goes on from there."""
     choices: tuple[str, ...] = ()
     """Continuations that are ranked by their log-probs; with them nothing is sampled."""
+
+    def digest(self) -> str:
+        """Hash of all of it: an answer under the same key belongs to it only if that is the same."""
+        return _digest(list(self))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,7 +103,9 @@ class Task:
         )
 
     def examples(self, limit: int | None = None) -> list[Example]:
-        """All examples, or the first so many spread evenly over the data set (every group is in them then).
+        """All examples, or so many spread evenly over the data set: over each group where groups count the same.
+
+        Then every group is in them if the limit has room for it.
 
         Raises:
             InputError: the data set is not there, or what judges the answers is not (its `ready()` says so).
@@ -106,15 +114,63 @@ class Task:
         if ready is not None:
             ready()
         rows = self.rows()
-        places: Iterable[int] = range(len(rows))
-        if limit is not None and limit < len(rows):
-            places = (place * len(rows) // limit for place in range(limit))
-        return [self.example(rows[place], place) for place in places]
+        if not rows:
+            raise InputError(f"task {self.name}", "its data set has no rows", "Give a file with some.")
+        if limit is None or limit >= len(rows):
+            return [self._example(row, place) for place, row in enumerate(rows)]
+        if self.average == "micro":
+            return [self._example(rows[place], place) for place in spread(range(len(rows)), limit)]
+        every = [self._example(row, place) for place, row in enumerate(rows)]
+        members: dict[str, list[int]] = {}
+        for place, example in enumerate(every):
+            members.setdefault(example.group, []).append(place)
+        if limit < len(members):
+            return [every[place] for place in spread(range(len(every)), limit)]
+        counts = shares([len(each) for each in members.values()], limit)
+        taken = [spread(each, count) for each, count in zip(members.values(), counts, strict=True)]
+        return [every[place] for place in sorted(itertools.chain.from_iterable(taken))]
+
+    def _example(self, row: Row, place: int) -> Example:
+        try:
+            return self.example(row, place)
+        except (KeyError, TypeError, AttributeError, IndexError) as error:
+            fault = f"has no field {error}" if isinstance(error, KeyError) else f"is not as the task reads it ({error})"
+            fields = f" (it has: {', '.join(map(str, row))})" if isinstance(row, Mapping) else f" (it is {row!r:.80})"
+            remedy = "Give rows with the fields of the data set that docs/evaluation.md names for the task."
+            raise InputError(f"task {self.name}, row {place + 1}", f"{fault}{fields}", remedy) from error
 
     def settings(self, examples: Sequence[Example]) -> str:
         """Hash of everything but the weights and the tokenizer: what is asked, how it is sampled and how it is judged."""
+        asked = [list(example) for example in examples]
+        return _digest([*self.manner(), asked])
+
+    def manner(self) -> list[Any]:
+        """How each example is sampled and judged, as plain data: what `settings` hashes besides the examples."""
         drawn = [self.max_new_tokens, self.temperature, self.top_p, self.samples, self.k, self.stops, self.chat]
         judged = [self.verifier, "" if self.own is None else repr(self.own), self.average]
-        asked = [list(example) for example in examples]
-        content = json.dumps([self.name, self.version, drawn, judged, asked])
-        return hashlib.sha256(content.encode()).hexdigest()[:16]
+        return [self.name, self.version, drawn, judged]
+
+    def capped(self, cap: int | None) -> "Task":
+        """The task with a lower cap of an answer than its own; the same where the cap is none, or not lower."""
+        return self if cap is None or cap >= self.max_new_tokens else replace(self, max_new_tokens=cap)
+
+
+def spread(places: Sequence[int], count: int) -> list[int]:
+    """So many of the places, at even distances."""
+    return [places[number * len(places) // count] for number in range(count)]
+
+
+def shares(sizes: Sequence[int], count: int) -> list[int]:
+    """How many of `count` each group gets: at least one, else in proportion to its size, and never more than it has.
+
+    Example: groups of 100, 10 and 3 share 8 as 6, 1, 1: one each, and the rest to whoever has the most items for each of its own.
+    """
+    found = [1] * len(sizes)
+    for _ in range(count - len(sizes)):
+        open_ = [place for place, size in enumerate(sizes) if found[place] < size]
+        found[max(open_, key=lambda place: sizes[place] / found[place])] += 1
+    return found
+
+
+def _digest(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]

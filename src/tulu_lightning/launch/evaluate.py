@@ -18,6 +18,7 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--against", metavar="DIR", help="a second model: paired differences are shown")
     found.add_argument("--out", metavar="DIR", default="runs/eval", help="where results go and go on (%(default)s)")
     found.add_argument("--limit", type=int, metavar="N", help="so many items of each task, spread evenly")
+    found.add_argument("--max_new_tokens", type=int, metavar="N", help="a lower cap of an answer than the tasks' own")
     found.add_argument("--template", metavar="NAME", help="chat template; the model's own by default")
     found.add_argument("--data", action="append", default=[], metavar="SET=FILE", help="read a data set from a file")
     found.add_argument("--judge", action="append", default=[], metavar="NAME=WHO", help="MODEL@URL, folder or keywords")
@@ -43,33 +44,33 @@ def main(argv: Sequence[str]) -> int:
         InputError: an unknown suite, data that are not there, a judge that is down, a model without a chat template.
     """
     options = parser().parse_args(list(argv))
-    if options.limit is not None and options.limit < 1:
-        raise InputError("--limit", f"is {options.limit}", "Use at least 1.")
-    if options.devices < 1:
-        raise InputError("--devices", f"is {options.devices}", "Use at least 1.")
+    for name in ("limit", "max_new_tokens", "devices"):
+        if (value := getattr(options, name)) is not None and value < 1:
+            raise InputError(f"--{name}", f"is {value}", "Use at least 1.")
     from tulu_lightning.evaluation.harness import check_harness, split_suite
     from tulu_lightning.evaluation.judges import use_judge
-    from tulu_lightning.evaluation.rows import use_file
+    from tulu_lightning.evaluation.rows import check_used, use_file
     from tulu_lightning.evaluation.suite import find_tasks
 
     own, harness = split_suite(options.suite)
     if harness and options.devices > 1:
         raise InputError("--devices", "is above 1, and lm_eval: tasks run in one process", "Run them on their own.")
     manager = check_harness(harness, options.lm_eval_path) if harness else None
-    tasks = find_tasks(own)
-    for given in options.data:
-        name, _, path = given.partition("=")
-        use_file(name, path)
-    for given in options.judge:
-        name, _, who = given.partition("=")
-        use_judge(name, who)
+    tasks = [task.capped(options.max_new_tokens) for task in find_tasks(own)]
+    for option, pairs, use in (("--data", options.data, use_file), ("--judge", options.judge, use_judge)):
+        for given in pairs:
+            name, _, value = given.partition("=")
+            if not (name and value):
+                raise InputError(option, f"is {given!r}", f"Give NAME={'FILE' if use is use_file else 'WHO'}.")
+            use(name, value)
     examples = [task.examples(options.limit) for task in tasks]  # every data set is there, or nothing is loaded
+    check_used()
     from tulu_lightning.evaluation.command import check_models, evaluate_models, show
     from tulu_lightning.evaluation.ranks import join, start
 
     models = [options.model, *([options.against] if options.against else [])]
     if options.devices > 1:
-        check_models(models, tasks, options.template)  # once, and not by every process
+        check_models(models, tasks, examples, options.template)  # once, and not by every process
         return start(options.devices, _without_devices(argv))
     settings = _settings(options)._replace(together=join())
     results = evaluate_models(models, tasks, examples, settings)
