@@ -6,7 +6,16 @@ from typing import Any
 import lightning as L
 
 from tulu_lightning.callbacks.scoring import Evaluation
-from tulu_lightning.callbacks.suite import Scored, Suite, read_moment, score_path, scored, step_moment
+from tulu_lightning.callbacks.suite import (
+    Scored,
+    Suite,
+    moments,
+    read_moment,
+    score_path,
+    scored,
+    step_moment,
+    step_of,
+)
 from tulu_lightning.callbacks.undisturbed import undisturbed
 from tulu_lightning.core.promotion import HELD_OUT
 from tulu_lightning.core.settings import require
@@ -216,6 +225,24 @@ class Evaluate(L.Callback):
 
     def _take(self, moment: str, step: int, scores: dict[str, Scored]) -> None:
         self.latest, self.scores[moment] = (step, moment), scores
+
+    def until(self, run: Path, step: int) -> list[tuple[int, str, dict[str, Scored]]]:
+        """The scores up to a step as they came, also those of an earlier start of the run.
+
+        Args:
+            run: folder of the run.
+            step: finished steps.
+
+        Returns:
+            Finished steps, the moment's name and the scores, by task. Scores of other prompts or another sampling than those
+            asked for now are left out, and so is `after` unless this process has it.
+        """
+        found: list[tuple[int, str, dict[str, Scored]]] = []
+        for moment in moments(run):
+            place, here = step_of(moment, step), self.scores.get(moment)
+            if place <= step and (moment != "after" or here):
+                found.append((place, moment, here or self._kept(run, moment)[0]))
+        return found
 
     def _say(self, moment: str) -> None:
         for name, one in self.scores[moment].items():

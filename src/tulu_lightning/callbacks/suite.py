@@ -24,7 +24,7 @@ from tulu_lightning.evaluation.rows import use_file
 from tulu_lightning.evaluation.suite import SUITES, TASKS, find_tasks
 from tulu_lightning.evaluation.task import Example, Task
 
-__all__ = ["Scored", "Suite", "moments", "paired", "read_moment", "score_path", "step_moment"]
+__all__ = ["Scored", "Suite", "moments", "paired", "read_moment", "score_path", "step_moment", "step_of"]
 
 WHERE = "Evaluate.suite"
 
@@ -124,6 +124,11 @@ class Scored(NamedTuple):
 def step_moment(step: int) -> str:
     """What the moment after so many steps is called."""
     return f"step_{step:06d}"
+
+
+def step_of(moment: str, end: int) -> int:
+    """After how many steps a moment is; `end` for `after`."""
+    return {"before": 0, "after": end}[moment] if moment in ("before", "after") else int(moment.removeprefix("step_"))
 
 
 def score_path(run: Path, moment: str, task: str) -> Path:
