@@ -44,6 +44,8 @@ class Scores(NamedTuple):
     task: str = ""
     per_item: tuple[float, ...] = ()
     """Score of each item, for paired comparisons; empty where one is missing."""
+    groups: tuple[str, ...] = ()
+    """Of each item, where the score is the mean of groups' means; else empty."""
 
 
 class StageScores(NamedTuple):
@@ -119,6 +121,7 @@ def read_scores(path: Path, label: str, notes: list[str]) -> Scores | None:
         samples=_samples(items),
         task=text(value.get("task") or value.get("name")),
         per_item=per_item if len(per_item) == len(items) else (),
+        groups=tuple(text(item.get("group")) for item in items) if value.get("average") == "macro" else (),
     )
 
 
