@@ -3,10 +3,13 @@
 import json
 import math
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-__all__ = ["mapping", "number", "read_lines", "read_object", "text"]
+import yaml
+
+__all__ = ["callback_settings", "mapping", "number", "read_lines", "read_object", "text"]
 
 
 def number(value: Any) -> float | None:
@@ -62,3 +65,17 @@ def text(value: Any) -> str:
 def mapping(value: Any) -> dict[str, Any]:
     """The value where it is a JSON object, and an empty one for anything else."""
     return value if isinstance(value, dict) else {}
+
+
+def callback_settings(config: str | None, name: str) -> dict[str, Any]:
+    """What a stage's config gives its callback of that class; empty where it has none, or was cut off.
+
+    Args:
+        config: text of the config.
+        name: of the class, e.g. `Promote`.
+    """
+    with suppress(yaml.YAMLError, LookupError, AttributeError, TypeError):
+        for callback in yaml.safe_load(config or "")["trainer"]["callbacks"]:
+            if str(callback.get("class_path")).endswith(f".{name}"):
+                return mapping(callback.get("init_args"))
+    return {}

@@ -5,7 +5,7 @@ left out, and every such thing becomes a note for the reader. Only a folder that
 
     RUN/recipe.json
     RUN/<stage>/config.yaml  config_origin.json  data_manifest.json  metrics.jsonl  validation.jsonl  rollouts.jsonl
-    RUN/<stage>/pairs.jsonl  scores/ (see `score_records`)  summary.json
+    RUN/<stage>/pairs.jsonl  scores/ (see `score_records`)  promotions/ (see `decision_records`)  summary.json
 
 A stage that was run by itself (`tulu fit`) is read as a run of that one stage.
 """
@@ -15,24 +15,16 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from tulu_lightning.core.promotion import HELD_OUT
 from tulu_lightning.errors import InputError
+from tulu_lightning.recipes.decision_records import Decision, decision_in_summary, read_decisions, standing
 from tulu_lightning.recipes.pair_lengths import PairLengths, pair_lengths
-from tulu_lightning.recipes.reading import mapping, number, read_lines, read_object, text
+from tulu_lightning.recipes.reading import callback_settings, mapping, number, read_lines, read_object, text
 from tulu_lightning.recipes.score_records import Scores, read_stage_scores
 
 __all__ = ["Decision", "Rollout", "RunRecord", "Scores", "StageRecord", "read_run"]
 
 STAGE_FILES = ("config.yaml", "metrics.jsonl", "summary.json")
-
-
-class Decision(NamedTuple):
-    """Whether the stage's checkpoint moved on, and the paired difference (after minus before) that decided it."""
-
-    promote: bool
-    reason: str
-    difference: float | None
-    low: float | None
-    high: float | None
 
 
 class Rollout(NamedTuple):
@@ -63,6 +55,7 @@ class StageRecord(NamedTuple):
     summary: Mapping[str, Any] | None
     """The stage's closing record; None while it has not finished."""
     decision: Decision | None
+    """The one that counts: the last that promoted, else the last."""
     pair_lengths: PairLengths | None = None
     """Of the pairs that the stage made; None for a stage that makes none."""
     validation: tuple[Mapping[str, float], ...] = ()
@@ -75,6 +68,8 @@ class StageRecord(NamedTuple):
     """What it was trained on: `data_manifest.json`."""
     origin: Mapping[str, Any] | None = None
     """What its config files say and what was set over them: `config_origin.json`."""
+    decisions: tuple[Decision, ...] = ()
+    """All sealed ones, by step; empty where only the closing record tells of a decision."""
 
     @property
     def status(self) -> str:
@@ -82,6 +77,30 @@ class StageRecord(NamedTuple):
         if self.summary is not None:
             return "finished"
         return "unfinished" if self.metrics or self.config is not None else "not started"
+
+    @property
+    def decided_by(self) -> str:
+        """The task that its scores before and after are shown of: the one that decides, `held-out` for the prompts.
+
+        Before anything is decided, the held-out prompts, the only task, or the first that the promotion's rule names;
+        empty where none of them tells.
+        """
+        if self.decision is not None and self.decision.task:
+            return self.decision.task
+        tasks = list(dict.fromkeys(task for scores in self.tasks.values() for task in scores))
+        if self.before or self.after or len(tasks) == 1:
+            return HELD_OUT if self.before or self.after else tasks[0]
+        rule = mapping(callback_settings(self.config, "Promote").get("rule"))
+        named = [*mapping(rule.get("gains")), *mapping(rule.get("guards"))]
+        return next((task for task in named if task in tasks), "")
+
+    @property
+    def ends(self) -> tuple[Scores | None, Scores | None]:
+        """Scores before the first step and after the last one, on the task that decides."""
+        if self.decided_by == HELD_OUT:
+            return self.before, self.after
+        before, after = (self.tasks.get(moment, {}).get(self.decided_by) for moment in ("before", "after"))
+        return before, after
 
     def total(self, key: str) -> float | None:
         """Seconds, tokens or the like of the whole stage: from its summary, or summed over the steps so far."""
@@ -168,9 +187,8 @@ def _read_stage(folder: Path, notes: list[str]) -> StageRecord:
     config = folder / "config.yaml"
     summary = read_object(folder / "summary.json", f"{name}/summary.json", notes)
     before, after, between, tasks = read_stage_scores(folder, name, notes)
-    if before and after and before.settings_hash != after.settings_hash:
-        notes.append(f"{name}: the scores before and after were taken with different settings and do not compare.")
-    return StageRecord(
+    decisions = read_decisions(folder, name, notes)
+    stage = StageRecord(
         name=name,
         config=config.read_text(encoding="utf-8", errors="replace") if config.is_file() else None,
         metrics=tuple(_read_metrics(folder / "metrics.jsonl", f"{name}/metrics.jsonl", notes)),
@@ -182,9 +200,14 @@ def _read_stage(folder: Path, notes: list[str]) -> StageRecord:
         before=before,
         after=after,
         summary=summary,
-        decision=_decision(summary),
+        decision=standing(decisions) or decision_in_summary(summary),
+        decisions=decisions,
         pair_lengths=_pair_lengths(folder, summary or {}, notes),
     )
+    first, last = stage.ends
+    if first and last and first.settings_hash != last.settings_hash:
+        notes.append(f"{name}: the scores before and after were taken with different settings and do not compare.")
+    return stage
 
 
 def _read_metrics(path: Path, label: str, notes: list[str]) -> list[dict[str, float]]:
@@ -210,17 +233,6 @@ def _pair_lengths(folder: Path, summary: Mapping[str, Any], notes: list[str]) ->
     rows = read_lines(folder / "pairs.jsonl", f"{folder.resolve().name}/pairs.jsonl", notes)
     sides = [(row.get("chosen_ids"), row.get("rejected_ids")) for row in rows]
     return pair_lengths((len(a), len(b)) for a, b in sides if isinstance(a, list) and isinstance(b, list))
-
-
-def _decision(summary: Mapping[str, Any] | None) -> Decision | None:
-    if summary is None:
-        return None
-    value = summary.get("decision")
-    if not isinstance(value, dict):
-        promoted = summary.get("promoted")
-        return None if promoted is None else Decision(promoted is True, "", None, None, None)
-    low, high, difference = (number(value.get(key)) for key in ("low", "high", "difference"))
-    return Decision(value.get("promote") is True, text(value.get("reason")), difference, low, high)
 
 
 def _read_rollouts(folder: Path, notes: list[str]) -> Iterator[Rollout]:

@@ -1,13 +1,12 @@
 """What looks wrong in a run, each with the evidence beside it and no claim beyond it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
-from typing import Any, NamedTuple
-
-import yaml
+from typing import NamedTuple
 
 from tulu_lightning.core.alerts import Alert, AlertLimits, alerts
 from tulu_lightning.errors import InputError
+from tulu_lightning.recipes.reading import callback_settings
 from tulu_lightning.recipes.records import StageRecord
 from tulu_lightning.recipes.report_parts import escape
 from tulu_lightning.recipes.report_tasks import HELD_OUT, moments_of, tasks_of
@@ -44,12 +43,9 @@ def find_alerts(stages: Sequence[StageRecord], links: Sequence[str]) -> list[Tol
 
 def _limits(config: str | None) -> AlertLimits | None:
     """Those that the run's own callback went by, so that page and log agree; None for the usual ones."""
-    with suppress(yaml.YAMLError, LookupError, AttributeError, TypeError, InputError):
-        callbacks: list[Mapping[str, Any]] = yaml.safe_load(config or "")["trainer"]["callbacks"]
-        for callback in callbacks:
-            if str(callback.get("class_path")).endswith(".Alerts"):
-                limits = (callback.get("init_args") or {}).get("limits")
-                return AlertLimits(**limits) if limits else None
+    limits = callback_settings(config, "Alerts").get("limits")
+    with suppress(TypeError, InputError):
+        return AlertLimits(**limits) if limits else None
     return None
 
 

@@ -6,10 +6,11 @@ from collections.abc import Mapping, Sequence
 import plotly.graph_objects as go
 import plotly.offline
 
+from tulu_lightning.core.promotion import HELD_OUT
 from tulu_lightning.recipes.records import Scores, StageRecord
 from tulu_lightning.recipes.report_curves import Chart, Other, draw
 from tulu_lightning.recipes.report_figure import BLUE, GREEN, GREY, ORANGE, RED, VIOLET, layout, legend, wrap
-from tulu_lightning.recipes.report_tasks import HELD_OUT, moments_of, tasks_of
+from tulu_lightning.recipes.report_tasks import moments_of, tasks_of
 
 __all__ = ["CHARTS", "plotly_js", "score_chart", "score_curves", "stage_charts"]
 
@@ -110,24 +111,28 @@ def _repeats(metrics: Sequence[Mapping[str, float]], sources: Sequence[str], who
 
 
 def score_chart(stages: Sequence[StageRecord]) -> str:
-    """Accuracy before and after every stage with its interval; empty where nothing was scored."""
-    scored = [stage for stage in stages if stage.before or stage.after]
+    """Score before and after every stage, on the task that decides, with its interval; empty where nothing was scored."""
+    scored = [(stage, *stage.ends) for stage in stages if any(stage.ends)]
     if not scored:
         return ""
     figure = go.Figure()
-    rows = [(len(scored) - i, stage) for i, stage in enumerate(scored)]
-    before = [(y + 0.13, stage.before) for y, stage in rows if stage.before]
-    after = [(y - 0.13, stage.after) for y, stage in rows if stage.after]
+    rows = [(len(scored) - i, *one) for i, one in enumerate(scored)]
+    before = [(y + 0.13, scores) for y, _, scores, _ in rows if scores]
+    after = [(y - 0.13, scores) for y, _, _, scores in rows if scores]
     for points, name, colour, symbol in ((before, "before", GREY, "circle-open"), (after, "after", BLUE, "circle")):
         figure.add_trace(_interval_trace(points, name, colour, symbol))
     figure.update_layout(**layout(height=70 + 62 * len(scored)), hovermode="closest")
-    ticks = {"tickvals": [y for y, _ in rows], "ticktext": [html.escape(stage.name) for _, stage in rows]}
+    ticks = {"tickvals": [y for y, *_ in rows], "ticktext": [html.escape(_scored_on(stage)) for _, stage, *_ in rows]}
     figure.update_layout(
         yaxis={**ticks, "range": [0.4, len(scored) + 0.6], "showgrid": False, "tickfont": {"size": 14}}
     )
     figure.update_layout(xaxis={"tickformat": ".0%", "rangemode": "tozero", "showgrid": True})
     keys = legend(("before", "after"), (GREY, BLUE))
     return wrap("Before and after each stage", "", keys, figure, "scores-chart")
+
+
+def _scored_on(stage: StageRecord) -> str:
+    return stage.name if stage.decided_by == HELD_OUT else f"{stage.name}, {stage.decided_by}"
 
 
 def _interval_trace(points: Sequence[tuple[float, Scores]], name: str, colour: str, symbol: str) -> go.Scatter:

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from datetime import datetime
 
+from tulu_lightning.core.promotion import HELD_OUT
 from tulu_lightning.recipes.records import RunRecord, StageRecord
 from tulu_lightning.recipes.report_alerts import alerts_section, find_alerts
 from tulu_lightning.recipes.report_changes import changes_table, from_files
@@ -12,6 +13,7 @@ from tulu_lightning.recipes.report_cost import cost_section
 from tulu_lightning.recipes.report_data import data_part
 from tulu_lightning.recipes.report_lengths import length_section
 from tulu_lightning.recipes.report_parts import cell_table, escape, facts_table
+from tulu_lightning.recipes.report_promotions import decisions_table
 from tulu_lightning.recipes.report_rollouts import rollouts_section
 from tulu_lightning.recipes.report_samples import columns, samples_section
 from tulu_lightning.recipes.report_style import SCRIPT, STYLE
@@ -115,19 +117,24 @@ def _moment(iso: str) -> str:
 
 def _tile(stage: StageRecord) -> str:
     figure, detail = "–", []
-    if stage.after is not None:
-        figure = f"{100 * stage.after.accuracy:.1f}%"
-        detail = [f"from {100 * stage.before.accuracy:.1f}%"] if stage.before is not None else []
+    (before, after), task = stage.ends, stage.decided_by
+    began = [] if before is None else [f"from {100 * before.accuracy:.1f}%"]
+    if after is not None:
+        figure, detail = f"{100 * after.accuracy:.1f}%", [*([] if task == HELD_OUT else [task]), *began]
     elif made := pairs_made(stage):
         figure = " ".join(made.split()[:2])
     elif (found := _last_figure(stage)) is not None:
         figure, words = found
         detail = [words]
-    elif stage.before is not None:
-        detail = [f"from {100 * stage.before.accuracy:.1f}%"]
+    else:
+        detail = began
     detail = [escape(text) for text in detail]
-    if (points := gain(stage)[0]) is not None:
-        detail.append(f'<span class="{"up" if points > 0 else "down"}">{100 * points:+.1f} points</span>')
+    if (gained := gain(stage)) is not None:
+        # Beside a figure that is not the task's score, points would pass for those of the figure.
+        whose = "" if after is not None else f" on {'held-out prompts' if task == HELD_OUT else task or 'its scores'}"
+        at = f", {gained.at}" if gained.at else ""
+        told = escape(f"{100 * gained.difference:+.1f} points{whose}{at}")
+        detail.append(f'<span class="{"up" if gained.difference > 0 else "down"}">{told}</span>')
     return f"""<div class="tile"><header>{escape(stage.name)}
 <span class="chip {stage.status.replace(" ", "-")}">{escape(progress(stage))}</span></header>
 <strong>{escape(figure)}</strong><span class="detail">{" · ".join(detail) or "&nbsp;"}</span></div>"""
@@ -157,9 +164,10 @@ def _notes(run: RunRecord, against: RunRecord | None) -> str:
 
 def _scores(run: RunRecord) -> str:
     return f"""<h2 id="scores">Scores</h2>
-<p class="lead">{escape(what_is_scored(run).capitalize())}. The difference is paired by prompt.</p>
+<p class="lead">{escape(what_is_scored(run).capitalize())}. The difference is paired by item.</p>
 {score_chart(run.stages)}
-<div style="margin-top:12px">{cell_table(HEADINGS, score_rows(run), left=("Promoted",))}</div>{task_table(run)}"""
+<div style="margin-top:12px">{cell_table(HEADINGS, score_rows(run), left=("Promoted",))}</div>
+{task_table(run)}{decisions_table(run.stages)}"""
 
 
 def _curves(stages: Sequence[StageRecord], beside: Pairing | None) -> str:

@@ -3,16 +3,15 @@
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+from tulu_lightning.core.promotion import HELD_OUT
 from tulu_lightning.recipes.reading import number
 from tulu_lightning.recipes.records import RunRecord, Scores, StageRecord
 from tulu_lightning.recipes.report_parts import cell_table
 from tulu_lightning.recipes.score_records import MOMENT, paired_gain
 from tulu_lightning.recipes.table import NOTHING, Cell, count, duration, memory
 
-__all__ = ["HELD_OUT", "Checkpoint", "checkpoints", "compared", "matched", "moments_of", "task_table", "tasks_of"]
+__all__ = ["Checkpoint", "checkpoints", "compared", "matched", "moments_of", "task_table", "tasks_of"]
 
-HELD_OUT = "held-out"
-"""The name of the held-out prompts among the tasks."""
 OTHER_SETTINGS = "°"
 AVERAGE = "average"
 

@@ -1,5 +1,9 @@
-"""The score table: accuracy before and after every stage, what it cost, and whether its checkpoint moved on."""
+"""The score table: the score before and after every stage, what it cost, and whether its checkpoint moved on.
 
+The score is that of the task that decides: the held-out prompts, or a task of a suite, which is then named.
+"""
+
+import math
 from pathlib import Path
 from typing import NamedTuple
 
@@ -7,11 +11,15 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
+from tulu_lightning.core.promotion import HELD_OUT
+from tulu_lightning.recipes.decision_records import Decision
 from tulu_lightning.recipes.reading import number
 from tulu_lightning.recipes.records import RunRecord, Scores, StageRecord, read_run
 from tulu_lightning.recipes.score_records import paired_gain
 
 HEADINGS = ("Stage", "Before", "After", "Difference", "Time", "Tokens", "Peak memory", "Promoted")
+CONFIDENCE = 0.95
+"""Of every interval that does not say its own."""
 FIGURES = frozenset(HEADINGS) - {"Stage", "Promoted"}
 """The headings whose columns hold figures, and stand to the right."""
 NOTHING = "–"
@@ -22,6 +30,17 @@ class Cell(NamedTuple):
 
     text: str
     detail: str = ""
+
+
+class Gained(NamedTuple):
+    """A paired difference with its interval."""
+
+    difference: float
+    low: float | None
+    high: float | None
+    confidence: float = CONFIDENCE
+    at: str = ""
+    """Which checkpoints it is of, where they are not the stage's end and its start."""
 
 
 def score_table(run_dir: Path) -> Table:
@@ -53,10 +72,28 @@ def score_table(run_dir: Path) -> Table:
 
 
 def what_is_scored(run: RunRecord) -> str:
-    """What the figures are: on how many held-out prompts, with which interval."""
-    sizes = sorted({s.n for stage in run.stages for s in (stage.before, stage.after) if s is not None and s.n})
-    prompts = f" on {' or '.join(map(str, sizes))} held-out prompts" if sizes else ""
-    return f"accuracy{prompts}, with 95% intervals"
+    """What the figures are: on how many items of what, with which interval."""
+    sizes: dict[str, set[int]] = {}
+    for stage in run.stages:
+        for scores in stage.ends:
+            if scores is not None and scores.n:
+                sizes.setdefault(stage.decided_by, set()).add(scores.n)
+    parts = []
+    for task, found in sizes.items():
+        n = " or ".join(map(str, sorted(found)))
+        parts.append(f"{n} held-out prompts" if task == HELD_OUT else f"{n} items of {task}")
+    what = "accuracy" if set(sizes) <= {HELD_OUT} else "score"
+    own = "" if all(_usual(gain(stage)) for stage in run.stages) else " where no other confidence is given"
+    return f"{what}{' on ' if parts else ''}{' and '.join(parts)}, with 95% intervals{own}"
+
+
+def _usual(found: Gained | None) -> bool:
+    return found is None or percent(found.confidence) == percent(CONFIDENCE)
+
+
+def percent(confidence: float) -> str:
+    """`98.33%`: not rounded up, since it is a promise."""
+    return f"{math.floor(confidence * 1e4) / 100:g}%"
 
 
 def score_rows(run: RunRecord) -> list[tuple[Cell, ...]]:
@@ -66,10 +103,12 @@ def score_rows(run: RunRecord) -> list[tuple[Cell, ...]]:
 
 def _row(stage: StageRecord) -> tuple[Cell, ...]:
     summary = stage.summary or {}
+    before, after = stage.ends
+    task = "" if stage.decided_by == HELD_OUT else stage.decided_by
     return (
-        Cell(stage.name, progress(stage)),
-        _accuracy(stage.before),
-        _accuracy(stage.after),
+        Cell(stage.name, " · ".join(part for part in (progress(stage), task) if part)),
+        _accuracy(before),
+        _accuracy(after),
         _difference(stage),
         Cell(duration(stage.total("seconds"))),
         Cell(count(stage.total("tokens"))),
@@ -104,30 +143,59 @@ def _accuracy(scores: Scores | None) -> Cell:
 
 
 def _difference(stage: StageRecord) -> Cell:
-    difference, low, high = gain(stage)
-    if difference is None:
+    found = gain(stage)
+    if found is None:
         return Cell(NOTHING)
-    interval = "" if low is None or high is None else f"{100 * low:+.1f} to {100 * high:+.1f}"
-    return Cell(f"{100 * difference:+.1f} pts", interval)
+    confidence = "" if _usual(found) else f"at {percent(found.confidence)}"
+    # Lines of their own on a terminal; a browser makes spaces of them.
+    parts = (span(found.low, found.high), confidence, found.at)
+    return Cell(points(found.difference), "\n".join(part for part in parts if part))
 
 
-def gain(stage: StageRecord) -> tuple[float | None, float | None, float | None]:
-    """What the stage gained, with its interval: as the promotion decided by, else from the scores, paired by prompt.
+def points(difference: float) -> str:
+    """`+2.5 pts`."""
+    return f"{100 * difference:+.1f} pts"
+
+
+def span(low: float | None, high: float | None) -> str:
+    """The interval of a difference: `-0.4 to +2.6`; empty where there is none."""
+    return "" if low is None or high is None else f"{100 * low:+.1f} to {100 * high:+.1f}"
+
+
+def gain(stage: StageRecord) -> Gained | None:
+    """What the stage gained on the task that decides.
+
+    As the promotion decided by, where that held the stage's end against its start; else from the scores of the two,
+    paired by item. A stage that has no scores of its end yet has what was decided in between.
 
     Returns:
-        (difference, low, high); None where it is not known, or the two scores do not compare.
+        None where it is not known, or the two scores do not compare.
     """
-    if stage.decision is not None and stage.decision.difference is not None:
-        return stage.decision.difference, stage.decision.low, stage.decision.high
-    before, after = stage.before, stage.after
+    decision, (before, after) = stage.decision, stage.ends
+    if decision is not None and decision.difference is not None and (decision.over_stage or after is None):
+        at = "" if decision.over_stage else _checkpoints(decision)
+        confidence = decision.confidence or CONFIDENCE
+        return Gained(decision.difference, decision.low, decision.high, confidence, at)
     found = None if before is None or after is None else paired_gain(before, after)
-    return (None, None, None) if found is None else found
+    return None if found is None else Gained(*found)
+
+
+def _checkpoints(decision: Decision) -> str:
+    return f"step {decision.step}" + over(decision.verdicts[0].against)
+
+
+def over(moment: str) -> str:
+    """What a difference is held against, where that is not the start: ` over step 20`."""
+    return "" if moment == "before" else f" over step {int(moment.removeprefix('step_'))}"
 
 
 def _verdict(stage: StageRecord) -> Cell:
-    if stage.decision is None:
+    decision = stage.decision
+    if decision is None:
         return Cell(NOTHING, pairs_made(stage))
-    return Cell("yes" if stage.decision.promote else "no", stage.decision.reason)
+    answer = "yes" if decision.promote else "no" if stage.status == "finished" else "not yet"
+    which = "" if decision.step is None or decision.moment == "after" else f"step {decision.step}: "
+    return Cell(answer, f"{which}{decision.reason}")
 
 
 def duration(seconds: float | None) -> str:
