@@ -112,6 +112,19 @@ def test_what_a_user_can_mend_is_one_line_and_a_status(monkeypatch, capsys, erro
     assert capsys.readouterr().err == text
 
 
+def test_a_reader_that_is_gone_is_no_error():
+    argv = [sys.executable, "-m", "tulu_lightning", "--help"]
+    with subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        process.stdout.close()
+        assert process.wait() == 141
+        assert process.stderr.read() == ""
+
+
+def test_a_pipe_of_the_runs_own_that_breaks_keeps_its_traceback(monkeypatch):
+    with pytest.raises(BrokenPipeError):
+        called_with(monkeypatch, ["recipe"], BrokenPipeError(errno.EPIPE, "x"))
+
+
 def test_any_other_error_keeps_its_traceback(monkeypatch):
     with pytest.raises(FileNotFoundError):
         called_with(monkeypatch, ["recipe"], FileNotFoundError(errno.ENOENT, "x", "y"))

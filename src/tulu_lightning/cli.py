@@ -5,6 +5,7 @@ import importlib
 import logging
 import os
 import re
+import select
 import sys
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -19,6 +20,9 @@ STOPPED = 1
 INTERRUPTED = 130
 PREEMPTED = 75
 """EX_TEMPFAIL of sysexits.h: nothing is wrong, try again later."""
+
+READER_GONE = 141
+"""What a shell says of a program that SIGPIPE ended."""
 
 DISK_REMEDIES = {
     errno.ENOSPC: "Free some space, or choose another folder (trainer.default_root_dir)",
@@ -116,10 +120,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
         Exit status: 0, 1 for a run that stopped itself, 2 for bad input or a disk that cannot be written, 75 after
-        SIGTERM or SIGUSR1, 130 after Ctrl-C. After 75 and 130 the same command goes on.
+        SIGTERM or SIGUSR1, 130 after Ctrl-C, 141 where whoever read the output is gone (`| head`). After 75 and 130 the
+        same command goes on.
     """
     try:
-        return _dispatch(list(sys.argv[1:] if argv is None else argv))
+        status = _dispatch(list(sys.argv[1:] if argv is None else argv))
+        sys.stdout.flush()  # here, where a reader that is gone is no traceback
+        return status
     except InputError as error:
         return _fail(str(error))
     except RunStopped as error:
@@ -131,6 +138,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("tulu: interrupted; run the same command again to go on", file=sys.stderr)
         return INTERRUPTED
+    except BrokenPipeError:
+        if not _reader_is_gone():
+            raise
+        return READER_GONE
     except Exception as error:
         text = disk_fault(error)
         if text is None:
@@ -153,6 +164,20 @@ def _dispatch(argv: list[str]) -> int:
         logging.getLogger(name).setLevel(logging.ERROR)
     module = importlib.import_module(command.module)
     return module.main(argv if command.wants_name else argv[1:])
+
+
+def _reader_is_gone() -> bool:
+    """Whether it is standard output's pipe that broke, and not one of the run's own; what is left in its buffer is let go."""
+    try:
+        output = sys.stdout.fileno()
+        asked = select.poll()
+        asked.register(output, select.POLLOUT)
+        gone = any(event & select.POLLERR for _, event in asked.poll(0))
+    except (OSError, ValueError, AttributeError):  # no file, or no poll on this system
+        return False
+    if gone:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), output)  # or the interpreter's last flush says it again
+    return gone
 
 
 def _fail(text: str) -> int:

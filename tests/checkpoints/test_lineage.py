@@ -84,6 +84,16 @@ def test_a_chain_goes_back_to_the_base_model(folder, recipe):
     assert names(chain(recipe / "base")) == [(str(recipe / "base"), None)]
 
 
+def test_a_copy_of_a_stage_is_none_of_the_recipes(recipe):
+    shutil.copytree(recipe / "sft", recipe / "sft_old", symlinks=True)
+    assert names(chain(recipe)) == WHOLE
+
+
+def test_runs_without_a_recipe_go_by_name(recipe):
+    (recipe / "recipe.json").unlink()
+    assert names(chain(recipe))[-1] == ("sft", 10)
+
+
 def test_a_run_that_was_moved_as_a_whole_still_knows(recipe, tmp_path):
     moved = tmp_path / "elsewhere"
     recipe.rename(moved)

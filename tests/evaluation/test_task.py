@@ -225,6 +225,27 @@ def test_many_samples_make_few_examples_a_write(tokenizer, tmp_path, monkeypatch
     assert told == [0, 2, 4, 5], "eight answers at a time are two examples"
 
 
+class Near:
+    """A verifier of a user, without a repr of its own."""
+
+    runs = "here"
+
+    def __init__(self, within):
+        self.within, self._cache = within, object()
+
+    def __call__(self, response, target):
+        raise NotImplementedError
+
+    def complaint(self, target):
+        return None
+
+
+def test_a_verifier_without_a_repr_is_the_same_in_every_process():
+    settings = [task(own=Near(within)).settings([]) for within in (1, 1, 2)]
+    assert settings[0] == settings[1] != settings[2]
+    assert task(own=Near(1)).manner()[3][1].endswith('test_task.Near({"within": 1})')
+
+
 def test_a_limit_takes_rows_from_everywhere():
     given = task(rows=lambda: list(range(10)))
     assert [example.target for example in given.examples(4)] == ["0", "2", "5", "7"]

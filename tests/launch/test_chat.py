@@ -140,6 +140,18 @@ def test_piped_lines_are_turns_and_only_replies_are_written(folder, model, monke
     assert err == "forgotten\n"
 
 
+def test_a_pipe_gets_a_reply_byte_for_byte(model, capsys):
+    Talk([model], MANNER, None)._say("a\tb\r\n  [bold]:smile:")
+    assert capsys.readouterr().out == "a\tb\r\n  [bold]:smile:"
+
+
+def test_a_line_that_is_no_utf_8_is_named(folder, monkeypatch, capsys):
+    lines = "Hi\n\udcff\udcfe\n"  # as Python reads b"\xff\xfe" from a pipe
+    status, _, err = talk_by_pipe(monkeypatch, capsys, "--model", folder, "--max_new_tokens", "4", lines=lines)
+    assert status == 2
+    assert "standard input, line 2: is not UTF-8" in err
+
+
 def test_two_models_answer_the_same_turns_each_under_its_name(folder, tiny, model, monkeypatch, capsys):
     argv = ("--model", folder, "--against", folder, "--max_new_tokens", "12", "--system", "Be brief.")
     status, out, _ = talk_by_pipe(monkeypatch, capsys, *argv, lines="Hi")

@@ -83,13 +83,13 @@ def _checkpoint_of(folder: Path) -> Path:
 
 
 def _stages(run: Path) -> list[Path]:
-    """Folders of a recipe's stages that decided something, in its order."""
+    """Folders of a recipe's stages that decided something, in its order; of runs without a recipe, by name."""
+    found = {path.parent.name: path.parent for path in sorted(run.glob("*/promotions"))}
     try:
         planned = json.loads((run / "recipe.json").read_text(encoding="utf-8"))["stages"]
     except (OSError, ValueError, KeyError):
-        planned = []
-    found = {path.parent.name: path.parent for path in sorted(run.glob("*/promotions"))}
-    return [found[name] for name in [*planned, *sorted(set(found) - set(planned))] if name in found]
+        planned = sorted(found)
+    return [found[name] for name in planned if name in found]  # a copy of a stage beside it is none of the recipe's
 
 
 def _record_of(folder: Path) -> tuple[dict[str, Any] | None, str]:

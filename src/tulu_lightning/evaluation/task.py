@@ -147,12 +147,26 @@ class Task:
     def manner(self) -> list[Any]:
         """How each example is sampled and judged, as plain data: what `settings` hashes besides the examples."""
         drawn = [self.max_new_tokens, self.temperature, self.top_p, self.samples, self.k, self.stops, self.chat]
-        judged = [self.verifier, "" if self.own is None else repr(self.own), self.average]
+        judged = [self.verifier, "" if self.own is None else _named(self.own), self.average]
         return [self.name, self.version, drawn, judged]
 
     def capped(self, cap: int | None) -> "Task":
         """The task with a lower cap of an answer than its own; the same where the cap is none, or not lower."""
         return self if cap is None or cap >= self.max_new_tokens else replace(self, max_new_tokens=cap)
+
+
+def _named(verifier: Verifier) -> str:
+    """What a verifier says of itself, or its class and plain settings: an address would be another one in each process."""
+    said = repr(verifier)
+    if f" at 0x{id(verifier):x}" not in said:
+        return said
+    kind = type(verifier)
+    plain = {
+        name: value
+        for name, value in sorted(getattr(verifier, "__dict__", {}).items())
+        if not name.startswith("_") and isinstance(value, (str, int, float, bool, list, tuple, dict, type(None)))
+    }
+    return f"{kind.__module__}.{kind.__qualname__}({json.dumps(plain, sort_keys=True, default=str)})"
 
 
 def spread(places: Sequence[int], count: int) -> list[int]:

@@ -5,7 +5,7 @@ import contextlib
 import importlib.util
 import sys
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from tulu_lightning.errors import InputError, nearest
@@ -133,6 +133,26 @@ class Conversation:
                 self.messages.append({"role": "assistant", "content": said})
 
 
+def _decoded(source: Iterable[str]) -> Iterator[str]:
+    """The lines of a pipe.
+
+    Raises:
+        InputError: names a line that is not UTF-8.
+    """
+    lines, number = iter(source), 0
+    while True:
+        number += 1
+        try:
+            line = next(lines, None)
+        except UnicodeDecodeError:
+            line = "\udcff"
+        if line is None:
+            return
+        if any("\udc80" <= each <= "\udcff" for each in line):  # how Python keeps a byte that is none, in some locales
+            raise InputError(f"standard input, line {number}", "is not UTF-8", "Write it in UTF-8.")
+        yield line
+
+
 class Talk:
     """A talk in the terminal, or with a pipe.
 
@@ -174,7 +194,7 @@ class Talk:
 
     def _lines(self, source: Any) -> Iterator[str]:
         if not self.live:
-            yield from source
+            yield from _decoded(source)
             return
         while True:
             try:
@@ -249,7 +269,10 @@ class Talk:
 
     def _say(self, text: str) -> None:
         """Words of a model: as they are, and at once."""
-        self.console.print(text, end="", markup=False, emoji=False)
+        if self.console.is_terminal:
+            self.console.print(text, end="", markup=False, emoji=False)
+        else:  # rich would make spaces of tabs
+            self.console.file.write(text)
         self.console.file.flush()
 
     def _note(self, text: str) -> None:
