@@ -65,6 +65,13 @@ def test_each_task_is_held_against_its_own_start():
     assert "the score on b fell" in only(alerts(run(), scores), "reward without score").text
 
 
+def test_other_tasks_are_no_measure_of_a_reward_that_the_held_out_prompts_are_scored_for():
+    other = [{"step": k, "task": "ifeval", "score": s} for k, s in ((0, 0.16), (60, 0.15))]
+    assert alerts(run(), [*other, *score(0.3, 0.4, 0.5)]) == []
+    assert "the score on held-out" in only(alerts(run(), [*other, *score(0.5, 0.5, 0.4)]), "reward without score").text
+    assert "the score on ifeval" in only(alerts(run(), other), "reward without score").text
+
+
 def test_a_margin_stands_for_the_reward_where_there_is_none():
     rows = [{"step": k, "margin": 0.1 * k} for k in range(1, 31)]
     scores = [{"step": k, "task": "held-out", "score": 0.5} for k in (0, 30)]

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from tulu_lightning.core.alert_rules import READ, RULES, AlertLimits, Finding, Series, reward_without_score, rule_of
+from tulu_lightning.core.promotion import HELD_OUT
 
 __all__ = ["Alert", "AlertLimits", "Watcher", "alerts"]
 
@@ -63,9 +64,15 @@ class Watcher:
         return self._told(step, [finding for finding in found if finding is not None], RULES)
 
     def add_score(self, step: int, task: str, score: float) -> list[Alert]:
-        """Read a strict held-out score; the first of a task is what later ones are held against. Returns as `add`."""
+        """Read a strict held-out score; the first of a task is what later ones are held against. Returns as `add`.
+
+        Where the held-out prompts are scored, they are what the reward is to raise: other tasks tell what it costs
+        elsewhere, and that one of them does not rise says nothing against the reward.
+        """
         if task not in self._scores:
             self._scores[task] = (step, score)
+            return []
+        if task != HELD_OUT and HELD_OUT in self._scores:
             return []
         finding = reward_without_score(self._series, self.limits, task, self._scores[task], (step, score))
         return self._told(step, [] if finding is None else [finding], [rule_of(task)])
