@@ -37,6 +37,8 @@ class Item(TypedDict):
     answers: list[Answer]
     asked: NotRequired[str]
     """`Example.digest`; results of older versions have none."""
+    prompt: NotRequired[str]
+    """The end of what was asked, for people; likewise."""
 
 
 def pass_at_k(right: int, samples: int, k: int) -> float:

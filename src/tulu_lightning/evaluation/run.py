@@ -25,6 +25,10 @@ SERVED = 512
 """Of an engine that has others beside it on its device, and is slow where it has too little to do: vLLM."""
 
 
+SHOWN = 2000
+"""Characters of a prompt that its item keeps."""
+
+
 class Model(NamedTuple):
     """What is evaluated."""
 
@@ -226,5 +230,17 @@ def _ranked(task: Task, examples: Sequence[Example], model: Model, scorer: Score
 
 
 def _item(example: Example, score: float, answers: list[Answer]) -> Item:
-    asked = example.digest()
-    return Item(key=example.key, group=example.group, target=example.target, score=score, answers=answers, asked=asked)
+    return Item(
+        key=example.key,
+        group=example.group,
+        target=example.target,
+        score=score,
+        answers=answers,
+        asked=example.digest(),
+        prompt=_shown(example.turns[-1].content + example.prefix),
+    )
+
+
+def _shown(text: str) -> str:
+    """The end of a prompt, where the question is: worked examples come before it."""
+    return text if len(text) <= SHOWN else f"… {text[-SHOWN:]}"

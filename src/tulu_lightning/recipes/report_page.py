@@ -15,7 +15,7 @@ from tulu_lightning.recipes.report_lengths import length_section
 from tulu_lightning.recipes.report_parts import cell_table, escape, facts_table
 from tulu_lightning.recipes.report_promotions import decisions_table
 from tulu_lightning.recipes.report_rollouts import rollouts_section
-from tulu_lightning.recipes.report_samples import columns, samples_section
+from tulu_lightning.recipes.report_samples import samples_of
 from tulu_lightning.recipes.report_style import SCRIPT, STYLE
 from tulu_lightning.recipes.report_tasks import task_table
 from tulu_lightning.recipes.table import (
@@ -61,7 +61,7 @@ def page(run: RunRecord, against: RunRecord | None, policy: str) -> str:
         "" if beside is None else comparison(beside),
         _scores(run),
         _curves(run.stages, beside),
-        samples_section(columns(run, against, beside.names if beside else ("", ""))),
+        samples_of(run, against, beside.names if beside else ("", "")),
         rollouts_section(run.rollouts),
         cost_section(run.stages),
         _data(run.stages),

@@ -5,12 +5,13 @@ from typing import NamedTuple
 
 from tulu_lightning.recipes.records import RunRecord, Scores
 from tulu_lightning.recipes.report_parts import escape
-from tulu_lightning.recipes.report_tasks import checkpoints
+from tulu_lightning.recipes.report_tasks import checkpoints, tasks_of
 from tulu_lightning.recipes.score_records import Sample
 
-__all__ = ["MARKS", "Column", "columns", "pick_prompts", "samples_section"]
+__all__ = ["MARKS", "Column", "columns", "pick_prompts", "sampled_tasks", "samples_of", "samples_section"]
 
 SHOWN = 8
+OF_TASK = 4
 OF_A_KIND = 3
 """Prompts with the same course of verdicts, at most."""
 MARKS = {"right": "✓", "wrong": "✗", "unparseable": "?", "timeout": "…", "error": "!"}
@@ -23,19 +24,32 @@ class Column(NamedTuple):
     samples: tuple[Sample, ...]
 
 
-def columns(run: RunRecord, against: RunRecord | None = None, names: tuple[str, str] = ("", "")) -> list[Column]:
-    """Checkpoints that answered the same held-out prompts under the same settings as the first of them.
+def sampled_tasks(run: RunRecord) -> list[str]:
+    """Tasks whose answers are kept: the held-out prompts first where there are any, as they are scored first."""
+    return list(dict.fromkeys(task for each in checkpoints(run) for task, s in each.scores.items() if s.samples))
+
+
+def columns(
+    run: RunRecord, against: RunRecord | None = None, names: tuple[str, str] = ("", ""), task: str | None = None
+) -> list[Column]:
+    """Checkpoints that answered the same prompts under the same settings as the first of them.
 
     Args:
         run: the run, all of whose checkpoints are taken.
         against: a second run, of which only the last one is.
         names: what the two are called.
+        task: one of `sampled_tasks`; the first of them by default.
     """
-    found = [(checkpoint.name, s) for checkpoint in checkpoints(run) for s in checkpoint.scores.values() if s.samples]
+    task = task or next(iter(sampled_tasks(run)), "")
+    found = _answered(run, task)
     if against is not None:
-        last = [(c.name, s) for c in checkpoints(against) for s in c.scores.values() if s.samples][-1:]
-        found += [(f"{names[1]}: {name}", s) for name, s in last]
+        found += [(f"{names[1]}: {name}", s) for name, s in _answered(against, task)[-1:]]
     return [Column(name, s.samples) for name, s in found if _same(found[0][1], s)]
+
+
+def _answered(run: RunRecord, task: str) -> list[tuple[str, Scores]]:
+    named = [(checkpoint.name, checkpoint.scores.get(task)) for checkpoint in checkpoints(run)]
+    return [(name, scores) for name, scores in named if scores is not None and scores.samples]
 
 
 def _same(first: Scores, other: Scores) -> bool:
@@ -66,18 +80,35 @@ def _changes(shown: Sequence[Column], place: int) -> bool:
     return len({column.samples[place].outcome for column in shown}) > 1
 
 
-def samples_section(shown: Sequence[Column]) -> str:
-    """The section's body; empty for fewer than two checkpoints."""
-    if len(shown) < 2 or not shown[0].samples:
-        return ""
-    chosen = pick_prompts(shown)
-    total = len(shown[0].samples)
+def samples_of(run: RunRecord, against: RunRecord | None = None, names: tuple[str, str] = ("", "")) -> str:
+    """The section of a run, or of two; arguments as for `columns`."""
+    suite = {task for stage in run.stages for task in tasks_of(stage)}
+    tasks = sampled_tasks(run)
+    held_out = next((task for task in tasks if task not in suite), None)
+    others = [(task, columns(run, against, names, task)) for task in tasks if task in suite]
+    return samples_section([] if held_out is None else columns(run, against, names, held_out), others)
+
+
+def samples_section(shown: Sequence[Column], others: Sequence[tuple[str, Sequence[Column]]] = ()) -> str:
+    """The section's body; empty where no prompts have the answers of two checkpoints.
+
+    Args:
+        shown: of the held-out prompts.
+        others: of tasks, by name.
+    """
+    parts = [("held-out prompts", shown, SHOWN), *((f"items of {task}", each, OF_TASK) for task, each in others)]
+    bodies = "".join(_cards(*part) for part in parts if len(part[1]) > 1)
     lead = (
-        f"{len(chosen)} of {total} held-out prompts, as each checkpoint answered them. They are chosen so that every "
-        "course of verdicts appears, changes first: their shares are not those of the whole."
+        "As each checkpoint answered them. They are chosen so that every course of verdicts appears, changes first: their "
+        "shares are not those of the whole."
     )
+    return f'<h2 id="samples">Samples by stage</h2><p class="lead">{lead}</p>{bodies}' if bodies else ""
+
+
+def _cards(what: str, shown: Sequence[Column], n: int) -> str:
+    chosen = pick_prompts(shown, n)
     cards = "".join(_card(shown, place) for place in chosen)
-    return f'<h2 id="samples">Samples by stage</h2><p class="lead">{lead}</p><div class="samples">{cards}</div>'
+    return f'<h3>{len(chosen)} of {len(shown[0].samples)} {escape(what)}</h3><div class="samples">{cards}</div>'
 
 
 def _card(shown: Sequence[Column], place: int) -> str:

@@ -150,15 +150,26 @@ def _answers(items: list[dict[str, Any]], label: str, notes: list[str]) -> tuple
 
 
 def _samples(items: list[dict[str, Any]]) -> tuple[Sample, ...]:
-    if not all("prompt" in item and "response" in item for item in items):
-        return ()
-    return tuple(
-        Sample(
-            text(item["prompt"]),
-            text(item.get("target")),
-            text(item["response"]),
-            text(item.get("outcome")),
-            number(item.get("score")),
-        )
-        for item in items
+    """All or none: answers to held-out prompts, or the first answer to each item of a task."""
+    found = [_of_task(item) if "answers" in item else _of_prompt(item) for item in items]
+    return tuple(each for each in found if each is not None) if None not in found else ()
+
+
+def _of_prompt(item: dict[str, Any]) -> Sample | None:
+    if "prompt" not in item or "response" not in item:
+        return None
+    said = text(item["response"]), text(item.get("outcome")), number(item.get("score"))
+    return Sample(text(item["prompt"]), text(item.get("target")), *said)
+
+
+def _of_task(item: dict[str, Any]) -> Sample | None:
+    """None for ranked choices, of which there are log-probs alone, and for results of older versions."""
+    answers = item["answers"]
+    first = mapping(answers[0]) if isinstance(answers, list) and answers else {}
+    if "prompt" not in item or not number(first.get("tokens")):
+        return None
+    target = text(item.get("target"))
+    told = "" if target.startswith("{") else target  # settings of a verifier are no answer to compare with
+    return Sample(
+        text(item["prompt"]), told, text(first.get("text")), text(first.get("outcome")), number(item.get("score"))
     )
