@@ -16,6 +16,7 @@ from tulu_lightning.data import chat
 from tulu_lightning.errors import InputError
 from tulu_lightning.evaluation import rows as rows_module
 from tulu_lightning.evaluation.asking import Asker, answer_text
+from tulu_lightning.evaluation.command import show
 from tulu_lightning.evaluation.result import Item, TaskResult, compare_results, pass_at_k
 from tulu_lightning.evaluation.rows import DataSet, check_used, use_file
 from tulu_lightning.evaluation.run import Model, run_task
@@ -384,3 +385,16 @@ def test_a_file_that_no_task_reads_is_refused(tmp_path, monkeypatch):
 def test_an_option_without_its_value_is_refused(option, capsys):
     assert cli.main(["eval", "--model", "m", "--suite", "gsm8k", option, "gsm8k"]) == 2
     assert f"{option}: is 'gsm8k'" in capsys.readouterr().err
+
+
+def test_results_of_other_commands_stay(tmp_path, capsys):
+    coins, again, sums = result([1.0, 0.0]), result([1.0, 1.0]), result([0.0, 1.0], task="sums")
+    show([[coins]], tmp_path)
+    show([[sums]], tmp_path)
+    show([[again]], tmp_path)
+    show([[replace(coins, model_digest="e")], [coins]], tmp_path)
+    kept = json.loads((tmp_path / "results.json").read_text())
+    assert [(each["task"], each["model_digest"], each["score"]) for each in kept] == [
+        ("sums", "d", 0.5), ("t", "d", 1.0), ("t", "e", 0.5)
+    ]  # fmt: skip
+    assert kept[2]["against"]["model_digest"] == "d"

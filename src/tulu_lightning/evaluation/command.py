@@ -7,7 +7,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from rich import box
@@ -139,13 +139,16 @@ def _scored(task: Task, examples: Sequence[Example], model: Model, folder: Path,
 
 
 def show(results: Sequence[Sequence[TaskResult]], out: Path) -> None:
-    """Print the scores as a table, with paired differences where there are two models, and write `results.json`."""
+    """Print the scores as a table, with paired differences where there are two models, and write them to `results.json`.
+
+    What other commands wrote there stays.
+    """
     first, *others = results
     table = Table(box=box.SIMPLE_HEAD, title=_title(results), title_justify="left", padding=(0, 1))
     headings = ["Task", "n", "Score", *(["Against", "Difference"] if others else []), "Metric"]
     for heading in headings:
         table.add_column(heading, justify="left" if heading in ("Task", "Metric") else "right")
-    record: list[dict[str, object]] = []
+    record: list[dict[str, Any]] = []
     for place, result in enumerate(first):
         cells = [result.task, str(result.n), _share(result)]
         entry = dict(result.summary())
@@ -166,7 +169,22 @@ def show(results: Sequence[Sequence[TaskResult]], out: Path) -> None:
         )
     Console().print(table)
     out.mkdir(parents=True, exist_ok=True)
-    write_whole(out / "results.json", json.dumps(record, indent=1, ensure_ascii=False) + "\n")
+    kept = [*_others(out / "results.json", record), *record]
+    write_whole(out / "results.json", json.dumps(kept, indent=1, ensure_ascii=False) + "\n")
+
+
+def _others(path: Path, record: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Entries of earlier commands that this one has nothing new to say of: other weights, tasks, settings or comparisons."""
+    try:
+        before: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))
+        return [entry for entry in before if _entry_key(entry) not in {_entry_key(new) for new in record}]
+    except (OSError, ValueError, TypeError, AttributeError):
+        return []
+
+
+def _entry_key(entry: dict[str, Any]) -> tuple[Any, ...]:
+    against = entry.get("against") or {}
+    return entry.get("task"), entry.get("settings"), entry.get("model_digest"), against.get("model_digest")
 
 
 def _title(results: Sequence[Sequence[TaskResult]]) -> str:
