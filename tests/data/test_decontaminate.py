@@ -175,6 +175,27 @@ def test_generated_grade_school_rows_are_held_against_gsm8k(tmp_path, monkeypatc
     assert all(pair["share"] > 0.5 and pair["train"][0]["shared"] for pair in worst)
 
 
+def test_an_empty_field_does_not_count(tmp_path):
+    items = [{"q": SECRET, "input": ""}, {"q": OTHER, "input": "  "}, {"q": "", "input": ""}]
+    mine = Evaluation("mine", path=jsonl(tmp_path / "items.jsonl", items), fields=["q", "input"])
+    rows = [chat(f"Please: {SECRET}", "Five.")]
+    scan, findings = scanned(Source("rows", path=jsonl(tmp_path / "rows.jsonl", rows)), Decontaminate([mine]))
+    assert findings.pairs.items_P.tolist() == [0]
+    assert findings.pairs.shares_P.tolist() == [1.0]
+    assert verdicts(scan, findings)[0].items == 3
+
+
+def test_a_source_that_repeats_less_than_a_set_allows_says_so(tmp_path, caplog):
+    """One of a hundred items is hit, which a set allows by default: it is said, and the rows stay."""
+    items = [{"q": SECRET}, *({"q": f"{OTHER} {number}"} for number in range(99))]
+    mine = Evaluation("mine", path=jsonl(tmp_path / "items.jsonl", items), fields=["q"])
+    rows = [chat(f"Please: {SECRET}", "Five."), chat("Hello!", "Hello.")]
+    source = Source("tr", path=jsonl(tmp_path / "rows.jsonl", rows), decontaminate=Decontaminate([mine]))
+    with caplog.at_level("INFO"):
+        assert len(open_source(source)) == 2
+    assert "repeats 1 of 100 items of mine: no set above 2.0%, so all rows stay" in caplog.text
+
+
 # Reports and what is kept -------------------------------------------------------------------------------------------
 
 
@@ -377,6 +398,13 @@ def asked(small, tmp_path, monkeypatch):
     known = [{"name": each.name, "path": each.path, "fields": each.fields} for each in sets]
     (tmp_path / "sets.yaml").write_text(yaml.safe_dump({"evaluations": known}))
     return ["data", "decontaminate", "--config", "stage.yaml", "--against", "sets.yaml"]
+
+
+def test_a_name_with_a_slash_makes_a_file_and_no_folder(asked, tmp_path):
+    stage = tmp_path / "stage.yaml"
+    stage.write_text(stage.read_text().replace("name: sums", "name: my/sums"))
+    assert cli.main([*asked, "--out", "out", "--action", "drop_rows", "--set-share", "0"]) == 0
+    assert (tmp_path / "out" / "my_sums.jsonl.gz").exists()
 
 
 def test_the_command_reports_and_keeps_the_rest(asked, tmp_path, capsys):

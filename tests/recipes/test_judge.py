@@ -16,7 +16,7 @@ import pytest
 from tulu_lightning import cli
 from tulu_lightning.data.prompt_source import PromptSource
 from tulu_lightning.errors import InputError
-from tulu_lightning.recipes.making.aspects import ASPECTS, questionnaire, read_ratings
+from tulu_lightning.recipes.making.aspects import ASPECTS, order_shown, questionnaire, read_ratings
 from tulu_lightning.recipes.making.generate import GenerateConfig, generate
 from tulu_lightning.recipes.making.judge import JudgeConfig, judge
 from tulu_lightning.recipes.making.pool import Model
@@ -42,6 +42,7 @@ SUMS = PromptSource("sums", rows="tulu_lightning.assets.arithmetic.prompt_rows",
         ("4\n2\n5", [4, 2, 5]),
         ("<think>Text 1: 1\nText 2: 1\nText 3: 1</think>\nText 1: 5\nText 2: 4\nText 3: 3", [5, 4, 3]),
         ("Text 1: 4\nText 1: 5\nText 2: 3", [5, 3, None]),
+        ("Text 1: 4\nClear.\nText 2: 3\nShorter than Text 1 (2 sentences) and vague.\nText 3: 5", [4, 3, 5]),
         ("Text 1: 3.5\nText 2: 6\nText 3: 0", [None, None, None]),
         ("Text 1: 4.0\nText 2: 10\nText 3: 3.", [4, None, None]),
         ("They are all fine, I would give them four.", [None] * 3),
@@ -157,11 +158,39 @@ def test_agreement_of_two_judges_and_of_a_judge_with_itself(responses, server, t
     told = {(each["first"], each["second"]): each for each in summary["agreement"]}
     itself = told["even, round 0", "even, round 1"]
     assert (itself["same"], itself["kappa"], itself["same_order"]) == (1.0, 1.0, 1.0)
-    # `first` rates places: 5, 4, 3. In a new order its agreement is that of chance.
+    # `first` rates places: 5, 4, 3. The second round turns the first one's order round, and it contradicts itself.
     place = told["first, round 0", "first, round 1"]
-    assert abs(place["kappa"]) < 0.35
+    assert place["kappa"] == pytest.approx(-1.0)
+    assert place["same_order"] == 0.0
     assert abs(told["even, round 0", "first, round 0"]["kappa"]) < 0.35
     assert len(told) == 3
+
+
+def test_ratings_of_other_texts_are_refused(responses, server, tmp_path):
+    made = config(responses, server, tmp_path, "even", aspects=["honesty"])
+    judge(made)
+    (shard,) = Path(responses).glob("rows-*.jsonl")
+    shard.write_text(shard.read_text().replace('"response": "good"', '"response": "bad now"'))
+    with pytest.raises(InputError, match=r"its ratings are of other texts than .* holds now"):
+        judge(made)
+    with pytest.raises(InputError, match="its ratings are of other texts"):
+        make_pairs(PairsConfig(output=str(tmp_path / "pairs"), input=responses, ratings=made.output))
+
+
+def test_a_lower_limit_tells_of_its_own_prompts_alone(responses, server, tmp_path):
+    made = config(responses, server, tmp_path, "even", aspects=["honesty"])
+    judge(made)
+    summary = judge(replace(made, limit=2))
+    assert (summary["prompts"], summary["failed"]) == (2, 0)
+    assert sum(each["n"] for each in summary["ratings"]) == 6, "three responses each"
+
+
+@pytest.mark.parametrize("count", [2, 3, 7])
+def test_the_second_round_shows_the_texts_the_other_way_round(count):
+    for key in range(20):
+        first, second = (order_shown(count, 5, key, 0, number) for number in (0, 1))
+        assert second == first[::-1] != first
+    assert len({tuple(order_shown(count, 5, key, 0, 0)) for key in range(40)}) > 1
 
 
 def test_unreadable_ratings_are_counted_and_make_no_order(responses, server, tmp_path):

@@ -79,6 +79,21 @@ def test_a_held_out_prompt_is_in_no_set_to_train_on(tmp_path):
     assert (summary["prompts"], summary["held_out"], summary["also_held_out"]) == (15, 5, 5)
 
 
+def test_a_held_out_question_counts_also_behind_exemplars_and_before_constraints(tmp_path):
+    shots, rows, held = (tmp_path / f"{name}.jsonl" for name in ("shots", "rows", "held"))
+    shots.write_text(json.dumps({"question": "1 + 1?", "answer": "2"}) + "\n")
+    questions = [{"question": f"{n} + {n}?", "answer": f"#### {2 * n}"} for n in range(2, 10)]
+    for path, some in ((rows, questions), (held, questions[:2])):
+        path.write_text("".join(json.dumps(row) + "\n" for row in some))
+    few = PromptSource("g", path=str(rows), read="gsm8k", few_shot=FewShot(str(shots), style="olmes"))
+    plain = PromptSource("h", path=str(held), read="gsm8k")
+    chat = PromptSource("c", path=str(rows), read="gsm8k")
+    summary = make_prompts(PromptsConfig(str(tmp_path / "out"), [few], [chat], KINDS, [plain]))
+    assert (summary["prompts"], summary["held_out"], summary["also_held_out"]) == (12, 2, 4)
+    texts = [row["messages"][0]["content"] for row in lines(tmp_path / "out" / "prompts.jsonl")]
+    assert not any("2 + 2?" in text or "3 + 3?" in text for text in texts)
+
+
 @pytest.mark.parametrize(
     ("settings", "said"),
     [

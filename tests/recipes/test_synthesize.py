@@ -219,11 +219,36 @@ def test_what_is_cut_wrong_or_at_odds_is_left_out_with_its_reason(server, tmp_pa
     assert all(row["persona"] in PERSONAS and row["request"] for row in left)
 
 
+def test_what_a_relaxed_answer_does_is_told_apart(server, tmp_path):
+    def both(request):  # every answer follows every constraint, also of the relaxed request
+        text = request["messages"][-1]["content"]
+        return reply(request) if "Request: " in text else "<<One>>\n\nall in one word"
+
+    server.replies = both
+    summary = synthesize(config(server, tmp_path, IF, relax=True))
+    told = summary["skills"]["precise_if"]
+    assert told["kept"] + sum(told["left_out"].values()) == told["requests"] == 6
+    assert sum(told.get("relaxed_left_out", {}).values()) + summary["pairs"] <= told["kept"]
+
+
+def test_answers_to_other_requests_are_refused(server, tmp_path):
+    made = config(server, tmp_path, replace(PROSE, count=2))
+    synthesize(made)
+    (shard,) = (tmp_path / "out" / "requests").glob("rows-*.jsonl")
+    shard.write_text(shard.read_text().replace("Tell me what", "Tell us what"))
+    with pytest.raises(InputError, match="its answers are to other requests than there are now"):
+        synthesize(made)
+
+
 def test_near_duplicates_and_evaluation_items_go(server, tmp_path):
     test = tmp_path / "test.jsonl"
     item = f"Tell me what {PERSONAS[0]} wants a text. Say so. does on a day like this."
-    test.write_text(json.dumps({"q": item}) + "\n")
-    held = Decontaminate([Evaluation("mine", path=str(test), fields=["q"])], set_share=0.0)
+    others = [
+        f"Which of {number} quite other questions is asked in this very place of the set?" for number in range(99)
+    ]
+    test.write_text("".join(json.dumps({"q": q}) + "\n" for q in (item, *others)))
+    # One of a hundred items: a source may repeat so many, what is made here may not.
+    held = Decontaminate([Evaluation("mine", path=str(test), fields=["q"])])
     skill = replace(PROSE, count=30)  # six of the 24 personas come twice
     summary = synthesize(config(server, tmp_path, skill, near_duplicates=0.95, decontaminate=held))
     assert summary["skills"]["prose"]["left_out"]["nearly repeats another"] == 6

@@ -11,6 +11,7 @@ import pytest
 
 from tulu_lightning.errors import InputError
 from tulu_lightning.types import Verdict
+from tulu_lightning.verifiers.chat_server import request_chat
 from tulu_lightning.verifiers.judge import Judge, read_score
 
 sys.path.append(str(Path(__file__).parent))
@@ -86,7 +87,19 @@ def test_the_key_comes_from_the_environment_and_is_told_to_the_server_alone(serv
         ((200, "{}", {}), 2, "is no chat completion"),
         ((200, '{"choices": []}', {}), 2, "is no chat completion"),
         ((200, "[1]", {}), 2, "is no chat completion"),
-        ((200, '{"choices": [{"message": {"content": null}}]}', {}), 2, "has no score"),
+        (
+            (200, '{"choices": [{"message": {"content": null}}]}', {}),
+            2,
+            "is no chat completion (TypeError: its text is None)",
+        ),
+        ((200, '{"choices": [{"message": {"content": ["a"]}}]}', {}), 2, "is no chat completion"),
+        ((200, '{"choices": [{"message": {"content": "Score: 1"}}], "usage": [1]}', {}), 2, "is no chat completion"),
+        (
+            (200, '{"choices": [{"message": {"content": "a"}}], "usage": {"prompt_tokens": Infinity}}', {}),
+            2,
+            "is no chat",
+        ),
+        ((302, "", {"Location": "http://127.0.0.1:9/"}), 1, "HTTP 302"),
         ("I cannot say.", 2, "has no score from 0 to 10: 'I cannot say.'"),
         ("Score: 70", 2, "has no score from 0 to 10"),
         ((200, " " * 2_000_000, {}), 2, "longer than 1048576 bytes"),
@@ -99,6 +112,13 @@ def test_a_server_that_fails_makes_the_outcome_error_after_the_tries_that_make_s
     assert judge(server.url, rubric="{response}")("x", "") == ERROR
     assert len(server.requests) == tries
     assert told in caplog.text
+
+
+def test_a_key_that_a_server_repeats_in_its_answer_is_not_kept(server, monkeypatch):
+    monkeypatch.setenv("JUDGE_KEY", "s3cret")
+    server.replies = lambda request: "You said s3cret."
+    reply = request_chat(server.url, "m", [{"role": "user", "content": "x"}], 5.0, "JUDGE_KEY")
+    assert reply.text == "You said (the key)."
 
 
 @pytest.mark.parametrize(("asked", "pauses"), [(None, [8, 16, 30]), ("45", [45, 45, 45]), ("10", [10, 16, 30])])

@@ -72,11 +72,14 @@ def without_overlaps(source: Source, table: Table) -> Table:
         ):  # the ranks of a run: one looks, the others wait
             findings = find(scan, processes_of(scan))
     assert findings is not None
-    bad = [verdict for verdict in verdicts(scan, findings) if verdict.contaminated]
+    found = verdicts(scan, findings)
+    bad = [verdict for verdict in found if verdict.contaminated]
     told = ", ".join(f"{each.hit:,} of {each.items:,} items of {each.name}" for each in bad)
     dropped = rows_to_drop(scan, findings)
     if not bad or settings.action == "report":
-        rank_zero_info(f"source {source.name!r} repeats {told or 'no evaluation set'}")
+        few = ", ".join(f"{each.hit:,} of {each.items:,} items of {each.name}" for each in found if each.hit)
+        allowed = f"{few}: no set above {settings.set_share:.1%}, so all rows stay" if few else "no evaluation set"
+        rank_zero_info(f"source {source.name!r} repeats {told or allowed}")
         return table
     if settings.action == "drop_source":
         remedy = "Leave the source out, or set decontaminate.action: drop_rows."

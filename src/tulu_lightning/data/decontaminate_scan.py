@@ -35,7 +35,7 @@ BLOCK = 8192
 """Rows of a block: what a kill can cost."""
 MAPPED = 16
 """Blocks after which a process opens a source anew: what it read of a mapped file counts as its memory until then."""
-VERSION = 1
+VERSION = 2
 """Of what a block's file says."""
 
 

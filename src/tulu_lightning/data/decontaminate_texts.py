@@ -83,7 +83,8 @@ def items_of(evaluation: Evaluation, table: Table) -> list[list[str]]:
             number = table.number(index)
             if evaluation.fields:
                 where = source.row_name(number)
-                items.append([_text(where, name, _inside(where, row, name)) for name in evaluation.fields])
+                texts = [_text(where, name, _inside(where, row, name)) for name in evaluation.fields]
+                items.append([text for text in texts if text.strip()] or texts[:1])  # an empty one can match nothing
             else:
                 items.append(["\n".join(turns_of(source, number, row))])
     return items

@@ -114,4 +114,4 @@ def _directions(texts: Sequence[str], settings: Decontaminate, label: str = "") 
             parts.append(made / np.maximum(np.linalg.norm(made, axis=1, keepdims=True), 1e-12))
             if label:
                 progress.update(start + len(some))
-    return np.concatenate(parts) if parts else np.zeros((0, 1), np.float32)
+    return np.concatenate(parts) if parts else np.zeros((0, 0), np.float32)

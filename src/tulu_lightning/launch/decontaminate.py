@@ -208,7 +208,7 @@ def _write_rows(out: Path, scan: Scan, findings: Findings) -> dict[str, Any]:
     if whole:
         return {**known, "kept": 0, "file": None}
     numbers = [scan.table.number(int(index)) for index in dropped]
-    path = out / f"{scan.source.name}.jsonl.gz"
+    path = out / f"{scan.source.name.replace('/', '_')}.jsonl.gz"
     out.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.tmp")
     leave, digest = set(dropped.tolist()), hashlib.sha256()

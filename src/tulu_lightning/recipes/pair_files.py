@@ -9,7 +9,13 @@ from tulu_lightning.errors import InputError
 from tulu_lightning.files import write_rows
 from tulu_lightning.recipes.making.parquet import columns_of, write_parquet
 
-__all__ = ["check_output", "write_pairs"]
+__all__ = ["RULE", "check_output", "write_pairs"]
+
+RULE = (
+    *("literal", "min_chosen", "sides", "verified", "on_policy_share", "held_out_share", "seed"),
+    *("limit", "input", "ratings"),
+)
+"""Settings of `tulu pairs` that make other pairs."""
 
 
 def check_output(output: Path, rule: Mapping[str, Any]) -> None:
@@ -23,6 +29,8 @@ def check_output(output: Path, rule: Mapping[str, Any]) -> None:
     except (OSError, ValueError, LookupError, TypeError):
         return
     for name, value in rule.items():
+        if name == "limit" and (value is None or (before.get(name) or value) <= value):
+            continue  # more prompts than before
         if name in before and before[name] != value:
             what = f"holds pairs made with {name} = {before[name]}, not {value}"
             raise InputError(str(output), what, "Give another output, or remove its summary.json and pairs.")

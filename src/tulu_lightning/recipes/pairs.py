@@ -23,16 +23,13 @@ from tulu_lightning.files import write_whole
 from tulu_lightning.recipes.config import read_config
 from tulu_lightning.recipes.making.generate import POLICY, GenerateConfig, generate
 from tulu_lightning.recipes.making.judge import JudgeConfig, judge
-from tulu_lightning.recipes.making.judged import VERIFIER
+from tulu_lightning.recipes.making.judged import VERIFIER, check_texts
 from tulu_lightning.recipes.making.responses import groups_of
 from tulu_lightning.recipes.making.store import read_rows
-from tulu_lightning.recipes.pair_files import check_output, write_pairs
+from tulu_lightning.recipes.pair_files import RULE, check_output, write_pairs
 from tulu_lightning.recipes.pair_lengths import PairLengths, pair_lengths
 
 __all__ = ["PairsConfig", "main", "make_pairs"]
-
-RULE = ("literal", "min_chosen", "sides", "verified", "on_policy_share", "held_out_share", "seed")
-"""Settings that make other pairs of the same ratings."""
 
 
 @dataclass(frozen=True)
@@ -120,6 +117,7 @@ def make_pairs(config: PairsConfig) -> dict[str, Any]:
         if dry:
             return {}
     groups, incomplete = groups_of(responses, config.limit)
+    check_texts(read_rows(ratings), groups, ratings, responses)
     means = _means(ratings)
     without: Counter[str] = Counter({"responses are missing": incomplete} if incomplete else {})
     rows = _mixed(list(_pairs(groups, means, config, without)), config)

@@ -9,7 +9,7 @@ from http.client import HTTPException
 from typing import Any, NamedTuple, TypeVar
 from urllib.error import HTTPError
 from urllib.parse import urlsplit
-from urllib.request import OpenerDirector, ProxyHandler, Request, build_opener
+from urllib.request import HTTPRedirectHandler, OpenerDirector, ProxyHandler, Request, build_opener
 
 from tulu_lightning.errors import InputError
 
@@ -111,10 +111,11 @@ def _request(url: str, body: Mapping[str, Any], seconds: float, api_key_env: str
         headers["Authorization"] = f"Bearer {_key(api_key_env)}"
     request = Request(url, json.dumps(body).encode(), headers)
     try:
-        return _reply(json.loads(_read(_opener(url), request, seconds)))
+        reply = _reply(json.loads(_read(_opener(url), request, seconds)))
+        key = _key(api_key_env)
+        return reply._replace(text=reply.text.replace(key, "(the key)")) if key else reply
     except HTTPError as error:
-        with error:
-            told = error.read(1000).decode("utf-8", "replace").strip()
+        told = _told(error)
         if key := _key(api_key_env):
             told = told.replace(key, "(the key)")  # some servers repeat it
         told = told[:200]
@@ -125,7 +126,7 @@ def _request(url: str, body: Mapping[str, Any], seconds: float, api_key_env: str
         raise RequestFailed(f"HTTP {error.code}: {told!r}{later}", pause if again else None) from None
     except (OSError, HTTPException) as error:
         raise RequestFailed(f"{getattr(error, 'reason', None) or error or type(error).__name__}", 0.0) from None
-    except (ValueError, LookupError, TypeError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
         raise RequestFailed(f"its answer is no chat completion ({type(error).__name__}: {error})", 0.0) from None
 
 
@@ -174,7 +175,9 @@ def _reply(answer: Any) -> Reply:
     text = choice["message"]["content"] if "message" in choice else choice["text"]
     found = ((choice.get("logprobs") or {}).get("content") or [{}])[0].get("top_logprobs")
     first = None if found is None else {str(one["token"]): float(one["logprob"]) for one in found}
-    return Reply(str(text or ""), str(choice.get("finish_reason") or "stop"), *counts, first=first)
+    if not isinstance(text, str):
+        raise TypeError(f"its text is {text!r:.40}")
+    return Reply(text, str(choice.get("finish_reason") or "stop"), *counts, first=first)
 
 
 def _endpoint(url: str, path: str) -> str:
@@ -182,10 +185,26 @@ def _endpoint(url: str, path: str) -> str:
     return f"{base}/{path}" if urlsplit(base).path else f"{base}/v1/{path}"
 
 
+class _Here(HTTPRedirectHandler):
+    """Follows no server elsewhere: the key would go along."""
+
+    def redirect_request(self, *_: Any, **__: Any) -> None:
+        """None: the answer stays what it is, an error with the server's status."""
+
+
 def _opener(url: str) -> OpenerDirector:
     """Opens addresses; one on this machine without the proxy that the environment may name."""
     local = urlsplit(url).hostname in ("localhost", "127.0.0.1", "::1")
-    return build_opener(ProxyHandler({})) if local else build_opener()
+    return build_opener(_Here(), ProxyHandler({})) if local else build_opener(_Here())
+
+
+def _told(error: HTTPError) -> str:
+    """The beginning of what a server says to its refusal; nothing where it breaks off."""
+    try:
+        with error:
+            return error.read(1000).decode("utf-8", "replace").strip()
+    except (OSError, HTTPException):
+        return ""
 
 
 def _read(opener: OpenerDirector, request: Request, seconds: float) -> bytes:

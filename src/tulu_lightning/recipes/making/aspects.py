@@ -4,13 +4,15 @@ Four aspects, each rated 1 to 5 in a call of its own that lists all responses (T
 UltraFeedback's).
 """
 
+import random
 import re
 from collections.abc import Mapping, Sequence
 
 from tulu_lightning.core.binarise import NOT_APPLICABLE, Rating
+from tulu_lightning.core.step_plan import mix_seed
 from tulu_lightning.data.chat import Message
 
-__all__ = ["ASPECTS", "LAYOUT", "SLOTS", "SYSTEM", "questionnaire", "read_ratings"]
+__all__ = ["ASPECTS", "LAYOUT", "SLOTS", "SYSTEM", "order_shown", "questionnaire", "read_ratings"]
 
 ASPECTS: Mapping[str, str] = {
     "helpfulness": """\
@@ -97,15 +99,32 @@ _NUMBERED = re.compile(
     rf"(?:\b(?:text|response|answer|output)\b|#){_DRESS}(\d{{1,3}})\b{_DRESS}(?:(?:rating|score)\b{_DRESS})?{_VALUE}",
     re.IGNORECASE,
 )
+_AT_START = re.compile(
+    rf"^[\s*_>-]{{0,10}}(?:text|response|answer|output)[\s#*_]{{1,4}}(\d{{1,3}})[\s*_`\"')\]]{{0,10}}[:=–-]{_DRESS}"
+    rf"(?:(?:rating|score)\b{_DRESS})?{_VALUE}",
+    re.IGNORECASE | re.MULTILINE,
+)
+"""The form that is asked for, at the start of a line: what a reason says of another text further on is no rating."""
 _LABELLED = re.compile(rf"\b(?:rating|score)s?\b{_DRESS}{_VALUE}", re.IGNORECASE)
 _LISTED = re.compile(rf"^\s{{0,5}}(\d{{1,3}})\s{{0,3}}[.):]\s{{0,5}}{_VALUE}\s{{0,5}}$", re.IGNORECASE | re.MULTILINE)
 _ALONE = re.compile(rf"^{_DRESS}{_VALUE}[\s*_`.]{{0,5}}$", re.IGNORECASE | re.MULTILINE)
 
 
+def order_shown(count: int, *seed: int) -> list[int]:
+    """In which order texts are shown: drawn, and in the second round that of the first one turned round.
+
+    Two draws of two texts are the same half of the time, and the same question twice is no judge against itself.
+    """
+    *where, number = seed
+    order = list(range(count))
+    random.Random(mix_seed(where[0], 2, *where[1:], number - number % 2)).shuffle(order)
+    return order[::-1] if number % 2 else order
+
+
 def read_ratings(answer: str, count: int, scale: tuple[int, int] = (1, 5)) -> list[Rating]:
     """The rating of each text in a judge's answer, in the order shown; None where there is none.
 
-    Reads, in this order, the first form that gives any: `Text 2: 4` (also response, answer, `#2`; with `rating` between;
+    Reads, in this order, the first form that gives any: `Text 2: 4` at the start of a line, then anywhere (also response, answer, `#2`; with `rating` between;
     `4/5`); `2. 4` alone on a line; `Rating: 4` once for each text, in order; one number a line for each text. What a
     reasoning model wrote up to `</think>` does not count. A number that is not whole or off the scale is no rating; of
     two for one text the last counts.
@@ -116,7 +135,7 @@ def read_ratings(answer: str, count: int, scale: tuple[int, int] = (1, 5)) -> li
         scale: lowest and highest rating.
     """
     answer = answer.rpartition("</think>")[2]
-    for pattern in (_NUMBERED, _LISTED):
+    for pattern in (_AT_START, _NUMBERED, _LISTED):
         found = {int(number): value for number, value in pattern.findall(answer)}
         if found:
             return [_rating(found.get(number), scale) for number in range(1, count + 1)]

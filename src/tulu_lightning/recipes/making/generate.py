@@ -220,6 +220,8 @@ def _summary(
     per_model: dict[str, Counter[str]] = {name: Counter() for name in who}
     there: Counter[str] = Counter()
     for row in store.rows():
+        if row["prompt_key"] not in plan:  # of a run with a higher limit
+            continue
         counts = per_model.setdefault(row["model"], Counter())
         counts.update(responses=1, tokens=row["tokens"], prompt_tokens=row["prompt_tokens"])
         counts.update(cut=row["finish"] == "length", cost=row["cost"])  # type: ignore[arg-type]

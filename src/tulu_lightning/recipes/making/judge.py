@@ -5,7 +5,6 @@ for a place does not favour a model.
 """
 
 import json
-import random
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -20,12 +19,12 @@ from tulu_lightning.files import write_whole
 from tulu_lightning.progress import Progress
 from tulu_lightning.recipes.config import read_config
 from tulu_lightning.recipes.making.asks import own_verifiers
-from tulu_lightning.recipes.making.aspects import ASPECTS, LAYOUT, SYSTEM, questionnaire, read_ratings
-from tulu_lightning.recipes.making.judged import VERIFIER, agreements, ratings_told, tell
+from tulu_lightning.recipes.making.aspects import ASPECTS, LAYOUT, SYSTEM, order_shown, questionnaire, read_ratings
+from tulu_lightning.recipes.making.judged import VERIFIER, agreements, check_texts, ratings_told, tell
 from tulu_lightning.recipes.making.models import answers, rendered
 from tulu_lightning.recipes.making.pool import Decoding, Model, Question, identity
 from tulu_lightning.recipes.making.responses import groups_of
-from tulu_lightning.recipes.making.store import RowStore, read_settings
+from tulu_lightning.recipes.making.store import RowStore, read_settings, text_digest
 from tulu_lightning.rollout.scoring import Job, Scorer, combined
 from tulu_lightning.types import Check
 from tulu_lightning.verifiers.registry import Verifier
@@ -134,19 +133,20 @@ def judge(config: JudgeConfig) -> dict[str, Any]:
         return {}
     started = time.perf_counter()
     with RowStore(config.output, "judge", _settings(config)) as store:
+        check_texts(store.rows() if store.done else (), groups, config.output, config.input)
         if config.verify:
             _verify(config, groups, store)
         for model in config.judges:
             _ask(config, model, groups, store)
-        rows = list(store.rows())
+        planned = _planned(config, groups)
+        rows = [row for row in store.rows() if row["key"] in planned] if store.done else []
         if config.format == "parquet":
             store.to_parquet()
-    asked = len(groups) * config.rounds * len(config.aspects) * len(config.judges) + len(groups) * config.verify
     summary = {
         "stage": "judge",
         "prompts": len(groups),
         "incomplete": incomplete,
-        "failed": asked - len(rows),
+        "failed": len(planned) - len(rows),
         "ratings": ratings_told(rows),
         "agreement": agreements(rows),
         "tokens": sum(row.get("tokens", 0) for row in rows),
@@ -225,13 +225,24 @@ def _calls(config: JudgeConfig, groups: Sequence[list[dict[str, Any]]]) -> Itera
         key = int(group[0]["prompt_key"][:12], 16)
         for place, aspect in enumerate(config.aspects):
             for number in range(config.rounds):
-                order = list(range(len(group)))
-                random.Random(mix_seed(config.seed, 2, key, place, number)).shuffle(order)
+                order = order_shown(len(group), config.seed, key, place, number)
                 shown = [group[at]["response"] for at in order]
                 asked = group[0]["messages"]
                 messages = questionnaire(aspect, rubrics[aspect], asked, shown, config.question, config.system)
                 drawn = f"{mix_seed(key, place, number):016x}"
                 yield _Call(group, aspect, number, order, Question(drawn, messages, 1))
+
+
+def _planned(config: JudgeConfig, groups: Sequence[Sequence[Mapping[str, Any]]]) -> set[str]:
+    """Keys of all ratings that are asked for; a run with a lower limit does not tell of what others made."""
+    asked = {
+        _key(group, model.name, aspect, number)
+        for group in groups
+        for model in config.judges
+        for aspect in config.aspects
+        for number in range(config.rounds)
+    }
+    return asked | ({_key(group, VERIFIER, VERIFIER, 0) for group in groups} if config.verify else set())
 
 
 # Records ------------------------------------------------------------------------------------------------------------
@@ -257,6 +268,7 @@ def _row(
         "aspect": aspect,
         "round": number,
         "responses": [group[at]["key"] for at in order],
+        "texts": [text_digest(group[at]["response"]) for at in order],
         "ratings": list(ratings),
     }
 

@@ -1,16 +1,40 @@
 """What the ratings of `tulu judge` come to: means, what could not be read, and how far raters agree."""
 
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from tulu_lightning.core.agreement import agreement
 from tulu_lightning.core.binarise import NOT_APPLICABLE, Rating
+from tulu_lightning.errors import InputError
+from tulu_lightning.recipes.making.store import text_digest
 
-__all__ = ["VERIFIER", "agreements", "ratings_told", "tell"]
+__all__ = ["VERIFIER", "agreements", "check_texts", "ratings_told", "tell"]
 
 VERIFIER = "verifier"
 """What rating rows call the verifiers, as judge and as aspect."""
+
+
+def check_texts(
+    rows: Iterable[Mapping[str, Any]], groups: Iterable[Iterable[Mapping[str, Any]]], ratings: str, responses: str
+) -> None:
+    """Refuse ratings of other texts than the responses have now, under the same names.
+
+    Args:
+        rows: of ratings; those of older versions do not say what they are about.
+        groups: the responses.
+        ratings: their folder, for the message.
+        responses: likewise.
+
+    Raises:
+        InputError: a rating is of another text.
+    """
+    now = {row["key"]: text_digest(row["response"]) for group in groups for row in group}
+    for row in rows:
+        for key, digest in zip(row.get("responses", ()), row.get("texts", ()), strict=False):
+            if now.get(key, digest) != digest:
+                what = f"its ratings are of other texts than {responses} holds now (response {key})"
+                raise InputError(ratings, what, "Remove it, or give another output: responses were made anew.")
 
 
 def ratings_told(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -7,7 +7,7 @@ for them. What is written has the columns that `PromptData` reads without furthe
 import json
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -74,8 +74,9 @@ def make_prompts(config: PromptsConfig) -> dict[str, Any]:
     verifiers = own_verifiers(config.verifiers)
     held = _verified(config.held_out, config, verifiers)
     rows = [*_verified(config.sources, config, verifiers), *_with_constraints(config, verifiers)]
-    taken = {_key(row) for row in held}
-    kept = [row for row in rows if _key(row) not in taken]
+    taken = set(_questions(config.held_out, config, verifiers))
+    asked = [*_questions(config.sources, config, verifiers), *_questions(config.constrained, config, verifiers)]
+    kept = [row for row, question in zip(rows, asked, strict=True) if question not in taken]
     if not kept:
         raise InputError("sources", "no prompt is left that is not held out", "Give other rows.")
     if config.dry_run:
@@ -101,8 +102,10 @@ def make_prompts(config: PromptsConfig) -> dict[str, Any]:
     return summary
 
 
-def _key(row: Any) -> str:
-    return prompt_key(row["messages"])
+def _questions(sources: Sequence[PromptSource], config: PromptsConfig, verifiers: Verifiers) -> list[str]:
+    """Each prompt by what the row itself asks: exemplars before it, or constraints behind it, make no other question."""
+    bare = [replace(source, few_shot=None) for source in sources]
+    return [ask.key for ask in read_asks(bare, config.seed, config.limit, verifiers).kept] if bare else []
 
 
 def _verified(sources: Sequence[PromptSource], config: PromptsConfig, verifiers: Verifiers) -> list[dict[str, Any]]:

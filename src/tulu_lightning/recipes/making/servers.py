@@ -1,7 +1,9 @@
 """Many requests to one server: so many at a time, at a steady pace, tried again, and given up when it is down."""
 
+import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 
@@ -51,19 +53,27 @@ def served(
             made.append(Answer(reply.text, finish, reply.prompt_tokens, reply.tokens, None, None))
         return made
 
-    failed_in_a_row = 0
+    failed_in_a_row, answered, reasons = 0, 0, Counter[str]()
     for question, future in _in_threads(all_of, questions, model.concurrency):
         try:
             made = future.result()
         except RequestFailed as failure:
             failed_in_a_row += 1
+            reasons[str(failure)[:200]] += 1
             if failed_in_a_row >= model.give_up:
                 what = f"gave no answer to {failed_in_a_row} prompts in a row, last: {failure}"
                 remedy = "Mend or start the server, and run the same command again; what is done is kept."
                 raise InputError(f"model {model.name!r} at {model.url}", what, remedy) from None
             continue
         failed_in_a_row = 0
+        answered += 1
         yield question, made
+    if reasons:
+        told = "; ".join(f"{count} times: {reason}" for reason, count in reasons.most_common(3))
+        if not answered:
+            remedy = "Mend or start the server, and run the same command again; what is done is kept."
+            raise InputError(f"model {model.name!r} at {model.url}", f"gave no answer ({told})", remedy)
+        print(f"model {model.name!r} gave no answer to {reasons.total():,} prompts ({told})", file=sys.stderr)
 
 
 def _in_threads(

@@ -6,6 +6,7 @@ shards into Parquet; a shard's lines are removed when its Parquet file is on the
 """
 
 import fcntl
+import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
@@ -17,7 +18,7 @@ from tulu_lightning.errors import InputError
 from tulu_lightning.files import write_whole
 from tulu_lightning.recipes.making.parquet import columns_of, rows_of_parquet, write_parquet
 
-__all__ = ["RowStore", "read_rows", "read_settings"]
+__all__ = ["RowStore", "read_rows", "read_settings", "text_digest"]
 
 SHARD_ROWS = 10_000
 LINES, PARQUET = ".jsonl", ".parquet"
@@ -123,6 +124,11 @@ class RowStore:
             remedy = "Wait for it, or give another output."
             raise InputError(str(self.folder), "another process is writing it", remedy) from None
         return lock
+
+
+def text_digest(text: str) -> str:
+    """Short hash by which a row says what text it is about: keys name work, and work may be done again on other texts."""
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:12]
 
 
 def read_rows(folder: str | Path) -> Iterator[dict[str, Any]]:

@@ -26,7 +26,7 @@ from tulu_lightning.recipes.config import read_config
 from tulu_lightning.recipes.making.models import answers, rendered
 from tulu_lightning.recipes.making.pool import Answer, Decoding, Model, Question, identity
 from tulu_lightning.recipes.making.skills import Skill, Written, filled, read_request
-from tulu_lightning.recipes.making.store import RowStore
+from tulu_lightning.recipes.making.store import RowStore, text_digest
 from tulu_lightning.recipes.making.synthesized import finish
 
 __all__ = ["Personas", "SynthesizeConfig", "main", "synthesize"]
@@ -253,13 +253,22 @@ def _answers(
         for key, (question, of) in asked.items()
     }
     settings = _settings(config, who, config.answer_decoding)
+    of = {
+        name: text_digest(question.messages[-1]["content"])
+        for key, (question, _) in asked.items()
+        for name in names[key]
+    }
     with RowStore(folder, "synthesize answers", settings) as store:
+        for row in store.rows() if store.done else ():
+            if row.get("asked", of.get(row["key"])) != of.get(row["key"], row.get("asked")):
+                what = f"its answers are to other requests than there are now ({row['key']})"
+                raise InputError(str(folder), what, "Remove it, or give another output: requests were made anew.")
         left = [question for key, (question, _) in asked.items() if not all(n in store.done for n in names[key])]
         done, total = len(asked) - len(left), len(asked)
         with Progress("answers", total, done=done, unit="requests") as progress:
             for question, found in answers(who, left, config.answer_decoding, config.seed):
                 rows = [
-                    {"key": name, **_told(who, settings["model"], answer, config.seed)}
+                    {"key": name, "asked": of[name], **_told(who, settings["model"], answer, config.seed)}
                     for name, answer in zip(names[question.key], found, strict=True)
                 ]
                 store.add(row for row in rows if row["key"] not in store.done)

@@ -3,6 +3,7 @@
 import json
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -181,7 +182,9 @@ def _clean(config: Any, kept: Sequence[Kept], out: Path, left: dict[str, str]) -
         return list(kept)
     path = out / "candidates.jsonl"
     write_rows(path, ({**_sft(each), "key": each.key} for each in kept))
-    rows = load(Source("synthesized", path=str(path), decontaminate=config.decontaminate))
+    # A source may repeat a small share of an evaluation; what is made here has no reason to repeat a single item.
+    none = replace(config.decontaminate, set_share=0.0, action="drop_rows")
+    rows = load(Source("synthesized", path=str(path), decontaminate=none))
     clean = {row["key"] for row in rows}
     path.unlink()
     left.update({each.key: "repeats an evaluation set" for each in kept if each.key not in clean})
@@ -244,11 +247,15 @@ def _summary(
     of = {row["key"]: row["skill"] for row in requests}
     told: dict[str, Any] = {}
     for name in skills:
-        reasons = Counter(_short(why) for key, why in left.items() if of[key.partition(":")[0]] == name)
+        reasons = Counter(_short(why) for key, why in left.items() if of.get(key) == name)
+        relaxed = Counter(
+            why for key, why in left.items() if of.get(key.removesuffix(":relaxed")) == name != of.get(key)
+        )
         told[name] = {
             "requests": sum(skill == name for skill in of.values()),
             "kept": sum(each.skill == name for each in kept),
             "left_out": dict(reasons.most_common()),
+            **({"relaxed_left_out": dict(relaxed.most_common())} if relaxed else {}),
         }
     every = [*requests, *answers.values()]
     return {
