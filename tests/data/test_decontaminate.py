@@ -31,6 +31,7 @@ from tulu_lightning.data.sft import SFTData
 from tulu_lightning.data.sources import Source, open_source
 from tulu_lightning.errors import InputError
 from tulu_lightning.evaluation.rows import package_file
+from tulu_lightning.launch import decontaminate as command
 
 SECRET = "How many of the seven grey geese that flew south in winter came back to the pond in spring?"
 OTHER = "Which of the two old clocks in the hall of the town was late by nine minutes at noon?"
@@ -398,6 +399,26 @@ def asked(small, tmp_path, monkeypatch):
     known = [{"name": each.name, "path": each.path, "fields": each.fields} for each in sets]
     (tmp_path / "sets.yaml").write_text(yaml.safe_dump({"evaluations": known}))
     return ["data", "decontaminate", "--config", "stage.yaml", "--against", "sets.yaml"]
+
+
+def test_the_same_command_goes_on_after_a_kill_between_two_sources(asked, tmp_path, monkeypatch):
+    written, real = [], command._write_rows
+
+    def until_the_second(out, scan, findings):
+        written.append(scan.source.name)
+        if len(written) == 2:
+            raise KeyboardInterrupt
+        return real(out, scan, findings)
+
+    monkeypatch.setattr(command, "_write_rows", until_the_second)
+    argv = [*asked, "--out", "out", "--action", "drop_rows", "--set-share", "0"]
+    assert cli.main(argv) == 130
+    assert not (tmp_path / "out").exists()
+    monkeypatch.setattr(command, "_write_rows", real)
+    assert cli.main(argv) == 0
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert {"sums.jsonl.gz", "additions.jsonl.gz", "manifest.json", "report.html"} <= names
+    assert not (tmp_path / ".out.part").exists()
 
 
 def test_a_name_with_a_slash_makes_a_file_and_no_folder(asked, tmp_path):

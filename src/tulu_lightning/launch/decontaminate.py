@@ -20,7 +20,7 @@ from tulu_lightning.data.decontaminate_settings import Decontaminate
 from tulu_lightning.data.decontaminate_texts import turns_of
 from tulu_lightning.data.sources import Source, open_source
 from tulu_lightning.errors import InputError, nearest
-from tulu_lightning.files import write_whole
+from tulu_lightning.files import put_in_place, remove, write_whole
 from tulu_lightning.launch.data import _DataOnly
 from tulu_lightning.launch.parser import in_own_words
 
@@ -52,6 +52,10 @@ def run(argv: Sequence[str]) -> None:
     options, rest = _options(argv)
     shard = _shard(options.shard)
     out = _new_folder(options.out)
+    # All of it is written beside and moved in at the end: what a kill leaves is no output, and the same command goes on.
+    beside = None if out is None else out.resolve().with_name(f".{out.resolve().name}.part")
+    if beside is not None:
+        remove(beside)
     sources = _sources(rest, options)
     reports: list[dict[str, Any]] = []
     kept: list[dict[str, Any]] = []
@@ -68,13 +72,15 @@ def run(argv: Sequence[str]) -> None:
             waiting += 1
             continue
         reports.append(report_of(scan, findings, options.worst))
-        if out is not None and scan.settings.action != "report":
-            kept.append(_write_rows(out, scan, findings))
+        if beside is not None and scan.settings.action != "report":
+            kept.append(_write_rows(beside, scan, findings))
     if options.dry_run or waiting:
         return
     print(as_text(reports), flush=True)
-    if out is not None:
-        _write_reports(out, reports, kept)
+    if out is not None and beside is not None:
+        _write_reports(beside, reports, kept)
+        put_in_place(beside, out)
+        print(f"written: {out}", file=sys.stderr, flush=True)
 
 
 class _Options(argparse.ArgumentParser):
@@ -231,4 +237,3 @@ def _write_reports(out: Path, reports: Sequence[dict[str, Any]], kept: Sequence[
     write_whole(out / "report.html", as_html(reports))
     if kept:
         write_whole(out / "manifest.json", json.dumps({"sources": list(kept)}, indent=1, ensure_ascii=False))
-    print(f"written: {out}", file=sys.stderr, flush=True)
