@@ -150,6 +150,18 @@ def test_a_task_is_asked_judged_and_scored(tokenizer):
     assert found.settings == given.settings(given.examples())
 
 
+def test_an_item_keeps_the_end_of_what_was_asked(tokenizer):
+    def long(row, place):
+        return asked(row, place)._replace(turns=(Turn("user", "a" * 1990 + f"What is {row}?"),))
+
+    given = task(rows=lambda: [7])
+    assert run_task(given, given.examples(), model(tokenizer)).items[0]["prompt"] == "What is 7?"
+    given = task(rows=lambda: [7, 10], example=long)
+    whole, cut = (item["prompt"] for item in run_task(given, given.examples(), model(tokenizer)).items)
+    assert whole == "a" * 1990 + "What is 7?", "2,000 characters"
+    assert cut == "… " + "a" * 1989 + "What is 10?", "2,001, of which the first is left out"
+
+
 def test_prefixes_and_stops(tokenizer):
     def with_prefix(row, place):
         return asked(row, place)._replace(prefix="Answer: ")

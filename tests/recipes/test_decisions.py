@@ -112,3 +112,10 @@ def test_ranked_choices_and_older_results_have_no_samples(killed):
         for moment in ("before", "after"):
             replace(ranked, task=name, items=items).to_json(killed / "scores" / moment / f"{name}.json")
     assert not {"mmlu", "old"} & set(sampled_tasks(read_run(killed)))
+
+
+def test_a_stage_that_went_on_after_its_end_was_promoted_has_a_page(killed):
+    seal(killed, 30, "after", True, verdict("coin", "gain", 0.1))
+    seal(killed, 40, "step_000040", False, verdict("coin", "gain", 0.02))
+    page = Page(render(read_run(killed)).replace(plotly_js(), ""))
+    assert "over the former end" in page.text

@@ -15,7 +15,7 @@ from tulu_lightning.core.promotion import HELD_OUT
 from tulu_lightning.recipes.decision_records import Decision
 from tulu_lightning.recipes.reading import number
 from tulu_lightning.recipes.records import RunRecord, Scores, StageRecord, read_run
-from tulu_lightning.recipes.score_records import paired_gain
+from tulu_lightning.recipes.score_records import MOMENT, paired_gain
 
 HEADINGS = ("Stage", "Before", "After", "Difference", "Time", "Tokens", "Peak memory", "Promoted")
 CONFIDENCE = 0.95
@@ -186,7 +186,10 @@ def _checkpoints(decision: Decision) -> str:
 
 def over(moment: str) -> str:
     """What a difference is held against, where that is not the start: ` over step 20`."""
-    return "" if moment == "before" else f" over step {int(moment.removeprefix('step_'))}"
+    found = MOMENT.fullmatch(moment)
+    if moment == "before" or found is None:
+        return ""
+    return f" over step {int(found[1])}" if found[1] else " over the former end"
 
 
 def _verdict(stage: StageRecord) -> Cell:
