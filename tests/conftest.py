@@ -1,6 +1,8 @@
 """Fixtures that every folder uses: tiny models, the real SmolLM2 where it is installed, a quiet single thread."""
 
 import os
+import sys
+from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub: no test asks the hub
 
@@ -11,6 +13,18 @@ from torch import distributed
 from tulu_lightning.assets.models import resolve_model
 from tulu_lightning.errors import InputError
 from tulu_lightning.types import Document, Segment
+
+sys.path.append(str(Path(__file__).parent / "verifiers"))
+from chat_toy import Server
+
+
+@pytest.fixture
+def server():
+    """A server of OpenAI's chat interface; `server.replies` says what it answers to a request."""
+    made = Server()
+    yield made
+    made.http.shutdown()
+    made.http.server_close()
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from tulu_lightning.evaluation import rows
+from tulu_lightning.evaluation import judges, rows
 from tulu_lightning.evaluation.rows import use_file
 
 
@@ -12,6 +12,13 @@ from tulu_lightning.evaluation.rows import use_file
 def no_files(monkeypatch):
     """Files that a test names are named for it alone."""
     monkeypatch.setattr(rows, "_given", {})
+
+
+@pytest.fixture(autouse=True)
+def no_judges(monkeypatch):
+    """Likewise judges; and a server that fails is not asked again."""
+    monkeypatch.setattr(judges, "_named", {})
+    monkeypatch.setattr(judges, "RETRIES", 0)
 
 
 @pytest.fixture

@@ -1,8 +1,6 @@
 """HREF: what each kind of instruction is held against, and BERTScore as its authors' package has it."""
 
 import json
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -10,16 +8,12 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast, RobertaConfig, RobertaModel
 
 from tulu_lightning.errors import InputError
-from tulu_lightning.evaluation import judges
 from tulu_lightning.evaluation.alpaca_judge import switched
 from tulu_lightning.evaluation.bert_f1 import BertF1
 from tulu_lightning.evaluation.href_judge import METHODS, HrefJudge, preferred, question_of
 from tulu_lightning.evaluation.judges import use_judge
 from tulu_lightning.evaluation.suite import find_task
 from tulu_lightning.types import Verdict
-
-sys.path.append(str(Path(__file__).parents[1] / "verifiers"))
-from chat_toy import Server
 
 TEXT = "the cat sat on the mat, and the dog was in the garden with a red ball; nobody saw it there."
 PAIRS = [
@@ -28,20 +22,6 @@ PAIRS = [
     ("  nobody in the garden  ", "it was there"),
     (TEXT * 4, "the dog"),  # longer than the model takes in
 ]
-
-
-@pytest.fixture(autouse=True)
-def nothing_named(monkeypatch):
-    monkeypatch.setattr(judges, "_named", {})
-    monkeypatch.setattr(judges, "RETRIES", 0)
-
-
-@pytest.fixture
-def server():
-    made = Server()
-    yield made
-    made.http.shutdown()
-    made.http.server_close()
 
 
 @pytest.fixture(scope="module")

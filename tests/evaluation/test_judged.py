@@ -3,8 +3,6 @@
 import json
 import math
 import random
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +11,7 @@ from transformers import AutoTokenizer
 from tulu_lightning.core.stats import bootstrap
 from tulu_lightning.data import chat
 from tulu_lightning.errors import InputError
-from tulu_lightning.evaluation import alpaca_judge, judges
+from tulu_lightning.evaluation import alpaca_judge
 from tulu_lightning.evaluation.alpaca_judge import AlpacaJudge, messages_of, preference_of, switched
 from tulu_lightning.evaluation.asking import Asker
 from tulu_lightning.evaluation.judges import use_judge
@@ -25,27 +23,10 @@ from tulu_lightning.evaluation.suite import find_task, find_tasks
 from tulu_lightning.launch import evaluate
 from tulu_lightning.types import Completion, Verdict
 
-sys.path.append(str(Path(__file__).parents[1] / "verifiers"))
-from chat_toy import Server
-
 TEMPLATE = (
     "<|im_start|>system\nJudge.\n<|im_end|>\n<|im_start|>user\n{\n"
     '  "instruction": {instruction}, {"m": {output_1}, "M": {output_2}} }\n<|im_end|>'
 )
-
-
-@pytest.fixture(autouse=True)
-def nothing_named(monkeypatch):
-    monkeypatch.setattr(judges, "_named", {})
-    monkeypatch.setattr(judges, "RETRIES", 0)
-
-
-@pytest.fixture
-def server():
-    made = Server()
-    yield made
-    made.http.shutdown()
-    made.http.server_close()
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,6 @@ import sys
 import time
 from collections import Counter
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
@@ -21,19 +20,13 @@ from tulu_lightning.recipes.making.generate import POLICY, GenerateConfig, assig
 from tulu_lightning.recipes.making.pool import Decoding, Model
 from tulu_lightning.recipes.making.store import RowStore, read_rows
 
-sys.path.append(str(Path(__file__).parents[1] / "verifiers"))
-from chat_toy import Server
-
 SUMS = PromptSource("sums", rows="tulu_lightning.assets.arithmetic.prompt_rows", args={"count": 20})
 
 
 @pytest.fixture
-def server():
-    made = Server()
-    made.replies = lambda request: f"{request['model']} says {request['messages'][-1]['content'][:20]}"
-    yield made
-    made.http.shutdown()
-    made.http.server_close()
+def server(server):
+    server.replies = lambda request: f"{request['model']} says {request['messages'][-1]['content'][:20]}"
+    return server
 
 
 def pool(url, *names, **settings):

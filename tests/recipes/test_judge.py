@@ -23,9 +23,6 @@ from tulu_lightning.recipes.making.pool import Model
 from tulu_lightning.recipes.making.store import read_rows
 from tulu_lightning.recipes.pairs import PairsConfig, make_pairs
 
-sys.path.append(str(Path(__file__).parents[1] / "verifiers"))
-from chat_toy import Server
-
 NA = "N/A"
 SUMS = PromptSource("sums", rows="tulu_lightning.assets.arithmetic.prompt_rows", args={"count": 10})
 
@@ -89,14 +86,6 @@ def test_own_words_of_a_question_may_hold_any_braces(responses, server, tmp_path
 
 
 # Against servers ------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def server():
-    made = Server()
-    yield made
-    made.http.shutdown()
-    made.http.server_close()
 
 
 QUALITY = {"good": 5, "fair": 3, "poor": 1}

@@ -8,7 +8,6 @@ import sys
 import time
 from collections import Counter
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
@@ -25,9 +24,6 @@ from tulu_lightning.recipes.making.skills import SKILLS, Skill, Written, filled,
 from tulu_lightning.recipes.making.store import read_rows
 from tulu_lightning.recipes.making.synthesize import Personas, SynthesizeConfig, relaxed, synthesize
 from tulu_lightning.verifiers.registry import get
-
-sys.path.append(str(Path(__file__).parents[1] / "verifiers"))
-from chat_toy import Server
 
 KINDS = ["punctuation:no_comma", "detectable_format:title"]
 IF = Skill("precise_if", count=6, kinds=KINDS, constraints=2)
@@ -59,12 +55,9 @@ def reply(request):
 
 
 @pytest.fixture
-def server():
-    made = Server()
-    made.replies = reply
-    yield made
-    made.http.shutdown()
-    made.http.server_close()
+def server(server):
+    server.replies = reply
+    return server
 
 
 def config(server, tmp_path, *skills, **settings):

@@ -3,9 +3,7 @@
 import json
 import pickle
 import re
-import sys
 import threading
-from pathlib import Path
 
 import pytest
 
@@ -14,19 +12,8 @@ from tulu_lightning.types import Verdict
 from tulu_lightning.verifiers.chat_server import request_chat
 from tulu_lightning.verifiers.judge import Judge, read_score
 
-sys.path.append(str(Path(__file__).parent))
-from chat_toy import Server
-
 RUBRIC = "Rate from 0 to 10.\nQuestion: {prompt}\nReference: {target}\nAnswer: {response}\nEnd with 'Score: N'."
 ERROR = Verdict("error", 0.0)
-
-
-@pytest.fixture
-def server():
-    made = Server()
-    yield made
-    made.http.shutdown()
-    made.http.server_close()
 
 
 def judge(url: str, **settings) -> Judge:

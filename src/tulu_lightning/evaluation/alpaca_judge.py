@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from tulu_lightning.errors import InputError
-from tulu_lightning.evaluation.judges import Source, judge_of
+from tulu_lightning.evaluation.judges import server_of
 from tulu_lightning.evaluation.rows import package_file
 from tulu_lightning.types import Verdict
 
@@ -76,7 +76,7 @@ class AlpacaJudge:
 
     def __repr__(self) -> str:
         """Names the judge: scores of two judges do not compare."""
-        return f"AlpacaJudge({_source().model})"
+        return f"AlpacaJudge({server_of(NAME).model})"
 
     def ready(self) -> None:
         """Ask the judge for one token.
@@ -85,7 +85,7 @@ class AlpacaJudge:
             InputError: none is named, it is down, or its question is not here.
         """
         template()
-        _source().check()
+        server_of(NAME).check()
 
     def __call__(self, response: str, target: str) -> Verdict:
         """Score in [0, 1].
@@ -100,7 +100,7 @@ class AlpacaJudge:
         turned = switched(instruction)
         first, second = reversed(answers) if turned else answers
         slots = {"instruction": instruction, "output_1": first, "output_2": second}
-        source = _source()
+        source = server_of(NAME)
         reply = source.chat(messages_of(template(), slots), **OPTIONS)
         if reply.first is None:
             remedy = "Name a server that gives them (vllm serve does), run the same command again."
@@ -119,11 +119,3 @@ class AlpacaJudge:
         except (ValueError, KeyError, TypeError):
             sound = False
         return None if sound else f"{target[:80]!r} has no instruction and baseline"
-
-
-def _source() -> Source:
-    source = judge_of(NAME)
-    if not source.url:
-        remedy = "Give MODEL@URL of a server."
-        raise InputError(f"judge {NAME}", f"{source.model!r} is no model behind a server", remedy)
-    return source

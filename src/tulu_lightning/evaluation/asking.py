@@ -3,10 +3,12 @@
 import hashlib
 import json
 from collections.abc import Sequence
+from functools import cached_property
 
 from transformers import PreTrainedTokenizerBase
 
 from tulu_lightning.data import chat
+from tulu_lightning.data.keys import tokenizer_digest
 from tulu_lightning.errors import InputError
 from tulu_lightning.evaluation.task import Example, Task
 
@@ -58,10 +60,12 @@ class Asker:
     def digest(self, chat_too: bool) -> str:
         """Hash of what turns an example into token ids: the tokenizer, and for a chat its template."""
         template = self.tokenizer.chat_template if self.template is None else [self.template.name, self.template.jinja]
-        backend = getattr(self.tokenizer, "backend_tokenizer", None)
-        words = backend.to_str() if backend is not None else json.dumps(self.tokenizer.get_vocab(), sort_keys=True)
-        content = json.dumps([words, self.tokenizer.all_special_ids, template if chat_too else None])
+        content = json.dumps([self._words, template if chat_too else None])
         return hashlib.sha256(content.encode()).hexdigest()[:16]
+
+    @cached_property
+    def _words(self) -> str:
+        return tokenizer_digest(self.tokenizer)
 
     def prompts(self, task: Task, examples: Sequence[Example]) -> list[list[int]]:
         """Token ids of what comes before the answer, `Example.prefix` included.

@@ -9,7 +9,7 @@ from typing import ClassVar
 from tulu_lightning.errors import InputError
 from tulu_lightning.evaluation.alpaca_judge import switched
 from tulu_lightning.evaluation.bert_f1 import BertF1
-from tulu_lightning.evaluation.judges import Source, judge_of
+from tulu_lightning.evaluation.judges import Source, judge_of, server_of
 from tulu_lightning.types import Verdict
 
 __all__ = ["METHODS", "HrefJudge", "preferred", "question_of"]
@@ -79,11 +79,7 @@ class HrefJudge:
         Raises:
             InputError: one is not named or not there.
         """
-        source = judge_of(NAME)
-        if not source.url:
-            raise InputError(
-                f"judge {NAME}", f"{source.model!r} is no model behind a server", "Give MODEL@URL of a server."
-            )
+        source = server_of(NAME)
         self.similarity.check(_embedder().model)
         source.check()
 

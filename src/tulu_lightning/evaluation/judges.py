@@ -15,7 +15,7 @@ from tulu_lightning.verifiers.chat_server import (
     with_tries,
 )
 
-__all__ = ["JUDGED", "KEYWORDS", "Source", "judge_of", "use_judge"]
+__all__ = ["JUDGED", "KEYWORDS", "Source", "judge_of", "server_of", "use_judge"]
 
 KEYWORDS = "keywords"
 """What stands in place of a judge where a rule looks for phrases of refusal."""
@@ -107,6 +107,19 @@ def judge_of(name: str) -> Source:
     if name not in _named:
         raise InputError(f"judge {name}", "none is named, and its answers cannot be scored without", f"{JUDGED[name]}.")
     return _named[name]
+
+
+def server_of(name: str) -> Source:
+    """The judge that was named, which has to be a server.
+
+    Raises:
+        InputError: none was, or it is something else.
+    """
+    source = judge_of(name)
+    if not source.url:
+        remedy = "Give MODEL@URL of a server."
+        raise InputError(f"judge {name}", f"{source.model!r} is no model behind a server", remedy)
+    return source
 
 
 def _key() -> str | None:

@@ -23,8 +23,6 @@ CHUNK = 64
 """Answers, or texts that are ranked, between two writes: what a kill can cost. As many as our own engine decodes at once."""
 SERVED = 512
 """Of an engine that has others beside it on its device, and is slow where it has too little to do: vLLM."""
-
-
 SHOWN = 2000
 """Characters of a prompt that its item keeps."""
 
