@@ -1,7 +1,5 @@
 """From an example to token ids, and from a completion to the text that is judged."""
 
-import hashlib
-import json
 from collections.abc import Sequence
 from functools import cached_property
 
@@ -10,7 +8,7 @@ from transformers import PreTrainedTokenizerBase
 from tulu_lightning.data import chat
 from tulu_lightning.data.keys import tokenizer_digest
 from tulu_lightning.errors import InputError
-from tulu_lightning.evaluation.task import Example, Task
+from tulu_lightning.evaluation.task import Example, Task, digest_of
 
 __all__ = ["Asker", "answer_text"]
 
@@ -60,8 +58,7 @@ class Asker:
     def digest(self, chat_too: bool) -> str:
         """Hash of what turns an example into token ids: the tokenizer, and for a chat its template."""
         template = self.tokenizer.chat_template if self.template is None else [self.template.name, self.template.jinja]
-        content = json.dumps([self._words, template if chat_too else None])
-        return hashlib.sha256(content.encode()).hexdigest()[:16]
+        return digest_of([self._words, template if chat_too else None])
 
     @cached_property
     def _words(self) -> str:

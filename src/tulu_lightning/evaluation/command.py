@@ -1,7 +1,6 @@
 """What `tulu eval` does once its arguments are read: load, score task after task, write, compare, show."""
 
 import gc
-import hashlib
 import io
 import json
 from collections.abc import Sequence
@@ -22,7 +21,7 @@ from tulu_lightning.evaluation.asking import Asker
 from tulu_lightning.evaluation.ranks import collect, rank_sheet
 from tulu_lightning.evaluation.result import Difference, Item, TaskResult, compare_results
 from tulu_lightning.evaluation.run import Model, finished, head_of, is_answered, run_task
-from tulu_lightning.evaluation.task import Example, Task
+from tulu_lightning.evaluation.task import Example, Task, digest_of
 from tulu_lightning.files import write_whole
 from tulu_lightning.models.limits import read_limits
 from tulu_lightning.progress import Progress
@@ -114,7 +113,7 @@ def _scored(task: Task, examples: Sequence[Example], model: Model, folder: Path,
     """A task's result; every process has it, and the first one writes."""
     together, head = settings.together, head_of(task, model, settings.seed)
     # A name for each manner of asking: one run does not begin the sheet of another anew.
-    sheet = folder / f"{task.name}.{hashlib.sha256(json.dumps(head).encode()).hexdigest()[:8]}.items.jsonl"
+    sheet = folder / f"{task.name}.{digest_of(head)[:8]}.items.jsonl"
     found: dict[str, Item] = together.gather(collect(sheet, head).items if together.first else {}, "finished items")[0]
     there = {example.key: found[example.key] for example in examples if is_answered(example, found)}
     mine = share_of([each for each in examples if each.key not in there], together.rank, together.ranks)

@@ -15,7 +15,7 @@ from tulu_lightning.core.settings import require
 from tulu_lightning.errors import InputError
 from tulu_lightning.verifiers.registry import Verifier
 
-__all__ = ["Average", "Example", "Row", "Task", "Turn"]
+__all__ = ["Average", "Example", "Row", "Task", "Turn", "digest_of"]
 
 Row = Mapping[str, Any]
 """One row of a data set, as it comes."""
@@ -49,7 +49,7 @@ class Example(NamedTuple):
 
     def digest(self) -> str:
         """Hash of all of it: an answer under the same key belongs to it only if that is the same."""
-        return _digest(list(self))
+        return digest_of(list(self))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,7 +142,7 @@ class Task:
     def settings(self, examples: Sequence[Example]) -> str:
         """Hash of everything but the weights and the tokenizer: what is asked, how it is sampled and how it is judged."""
         asked = [list(example) for example in examples]
-        return _digest([*self.manner(), asked])
+        return digest_of([*self.manner(), asked])
 
     def manner(self) -> list[Any]:
         """How each example is sampled and judged, as plain data: what `settings` hashes besides the examples."""
@@ -186,5 +186,6 @@ def shares(sizes: Sequence[int], count: int) -> list[int]:
     return found
 
 
-def _digest(content: Any) -> str:
+def digest_of(content: Any) -> str:
+    """Hash of plain data: 16 hexadecimal digits."""
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
