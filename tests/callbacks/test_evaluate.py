@@ -17,6 +17,7 @@ from tulu_lightning.callbacks.checkpoints import Checkpoints, checkpoint_path
 from tulu_lightning.callbacks.evaluate import Evaluate
 from tulu_lightning.callbacks.records import Records, rollout_table
 from tulu_lightning.callbacks.refresh import RolloutRefresh
+from tulu_lightning.callbacks.scoring import Evaluation
 from tulu_lightning.callbacks.suite import Suite, moments, read_moment
 from tulu_lightning.data.sources import Source
 from tulu_lightning.errors import InputError
@@ -151,6 +152,53 @@ def test_scores_that_a_kill_came_before_are_made_up_for(tmp_path):
     other = Evaluate(suite=suite(limit=5))
     with pytest.raises(InputError, match=r"before/asked\.json: its scores are of other held-out prompts or sampling"):
         trainer(other).fit(runs.sft(), runs.sft_data(max_steps=4), ckpt_path=kept)
+
+
+@pytest.fixture
+def made(monkeypatch):
+    """Names of the evaluations that were made, and not read from the disk."""
+    names = []
+    score = Evaluation.score
+
+    def noted(self, engine, label, sheets):
+        names.append(sheets.name)
+        return score(self, engine, label, sheets)
+
+    monkeypatch.setattr(Evaluation, "score", noted)
+    return names
+
+
+def finish(folder, kept=None):
+    """A run of two steps, or what is left of it, scored on both kinds."""
+    last = Evaluate([HELD_OUT], max_new_tokens=3, every_n_steps=1, suite=suite())
+    runs.fit(runs.sft(), runs.sft_data(max_steps=2), folder, kept, callbacks=[last], every_n_steps=1)
+    return last
+
+
+def test_a_finished_run_is_not_scored_again(made, tmp_path):
+    first = finish(tmp_path)
+    assert made == ["before", "step_000001", "after"]
+    again = finish(tmp_path, checkpoint_path(tmp_path, 2))
+    assert made[3:] == []
+    assert again.latest == (2, "after")
+    assert again.scores["after"] == first.scores["after"]
+    (tmp_path / "scores" / "after" / "ranked.json").unlink()  # killed between the two
+    finish(tmp_path, checkpoint_path(tmp_path, 2))
+    assert made[3:] == ["after"]
+
+
+@pytest.mark.parametrize(("step", "moment"), [(1, "step_000001"), (2, "after")])
+@pytest.mark.parametrize("name", [".json", "/asked.json"])
+def test_scores_of_other_weights_are_made_again(name, step, moment, made, tmp_path):
+    first = finish(tmp_path)
+    path = tmp_path / "scores" / f"{moment}{name}"
+    key = "weights" if name == ".json" else "model_digest"
+    record = json.loads(path.read_text())
+    path.write_text(json.dumps({**record, key: "0" * 64}))
+    finish(tmp_path, checkpoint_path(tmp_path, step))
+    assert made[3:] == [moment], "and the other moment of the same weights is kept"
+    assert json.loads(path.read_text())[key] == record[key]
+    assert first.scores[moment] == read_moment(tmp_path, moment)
 
 
 # Bad input ---------------------------------------------------------------------------------------------------------

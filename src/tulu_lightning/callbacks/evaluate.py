@@ -1,11 +1,12 @@
 """When a run is scored: before its first step, after its last, and in between if asked for."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 
-from tulu_lightning.callbacks.scoring import Evaluation
+from tulu_lightning.callbacks.scoring import Evaluation, digest
 from tulu_lightning.callbacks.suite import (
     Scored,
     Suite,
@@ -22,9 +23,11 @@ from tulu_lightning.core.settings import require
 from tulu_lightning.data.prompts import PromptData, PromptSource
 from tulu_lightning.errors import InputError
 from tulu_lightning.evaluation.asking import Asker
-from tulu_lightning.evaluation.heldout import HeldOut
+from tulu_lightning.evaluation.heldout import HeldOut, Scores
+from tulu_lightning.evaluation.result import TaskResult
 from tulu_lightning.evaluation.task import Example, Task
 from tulu_lightning.models.limits import read_limits
+from tulu_lightning.rollout.engine import Engine
 from tulu_lightning.rollout.together import Together
 from tulu_lightning.types import Prompt, Sampling
 from tulu_lightning.verifiers.registry import Verifiers
@@ -174,14 +177,8 @@ class Evaluate(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Score what a kill came before: the checkpoint of a step is saved before its weights are scored."""
-        if not self._due(pl_module):
-            return
-        moment = step_moment(pl_module.step)
-        kept = self._kept(Path(trainer.default_root_dir), moment)[0] if trainer.is_global_zero else None
-        if kept := trainer.strategy.broadcast(kept):
-            self._take(moment, pl_module.step, kept)
-        else:
-            self.score(trainer, pl_module, moment)
+        if self._due(pl_module):
+            self.score(trainer, pl_module, step_moment(pl_module.step))
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *_: object, **__: object) -> None:
         """Score the present weights if it is time to; the final ones are scored when the run has ended."""
@@ -200,28 +197,44 @@ class Evaluate(L.Callback):
     # What -------------------------------------------------------------------------------------------------------
 
     def score(self, trainer: L.Trainer, pl_module: Any, moment: str) -> None:
-        """Score the present weights, on all ranks together; write and log what comes of it."""
+        """Score the present weights, on all ranks together; write and log what comes of it.
+
+        Scores that an earlier start has made of the same weights, under the same settings, are read and not made again.
+        """
         assert self._evaluation is not None
         run = Path(trainer.default_root_dir)
         with undisturbed():
             engine = pl_module.make_engine()
             try:
-                label = f"{type(pl_module).__name__} {moment}"
-                results = self._evaluation.score(engine, label, run / "scores" / moment)
+                found = trainer.strategy.broadcast(self._made(run, moment, engine) if trainer.is_global_zero else {})
+                if not found:
+                    label = f"{type(pl_module).__name__} {moment}"
+                    results = self._evaluation.score(engine, label, run / "scores" / moment)
+                    found = {one.task: one for one in map(scored, results)}
+                    if trainer.is_global_zero:
+                        self._write(run, moment, results)
             finally:
                 engine.close()
-        self._take(moment, pl_module.step, {one.task: one for one in map(scored, results)})
-        if trainer.is_global_zero:
-            for name, result in zip(self.scores[moment], results, strict=True):
-                result.to_json(score_path(run, moment, name))
-            for sheet in (run / "scores" / moment).glob(".*.items.jsonl"):
-                sheet.unlink()
-            self._say(moment)
-        metrics = {
-            "heldout_accuracy" if t == HELD_OUT else f"eval/{t}": one.score for t, one in self.scores[moment].items()
-        }
+        self._take(moment, pl_module.step, found)
+        metrics = {"heldout_accuracy" if task == HELD_OUT else f"eval/{task}": one.score for task, one in found.items()}
         for logger in trainer.loggers:
             logger.log_metrics(metrics, step=pl_module.step)
+
+    def _made(self, run: Path, moment: str, engine: Engine) -> dict[str, Scored]:
+        """The scores of a moment that are on disk, if they are all there and of these weights."""
+        kept, _ = self._kept(run, moment)
+        weights = digest(engine) if kept else ""
+        return kept if all(one.weights == weights for one in kept.values()) else {}
+
+    @staticmethod
+    def _write(run: Path, moment: str, results: Sequence[Scores | TaskResult]) -> None:
+        for result in results:
+            one = scored(result)
+            result.to_json(score_path(run, moment, one.task))
+            what = "accuracy" if one.task == HELD_OUT else one.task
+            print(f"{moment}: {what} {one.score:.3f} [{one.low:.3f}, {one.high:.3f}], n = {one.n}", flush=True)
+        for sheet in (run / "scores" / moment).glob(".*.items.jsonl"):
+            sheet.unlink()
 
     def _take(self, moment: str, step: int, scores: dict[str, Scored]) -> None:
         self.latest, self.scores[moment] = (step, moment), scores
@@ -243,11 +256,6 @@ class Evaluate(L.Callback):
             if place <= step and (moment != "after" or here):
                 found.append((place, moment, here or self._kept(run, moment)[0]))
         return found
-
-    def _say(self, moment: str) -> None:
-        for name, one in self.scores[moment].items():
-            what = "accuracy" if name == HELD_OUT else name
-            print(f"{moment}: {what} {one.score:.3f} [{one.low:.3f}, {one.high:.3f}], n = {one.n}", flush=True)
 
     def _kept(self, run: Path, moment: str) -> tuple[dict[str, Scored], str]:
         """The scores of a moment that are on disk, if they are all there and of what would be asked now.

@@ -58,7 +58,7 @@ class Evaluation:
         model = Model(label, digest(engine), engine, Asker(self.tokenizer, self.template, label), self.stop_ids)
         results: list[Scores | TaskResult] = []
         if self.held_out is not None:
-            results.append(self._held_out(self.held_out, engine, label))
+            results.append(self._held_out(self.held_out, model))
         for task, examples in self.tasks:
             sheet = sheets / f".{task.name}.rank{self.together.rank}.items.jsonl"
             results.append(self._task(task, examples, model, sheet, label))
@@ -74,7 +74,8 @@ class Evaluation:
         own = self.together.run(call, what)
         return tuple(in_order(self.together.gather(own, what)))
 
-    def _held_out(self, held_out: HeldOut, engine: Engine, label: str) -> Scores:
+    def _held_out(self, held_out: HeldOut, model: Model) -> Scores:
+        engine, label = model.engine, model.name
         mine = replace(held_out, prompts=tuple(self._share(held_out.prompts)))
 
         def answer() -> Sequence[Item]:
@@ -85,7 +86,8 @@ class Evaluation:
                 return mine.evaluate(engine, self.tokenizer, progress=told, scorer=scorer).items
 
         items = self._gathered(answer, f"{label}: held-out answers")
-        return Scores(held_out.name, held_out.version, held_out.settings, engine.version, items)
+        name, version, settings = held_out.name, held_out.version, held_out.settings
+        return Scores(name, version, settings, engine.version, items, weights=model.digest)
 
     def _task(self, task: Task, examples: Sequence[Example], model: Model, sheet: Path, label: str) -> TaskResult:
         mine = self._share(examples)

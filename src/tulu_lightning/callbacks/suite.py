@@ -119,6 +119,8 @@ class Scored(NamedTuple):
     keys: tuple[str, ...]
     groups: tuple[str, ...] | None
     """Of each item, where the score is the mean of groups' means."""
+    weights: str = ""
+    """Hash of the weights; empty where it was not taken."""
 
 
 def step_moment(step: int) -> str:
@@ -142,13 +144,13 @@ def scored(result: Scores | TaskResult) -> Scored:
     low, high = result.interval
     if isinstance(result, Scores):
         keys = tuple(json.dumps([i["row"], i["prompt"], i["target"]]) for i in result.items)
-        name, score, groups = HELD_OUT, result.accuracy, None
+        name, score, groups, weights = HELD_OUT, result.accuracy, None, result.weights
     else:
         keys = tuple(item["key"] for item in result.items)
-        name, score = result.task, result.score
+        name, score, weights = result.task, result.score, result.model_digest
         groups = None if result.average == "micro" else tuple(item["group"] for item in result.items)
     per_item = tuple(result.per_item)
-    return Scored(name, score, low, high, result.n, result.settings, result.version, per_item, keys, groups)
+    return Scored(name, score, low, high, result.n, result.settings, result.version, per_item, keys, groups, weights)
 
 
 def read_moment(run: Path, moment: str) -> dict[str, Scored]:

@@ -47,6 +47,8 @@ class Scores:
     weights_version: int
     items: tuple[Item, ...]
     confidence: float = 0.95
+    weights: str = ""
+    """Hash of the weights; empty where it was not taken."""
 
     @property
     def n(self) -> int:
