@@ -1,4 +1,5 @@
 import errno
+import os
 import subprocess
 import sys
 
@@ -112,19 +113,70 @@ def test_what_a_user_can_mend_is_one_line_and_a_status(monkeypatch, capsys, erro
     assert capsys.readouterr().err == text
 
 
-def test_a_reader_that_is_gone_is_no_error():
-    argv = [sys.executable, "-m", "tulu_lightning", "--help"]
-    with subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        process.stdout.close()
-        assert process.wait() == 141
-        assert process.stderr.read() == ""
-
-
-def test_a_pipe_of_the_runs_own_that_breaks_keeps_its_traceback(monkeypatch):
-    with pytest.raises(BrokenPipeError):
-        called_with(monkeypatch, ["recipe"], BrokenPipeError(errno.EPIPE, "x"))
-
-
 def test_any_other_error_keeps_its_traceback(monkeypatch):
     with pytest.raises(FileNotFoundError):
         called_with(monkeypatch, ["recipe"], FileNotFoundError(errno.ENOENT, "x", "y"))
+
+
+# A reader that goes away --------------------------------------------------------------------------------------------
+
+AWAY = """
+import sys, types
+from tulu_lightning import cli
+def main(argv): {}
+cli.importlib.import_module = lambda name: types.SimpleNamespace(main=main)
+sys.exit(cli.main(["lineage", "x"]))
+"""
+
+
+def unread(body, stream="stdout", unbuffered=""):
+    """A command with this body, one of whose streams nobody reads: its status, and what it said on the other."""
+    environment = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
+    reader, writer = os.pipe()
+    os.close(reader)
+    other = "stderr" if stream == "stdout" else "stdout"
+    streams = {stream: writer, other: subprocess.PIPE}
+    done = subprocess.run([sys.executable, "-c", AWAY.format(body)], check=False, text=True, env=environment, **streams)
+    os.close(writer)
+    return done.returncode, getattr(done, other)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "print('x'); return 0",  # still in the buffer when the command is done
+        "print('x'); sys.exit(0)",  # as argparse does after --help
+        "print('x' * 10**6); return 0",
+        "from rich.console import Console; Console().print('x'); return 0",
+        "from rich.console import Console; [Console().print('x') for _ in range(2)]; return 0",
+    ],
+)
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_command_whose_reader_went_away_ends_quietly(unbuffered, body):
+    assert unread(body, unbuffered=unbuffered) == (141, "")
+
+
+def test_an_error_is_told_all_the_same():
+    body = "print('x'); raise cli.InputError('x.yaml', 'is empty', 'Fill it.')"
+    assert unread(body) == (141, "tulu: error: x.yaml: is empty. Fill it.\n")
+
+
+def test_so_does_one_whose_errors_nobody_reads():
+    assert unread("print('x' * 10**6, file=sys.stderr, flush=True); return 0", "stderr") == (141, "")
+
+
+def test_a_broken_pipe_to_a_process_of_its_own_keeps_its_traceback():
+    done = subprocess.run(
+        [sys.executable, "-c", AWAY.format("raise BrokenPipeError(32, 'a worker is gone')")],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert done.stderr.endswith("BrokenPipeError: [Errno 32] a worker is gone\n")
+
+
+@pytest.mark.parametrize("argv", [["--help"], ["lineage", "--help"]])
+def test_help_that_nobody_reads_is_quiet(argv):
+    command = f"{sys.executable} -m tulu_lightning {' '.join(argv)} | true; echo ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True)
+    assert done.stderr == ""
+    assert done.stdout.strip() in ("141", "0")

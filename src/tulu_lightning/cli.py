@@ -8,6 +8,7 @@ import re
 import select
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import NamedTuple
 
 from tulu_lightning import __version__
@@ -20,9 +21,8 @@ STOPPED = 1
 INTERRUPTED = 130
 PREEMPTED = 75
 """EX_TEMPFAIL of sysexits.h: nothing is wrong, try again later."""
-
-READER_GONE = 141
-"""What a shell says of a program that SIGPIPE ended."""
+UNREAD = 141
+"""What a shell says of a command that SIGPIPE has ended."""
 
 DISK_REMEDIES = {
     errno.ENOSPC: "Free some space, or choose another folder (trainer.default_root_dir)",
@@ -120,13 +120,28 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
         Exit status: 0, 1 for a run that stopped itself, 2 for bad input or a disk that cannot be written, 75 after
-        SIGTERM or SIGUSR1, 130 after Ctrl-C, 141 where whoever read the output is gone (`| head`). After 75 and 130 the
-        same command goes on.
+        SIGTERM or SIGUSR1, 130 after Ctrl-C, 141 when nobody reads on what it prints. After 75 and 130 the same command
+        goes on.
     """
     try:
-        status = _dispatch(list(sys.argv[1:] if argv is None else argv))
-        sys.stdout.flush()  # here, where a reader that is gone is no traceback
-        return status
+        try:
+            return _run(list(sys.argv[1:] if argv is None else argv))
+        finally:
+            print(end="", flush=True)  # here, and not when Python ends, where the error could not be caught
+    except BrokenPipeError:
+        if not _unread():
+            raise
+    except SystemExit as error:
+        if not isinstance(error.__context__, BrokenPipeError):  # rich makes one of the other, with status 1
+            raise
+    _silence()
+    return UNREAD
+
+
+def _run(argv: list[str]) -> int:
+    """Run one command; what a user can mend is one line and a status."""
+    try:
+        return _dispatch(argv)
     except InputError as error:
         return _fail(str(error))
     except RunStopped as error:
@@ -138,10 +153,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("tulu: interrupted; run the same command again to go on", file=sys.stderr)
         return INTERRUPTED
-    except BrokenPipeError:
-        if not _reader_is_gone():
-            raise
-        return READER_GONE
     except Exception as error:
         text = disk_fault(error)
         if text is None:
@@ -166,23 +177,27 @@ def _dispatch(argv: list[str]) -> int:
     return module.main(argv if command.wants_name else argv[1:])
 
 
-def _reader_is_gone() -> bool:
-    """Whether it is standard output's pipe that broke, and not one of the run's own; what is left in its buffer is let go."""
-    try:
-        output = sys.stdout.fileno()
-        asked = select.poll()
-        asked.register(output, select.POLLOUT)
-        gone = any(event & select.POLLERR for _, event in asked.poll(0))
-    except (OSError, ValueError, AttributeError):  # no file, or no poll on this system
-        return False
-    if gone:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), output)  # or the interpreter's last flush says it again
-    return gone
-
-
 def _fail(text: str) -> int:
     print(f"tulu: error: {text}", file=sys.stderr)
     return BAD_INPUT
+
+
+def _unread() -> bool:
+    """Whether a reader of what this process prints is gone; a pipe to a process of its own may break as well."""
+    pipes = select.poll()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError, AttributeError):  # not a file, or closed
+            pipes.register(stream.fileno(), 0)
+    return any(event & (select.POLLERR | select.POLLHUP) for _, event in pipes.poll(0))
+
+
+def _silence() -> None:
+    """What is left in the streams' buffers goes nowhere, so that Python can end."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError, AttributeError):
+            os.dup2(nowhere, stream.fileno())
+    os.close(nowhere)
 
 
 def disk_fault(error: BaseException | None) -> str | None:

@@ -1,8 +1,9 @@
 """Tasks: how they are asked, kept, scored and compared, with an engine that says what it is told to."""
 
+import hashlib
 import json
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import combinations
 
 import pytest
@@ -23,7 +24,8 @@ from tulu_lightning.evaluation.run import Model, run_task
 from tulu_lightning.evaluation.shots import conversation, one_text
 from tulu_lightning.evaluation.suite import find_tasks
 from tulu_lightning.evaluation.task import Example, Task, Turn, shares
-from tulu_lightning.types import Completion
+from tulu_lightning.types import Completion, Verdict
+from tulu_lightning.verifiers.code import Code
 
 
 @pytest.fixture(scope="module")
@@ -238,27 +240,6 @@ def test_many_samples_make_few_examples_a_write(tokenizer, tmp_path, monkeypatch
     assert told == [0, 2, 4, 5], "eight answers at a time are two examples"
 
 
-class Near:
-    """A verifier of a user, without a repr of its own."""
-
-    runs = "here"
-
-    def __init__(self, within):
-        self.within, self._cache = within, object()
-
-    def __call__(self, response, target):
-        raise NotImplementedError
-
-    def complaint(self, target):
-        return None
-
-
-def test_a_verifier_without_a_repr_is_the_same_in_every_process():
-    settings = [task(own=Near(within)).settings([]) for within in (1, 1, 2)]
-    assert settings[0] == settings[1] != settings[2]
-    assert task(own=Near(1)).manner()[3][1].endswith('test_task.Near({"within": 1})')
-
-
 def test_a_limit_takes_rows_from_everywhere():
     given = task(rows=lambda: list(range(10)))
     assert [example.target for example in given.examples(4)] == ["0", "2", "5", "7"]
@@ -310,8 +291,6 @@ def test_choices_are_ranked_by_their_log_probs(tokenizer):
         runs = "here"
 
         def __call__(self, response, target):
-            from tulu_lightning.types import Verdict
-
             values = json.loads(response)
             right = values.index(max(values)) == int(target)
             return Verdict("right" if right else "wrong", float(right))
@@ -374,6 +353,53 @@ def test_the_models_own_template_is_used_without_a_name(tokenizer):
     own.chat_template = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
     given = task()
     assert own.decode(Asker(own, None, "toy").prompts(given, given.examples())[0]) == "[user]What is 0?[assistant]"
+
+
+class Own:
+    """A verifier without a `__repr__`: Python's names its address, another one in each process."""
+
+    share = 0.5
+
+    def __init__(self, words=("a",), reader=None):
+        self.words, self.reader, self._calls = words, reader, object()
+
+    def __call__(self, response, target):
+        return Verdict("wrong", 0.0)
+
+    def complaint(self, target):
+        return None
+
+
+class Stricter(Own):
+    """The same settings, another class."""
+
+
+@dataclass(frozen=True)
+class Around(Own):
+    """Its own repr is that of its fields, one of which has none."""
+
+    inner: object = None
+    share: float = 0.5
+
+
+@pytest.mark.parametrize("make", [Own, lambda: Own(["b"], reader=object()), lambda: Around(Own())])
+def test_the_settings_of_a_verifier_hold_no_address(make):
+    first, second = make(), make()
+    assert repr(first) != repr(second)
+    assert task(own=first).settings([]) == task(own=second).settings([])
+
+
+def test_the_settings_of_a_verifier_tell_what_it_is_and_how_it_is_set():
+    different = [Own(), Own(["b"]), Stricter(), Around(Own()), Around(Own(), 0.25)]
+    assert len({task(own=own).settings([]) for own in different}) == len(different)
+    content = f'{__name__}.Own {{"reader": null, "share": 0.5, "words": ["a"]}}'
+    drawn = [4096, 0.0, 1.0, 1, 1, [], True]
+    whole = json.dumps(["sums", 1, drawn, ["last_number", content, "micro"], []])
+    assert task(own=Own()).settings([]) == hashlib.sha256(whole.encode()).hexdigest()[:16]
+
+
+def test_a_repr_that_says_how_a_verifier_is_set_stands_in_the_settings_as_it_always_did():
+    assert task(verifier="code", own=Code(seconds=10.0)).settings([]) == "2446161bc7a710b6"
 
 
 def test_settings_that_cannot_work():

@@ -5,8 +5,10 @@ it is judged raises the version: scores of two versions do not compare.
 """
 
 import hashlib
+import inspect
 import itertools
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple
@@ -21,6 +23,9 @@ Row = Mapping[str, Any]
 """One row of a data set, as it comes."""
 Average = Literal["micro", "macro"]
 """`micro`: every item counts the same; `macro`: every group does (subjects of MMLU, types of MATH)."""
+
+ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+>")
+"""In the `repr` of an object whose class has none of its own: another one in each process."""
 
 
 class Turn(NamedTuple):
@@ -147,7 +152,7 @@ class Task:
     def manner(self) -> list[Any]:
         """How each example is sampled and judged, as plain data: what `settings` hashes besides the examples."""
         drawn = [self.max_new_tokens, self.temperature, self.top_p, self.samples, self.k, self.stops, self.chat]
-        judged = [self.verifier, "" if self.own is None else _named(self.own), self.average]
+        judged = [self.verifier, "" if self.own is None else _described(self.own), self.average]
         return [self.name, self.version, drawn, judged]
 
     def capped(self, cap: int | None) -> "Task":
@@ -155,18 +160,25 @@ class Task:
         return self if cap is None or cap >= self.max_new_tokens else replace(self, max_new_tokens=cap)
 
 
-def _named(verifier: Verifier) -> str:
-    """What a verifier says of itself, or its class and plain settings: an address would be another one in each process."""
-    said = repr(verifier)
-    if f" at 0x{id(verifier):x}" not in said:
-        return said
-    kind = type(verifier)
-    plain = {
-        name: value
-        for name, value in sorted(getattr(verifier, "__dict__", {}).items())
-        if not name.startswith("_") and isinstance(value, (str, int, float, bool, list, tuple, dict, type(None)))
-    }
-    return f"{kind.__module__}.{kind.__qualname__}({json.dumps(plain, sort_keys=True, default=str)})"
+def _described(verifier: Verifier) -> str:
+    """What judges, in words that are the same in every process.
+
+    That is its `repr`, or where an address is in that: its class, and those of its public attributes that are plain data.
+    """
+    if not ADDRESS.search(repr(verifier)):
+        return repr(verifier)
+    kind, members = type(verifier), inspect.getmembers_static(verifier)
+    plain = {name: value for name, value in members if not name.startswith("_") and _is_plain(value)}
+    return f"{kind.__module__}.{kind.__qualname__} {json.dumps(plain, sort_keys=True)}"
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether JSON can hold a value."""
+    if isinstance(value, list | tuple):
+        return all(map(_is_plain, value))
+    if isinstance(value, dict):
+        return all(isinstance(key, str) for key in value) and all(map(_is_plain, value.values()))
+    return value is None or isinstance(value, bool | int | float | str)
 
 
 def spread(places: Sequence[int], count: int) -> list[int]:
