@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from dataclasses import replace
@@ -174,8 +175,85 @@ def test_a_request_that_fails_costs_its_prompt_alone_and_the_same_command_tries_
 def test_a_server_that_is_down_refuses_or_answers_garbage_ends_the_command(tmp_path, server, reply):
     server.replies = lambda request: reply
     made = config(tmp_path, pool(server.url, "a", "b", give_up=3, concurrency=1))
-    with pytest.raises(InputError, match=r"model 'a' at .* gave no answer to 3 prompts in a row, last: .*"):
+    with pytest.raises(InputError, match=r"model 'a' at .* gave no answer to 3 requests in a row, last: .*"):
         generate(made)
+
+
+def test_a_sample_that_fails_takes_none_of_its_siblings_with_it(tmp_path, server):
+    answered, lost = server.replies, []
+
+    def reply(request):
+        lost.extend([request["seed"]] * (not lost))  # the first request that comes fails for good, whichever it is
+        return (400, "no", {}) if request["seed"] in lost else answered(request)
+
+    server.replies = reply
+    made = config(tmp_path, pool(server.url, "a"), draw="each", responses=4, limit=5)
+    assert (generate(made)["failed"], len(rows_of(made))) == (1, 19)
+    before, lost[:] = rows_of(made), [-1]
+    asked = len(server.requests)
+    summary = generate(made)
+    assert (summary["failed"], len(server.requests) - asked) == (0, 1), "only the one that is missing is asked again"
+    assert rows_of(made)[:19] == before
+    assert {(row["prompt_key"], row["number"]) for row in rows_of(made)} == {
+        (ask.key, number) for ask in read_asks([SUMS], limit=5).kept for number in range(4)
+    }
+
+
+def test_what_was_under_way_when_a_server_was_given_up_is_kept(tmp_path, server):
+    answered, first = server.replies, threading.Event()
+
+    def reply(request):
+        if first.is_set():
+            return (500, "down", {})
+        first.set()
+        time.sleep(0.5)  # longer than all the failures of the other thread take
+        return answered(request)
+
+    server.replies = reply
+    made = config(tmp_path, pool(server.url, "a", "b", give_up=3, concurrency=2, retries=0))
+    with pytest.raises(InputError, match="3 requests in a row"):
+        generate(made)
+    assert len(rows_of(made)) == 1
+    assert len(server.requests) == 4, "none is begun after that"
+
+
+def test_a_stop_does_not_wait_for_a_server(tmp_path, server):
+    asked, release = threading.Event(), threading.Event()
+
+    def reply(request):
+        asked.set()
+        release.wait(60)
+        return "late"
+
+    server.replies = reply
+    file = tmp_path / "generate.yaml"
+    file.write_text(
+        f"output: {tmp_path}/out\nresponses: 1\nmodels: [{{name: a, url: '{server.url}'}}]\n"
+        "sources: [{name: sums, rows: tulu_lightning.assets.arithmetic.prompt_rows, args: {count: 60}}]\n"
+    )
+    command = [sys.executable, "-m", "tulu_lightning", "generate", "--config", str(file)]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+        assert asked.wait(60)
+        process.send_signal(signal.SIGINT)
+        try:
+            assert process.wait(20) == 130
+        finally:
+            release.set()
+        assert process.stderr.read().endswith("tulu: interrupted; run the same command again to go on\n")
+
+
+def test_a_row_says_what_the_server_says_of_itself_and_why_an_answer_is_not_whole(tmp_path, server):
+    def reply(request):
+        choice = {"message": {"content": "hi"}, "finish_reason": "content_filter" if request["model"] == "a" else "eos"}
+        said = {"model": "big-2024-08-06"} if request["model"] == "a" else {}
+        return 200, json.dumps({"choices": [choice], **said}), {}
+
+    server.replies = reply
+    made = config(tmp_path, pool(server.url, "a", "b"), limit=1)
+    summary = generate(made)
+    told = {row["model"]: (row["version"], row["finish"]) for row in rows_of(made)}
+    assert told == {"a": ("big-2024-08-06", "content_filter"), "b": ("b", "stop")}
+    assert (summary["models"]["a"]["cut"], summary["models"]["b"]["cut"]) == (1, 0)
 
 
 def test_nobody_listens(tmp_path):

@@ -19,7 +19,7 @@ from tulu_lightning.errors import InputError
 from tulu_lightning.recipes.making.aspects import ASPECTS, order_shown, questionnaire, read_ratings
 from tulu_lightning.recipes.making.generate import GenerateConfig, generate
 from tulu_lightning.recipes.making.judge import JudgeConfig, judge
-from tulu_lightning.recipes.making.pool import Model
+from tulu_lightning.recipes.making.pool import Decoding, Model
 from tulu_lightning.recipes.making.store import read_rows
 from tulu_lightning.recipes.pairs import PairsConfig, make_pairs
 
@@ -201,6 +201,47 @@ def test_unreadable_ratings_are_counted_and_make_no_order(responses, server, tmp
     assert all(row["chosen_rating"] > row["rejected_rating"] for row in rows)
 
 
+def test_a_mean_over_fewer_aspects_than_others_have_makes_no_pair_and_is_told(responses, server, tmp_path, capsys):
+    lost = []
+
+    def partly(request):
+        text = request["messages"][-1]["content"]
+        lost.extend([text] * (not lost and "honesty" in text))
+        return (400, "too long", {}) if text in lost else reply(request)
+
+    server.replies = partly
+    made = config(responses, server, tmp_path, "even")
+    assert judge(made)["failed"] == 1
+    asked = PairsConfig(output=str(tmp_path / "pairs"), input=responses, ratings=made.output)
+    summary = make_pairs(asked)
+    assert summary["pairs"] == 9
+    assert summary["without"] == {"a rating is missing (tulu judge asks again)": 1}
+    assert "no pair of 1 prompts: a rating is missing (tulu judge asks again)" in capsys.readouterr().out
+    lost[:] = ["none"]
+    assert judge(made)["failed"] == 0
+    summary = make_pairs(asked)
+    assert (summary["pairs"], summary["without"]) == (10, {})
+
+
+def test_what_a_wanted_share_leaves_out_is_counted(tiny, server, tmp_path):
+    server.replies = reply
+    made = GenerateConfig(
+        output=str(tmp_path / "responses"), sources=[SUMS], models=models(server.url, *QUALITY), responses=2,
+        model=tiny, template="tulu", on_policy_share=0.5, decoding=Decoding(max_new_tokens=2),
+    )  # fmt: skip
+    generate(made)
+    server.replies = lambda request: "Text 1: 1\nText 2: 2"
+    rated = config(made.output, server, tmp_path, "even", aspects=["honesty"])
+    judge(rated)
+    every = make_pairs(PairsConfig(output=str(tmp_path / "every"), input=made.output, ratings=rated.output))
+    share = make_pairs(
+        PairsConfig(output=str(tmp_path / "share"), input=made.output, ratings=rated.output, on_policy_share=0.0)
+    )
+    assert 0 < every["on_policy"] < every["pairs"]
+    assert share["without"] == {**every["without"], "left out for on_policy_share": every["on_policy"]}
+    assert share["pairs"] == every["pairs"] - every["on_policy"]
+
+
 def test_pairs_take_the_best_against_any_lower_one(responses, server, tmp_path):
     made = config(responses, server, tmp_path, "even")
     judge(made)
@@ -216,7 +257,7 @@ def test_a_judge_that_goes_down_keeps_what_it_rated_and_goes_on(responses, serve
     made = config(responses, server, tmp_path, "even", aspects=["honesty"])
     made = replace(made, judges=[replace(made.judges[0], concurrency=1)])
     server.replies = lambda request: reply(request) if len(server.requests) <= 4 else (503, "gone", {})
-    with pytest.raises(InputError, match="gave no answer to 5 prompts in a row, last: HTTP 503"):
+    with pytest.raises(InputError, match="gave no answer to 5 requests in a row, last: HTTP 503"):
         judge(made)
     assert len(list(read_rows(made.output))) == 4
     server.replies = reply

@@ -211,7 +211,7 @@ def test_neither_a_source_nor_a_maker_of_ratings_is_an_error(config):
 
 
 def test_the_command_chains_the_three_and_each_can_be_called_alone(config, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(models, "CHUNK", 4)
+    monkeypatch.setitem(models.CHUNKS, "local", 4)
     shared = (
         "model: tiny-random-llama\ntemplate: tulu\nresponses: 6\ndraw: each\ndecoding: {max_new_tokens: 3}\n"
         "sources: [{name: sums, rows: tulu_lightning.assets.arithmetic.prompt_rows, args: {count: 8}}]\n"

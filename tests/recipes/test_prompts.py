@@ -9,6 +9,7 @@ from tulu_lightning.assets.reasoning import math_rows
 from tulu_lightning.data.prompt_source import FewShot, PromptSource
 from tulu_lightning.data.prompts import PromptData
 from tulu_lightning.errors import InputError
+from tulu_lightning.recipes.making import prompts
 from tulu_lightning.recipes.making.prompts import PromptsConfig, make_prompts
 from tulu_lightning.verifiers.registry import get
 
@@ -119,3 +120,26 @@ def test_what_is_there_is_not_written_over_and_a_dry_run_writes_nothing(tmp_path
     assert make_prompts(made)["prompts"] == 3
     with pytest.raises(InputError, match=r"prompts\.jsonl: is there already"):
         make_prompts(made)
+
+
+def test_killed_between_its_files_it_writes_them_again(tmp_path, monkeypatch):
+    held = PromptSource("few", rows=SUMS.rows, args={"count": 5})
+    made = PromptsConfig(str(tmp_path / "out"), [SUMS], held_out=[held])
+    whole = {"write_rows": prompts.write_rows, "write_whole": prompts.write_whole}
+
+    def until(name, stop):
+        def write(path, content):
+            if path.name == stop:
+                raise KeyboardInterrupt
+            whole[name](path, content)
+
+        return write
+
+    for stop in ("held_out.jsonl", "summary.json", "prompts.jsonl"):
+        with monkeypatch.context() as patch:
+            for name in whole:
+                patch.setattr(prompts, name, until(name, stop))
+            with pytest.raises(KeyboardInterrupt):
+                make_prompts(made)
+    assert make_prompts(made)["prompts"] == len(lines(tmp_path / "out" / "prompts.jsonl")) == 15
+    assert len(lines(tmp_path / "out" / "held_out.jsonl")) == 5

@@ -212,6 +212,28 @@ def test_what_is_cut_wrong_or_at_odds_is_left_out_with_its_reason(server, tmp_pa
     assert all(row["persona"] in PERSONAS and row["request"] for row in left)
 
 
+def test_a_majority_is_of_all_answers_and_what_came_is_kept(server, tmp_path):
+    wanted = Skill("math", count=2, answers=4)
+    lost = []
+
+    def partly(request):
+        text = request["messages"][-1]["content"]
+        if 'Begin with "Problem:"' in text:
+            return reply(request)
+        lost.extend([request["seed"]] * (not lost))
+        said = "Final Answer: The final answer is $7$. I hope it is correct."
+        return (400, "no", {}) if request["seed"] in lost else said
+
+    server.replies = partly
+    made = config(server, tmp_path, wanted)
+    summary = synthesize(made)
+    assert summary["skills"]["math"]["left_out"] == {"an answer did not come": 1}
+    assert len(list(read_rows(tmp_path / "out" / "answers"))) == 7
+    asked, lost[:] = len(server.requests), [-1]
+    summary = synthesize(made)
+    assert (summary["skills"]["math"]["kept"], len(server.requests) - asked) == (2, 1)
+
+
 def test_what_a_relaxed_answer_does_is_told_apart(server, tmp_path):
     def both(request):  # every answer follows every constraint, also of the relaxed request
         text = request["messages"][-1]["content"]
@@ -307,7 +329,7 @@ def test_a_dry_run_shows_the_first_request_and_asks_nothing(server, tmp_path, ca
 def test_a_server_that_is_down_keeps_what_is_there(server, tmp_path):
     made = config(server, tmp_path, replace(PROSE, count=8))
     server.replies = lambda request: reply(request) if len(server.requests) <= 3 else (500, "no", {})
-    with pytest.raises(InputError, match=r"gave no answer to 3 prompts in a row.*run the same command again"):
+    with pytest.raises(InputError, match=r"gave no answer to 3 requests in a row.*run the same command again"):
         synthesize(replace(made, writer=replace(made.writer, concurrency=1)))
     assert len(list(read_rows(tmp_path / "out" / "requests"))) == 3
     server.replies = reply

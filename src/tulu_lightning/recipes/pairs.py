@@ -8,14 +8,14 @@ import dataclasses
 import json
 import random
 import time
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from tulu_lightning.callbacks.promote import peak_memory_bytes
-from tulu_lightning.core.binarise import NoPair, Rating, mean_rating, pick
+from tulu_lightning.core.binarise import NoPair, pick
 from tulu_lightning.core.settings import require
 from tulu_lightning.core.step_plan import mix_seed
 from tulu_lightning.errors import InputError
@@ -23,9 +23,8 @@ from tulu_lightning.files import write_whole
 from tulu_lightning.recipes.config import read_config
 from tulu_lightning.recipes.making.generate import POLICY, GenerateConfig, generate
 from tulu_lightning.recipes.making.judge import JudgeConfig, judge
-from tulu_lightning.recipes.making.judged import VERIFIER, check_texts
+from tulu_lightning.recipes.making.judged import UNRATED, Rated, means_of
 from tulu_lightning.recipes.making.responses import groups_of
-from tulu_lightning.recipes.making.store import read_rows
 from tulu_lightning.recipes.pair_files import RULE, check_output, write_pairs
 from tulu_lightning.recipes.pair_lengths import PairLengths, pair_lengths
 
@@ -116,11 +115,10 @@ def make_pairs(config: PairsConfig) -> dict[str, Any]:
         judge(dataclasses.replace(config.judge, input=responses, output=ratings, dry_run=dry, limit=limit))
         if dry:
             return {}
-    groups, incomplete = groups_of(responses, config.limit)
-    check_texts(read_rows(ratings), groups, ratings, responses)
-    means = _means(ratings)
+    groups, incomplete = groups_of(responses, config.limit, ids=True)
+    means = means_of(ratings, groups, responses)
     without: Counter[str] = Counter({"responses are missing": incomplete} if incomplete else {})
-    rows = _mixed(list(_pairs(groups, means, config, without)), config)
+    rows = _mixed(list(_pairs(groups, means, config, without)), config, without)
     if not rows:
         told = ", ".join(f"{count} because {reason}" for reason, count in without.items())
         raise InputError(config.output, f"no prompt makes a pair ({told})", "Use other prompts, or more responses.")
@@ -140,67 +138,42 @@ def make_pairs(config: PairsConfig) -> dict[str, Any]:
     return summary
 
 
-# Ratings ------------------------------------------------------------------------------------------------------------
-
-
-def _means(folder: str) -> dict[str, dict[str, float | None]]:
-    """By response: mean rating over judges, aspects and rounds, as `mean`; and the verifiers' score, as `verified`.
-
-    Where only verifiers rated, theirs is the mean.
-    """
-    by: dict[str, dict[str, list[Rating]]] = defaultdict(lambda: defaultdict(list))
-    for number, row in enumerate(read_rows(folder), start=1):
-        if "judge" not in row or len(row.get("responses", ())) != len(row.get("ratings", (None,))):
-            raise InputError(
-                f"{folder}, row {number}", "is no row of ratings", "Give the folder that tulu judge wrote."
-            )
-        kind = "verified" if row["judge"] == VERIFIER else "mean"
-        for response, rating in zip(row["responses"], row["ratings"], strict=True):
-            by[response][kind].append(rating)
-    found = {}
-    for response, kinds in by.items():
-        verified = mean_rating(kinds["verified"]) if "verified" in kinds else None
-        found[response] = {"verified": verified, "mean": mean_rating(kinds["mean"]) if "mean" in kinds else verified}
-    return found
-
-
 # Pairs --------------------------------------------------------------------------------------------------------------
 
 
 def _pairs(
     groups: Sequence[Sequence[Mapping[str, Any]]],
-    means: Mapping[str, Mapping[str, float | None]],
+    means: Mapping[str, Rated],
     config: PairsConfig,
     without: Counter[str],
 ) -> Iterator[dict[str, Any]]:
     for group in groups:
-        of = [means.get(row["key"], {}) for row in group]
-        allowed = _allowed(group, of, config)
+        of = [means.get(row["key"], UNRATED) for row in group]
+        allowed = _allowed(group, config)
         draw = random.Random(mix_seed(config.seed, 3, int(group[0]["prompt_key"][:12], 16)))
         found = pick(
-            [each.get("mean") for each in of],
+            [each.mean for each in of],
             draw,
             literal=config.literal,
             least_chosen=config.min_chosen,
             allowed=allowed,
         )
         if isinstance(found, NoPair):
-            without[found.reason] += 1
+            whole = all(each.whole for each in of)
+            without[found.reason if whole else "a rating is missing (tulu judge asks again)"] += 1
             continue
         chosen, rejected = (group[place] for place in found)
-        if config.verified and of[found[0]].get("verified") != 1.0:
+        if config.verified and of[found[0]].verified != 1.0:
             without["the chosen response is not verified"] += 1
         elif chosen["response"] == rejected["response"]:
             without["both sides are the same text"] += 1
         elif not chosen["response"].strip() or not rejected["response"].strip():
             without["a side is empty"] += 1
         else:
-            yield _row(chosen, rejected, [of[place].get("mean") for place in found])
+            yield _row(chosen, rejected, [of[place].mean for place in found])
 
 
-def _allowed(
-    group: Sequence[Mapping[str, Any]], of: Sequence[Mapping[str, float | None]], config: PairsConfig
-) -> list[tuple[int, int]] | None:
+def _allowed(group: Sequence[Mapping[str, Any]], config: PairsConfig) -> list[tuple[int, int]] | None:
     if config.sides == "any":
         return None
     own = [place for place, row in enumerate(group) if row["model"] == POLICY]
@@ -223,14 +196,14 @@ def _row(chosen: Mapping[str, Any], rejected: Mapping[str, Any], ratings: Sequen
     # Ids of two templates are two prompts; the text is then what both have in common.
     if chosen.get("ids") and rejected.get("ids") and chosen["prompt_ids"] == rejected["prompt_ids"]:
         row |= {
-            "prompt_ids": chosen["prompt_ids"],
-            "chosen_ids": chosen["ids"],
-            "rejected_ids": rejected["ids"],
+            "prompt_ids": list(chosen["prompt_ids"]),
+            "chosen_ids": list(chosen["ids"]),
+            "rejected_ids": list(rejected["ids"]),
         }
     return row
 
 
-def _mixed(rows: list[dict[str, Any]], config: PairsConfig) -> list[dict[str, Any]]:
+def _mixed(rows: list[dict[str, Any]], config: PairsConfig, without: Counter[str]) -> list[dict[str, Any]]:
     """The pairs with the wanted share of on-policy ones: of the kind that is too many, some are left out."""
     if config.on_policy_share is None:
         return rows
@@ -245,6 +218,8 @@ def _mixed(rows: list[dict[str, Any]], config: PairsConfig) -> list[dict[str, An
     if share > 0:
         most[False] = min(most[False], round(most[True] * (1 - share) / share))
     kept = {key for kind, ids in kinds.items() for key in ids[: most[kind]]}
+    if len(kept) < len(rows):
+        without["left out for on_policy_share"] = len(rows) - len(kept)
     return [row for row in rows if row["id"] in kept]
 
 
@@ -262,14 +237,14 @@ def _is_held_out(key: str, config: PairsConfig) -> bool:
 def _summary(
     config: PairsConfig,
     groups: Sequence[Sequence[Mapping[str, Any]]],
-    means: Mapping[str, Mapping[str, float | None]],
+    means: Mapping[str, Rated],
     rows: Sequence[Mapping[str, Any]],
     without: Mapping[str, int],
 ) -> dict[str, Any]:
     lengths = pair_lengths(tuple(row["lengths"]) for row in rows)
     assert lengths is not None
     all_rows = [row for group in groups for row in group]
-    verified = [score for row in all_rows if (score := means.get(row["key"], {}).get("verified")) is not None]
+    verified = [score for row in all_rows if (score := means.get(row["key"], UNRATED).verified) is not None]
     return {
         "stage": "pairs",
         "prompts": len(groups),

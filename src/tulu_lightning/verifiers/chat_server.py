@@ -36,6 +36,8 @@ class Reply(NamedTuple):
     """Of the answer; both are 0 where the server does not count."""
     first: Mapping[str, float] | None = None
     """Log-probs of the likeliest first tokens, where the request asked for them and the server gives them."""
+    model: str | None = None
+    """Which model the server says that it was, often with its version; None where it says nothing."""
 
 
 class RequestFailed(Exception):
@@ -130,7 +132,9 @@ def _request(url: str, body: Mapping[str, Any], seconds: float, api_key_env: str
         raise RequestFailed(f"its answer is no chat completion ({type(error).__name__}: {error})", 0.0) from None
 
 
-def with_tries(once: Callable[[], T], retries: int, backoff_seconds: float) -> T:
+def with_tries(
+    once: Callable[[], T], retries: int, backoff_seconds: float, sleep: Callable[[float], object] = time.sleep
+) -> T:
     """Call until it does not fail, with pauses that double, or as long as the server asks for.
 
     Raises:
@@ -143,7 +147,7 @@ def with_tries(once: Callable[[], T], retries: int, backoff_seconds: float) -> T
         except RequestFailed as failure:
             if failure.pause is None or left == 0:
                 raise
-            time.sleep(max(failure.pause, min(LONGEST_PAUSE, pause)))
+            sleep(max(failure.pause, min(LONGEST_PAUSE, pause)))
             pause *= 2
     raise AssertionError("unreachable")
 
@@ -177,7 +181,9 @@ def _reply(answer: Any) -> Reply:
     first = None if found is None else {str(one["token"]): float(one["logprob"]) for one in found}
     if not isinstance(text, str):
         raise TypeError(f"its text is {text!r:.40}")
-    return Reply(text, str(choice.get("finish_reason") or "stop"), *counts, first=first)
+    named = answer.get("model")
+    model = named if isinstance(named, str) and named else None
+    return Reply(text, str(choice.get("finish_reason") or "stop"), *counts, first=first, model=model)
 
 
 def _endpoint(url: str, path: str) -> str:

@@ -9,7 +9,7 @@ import json
 import random
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -23,7 +23,7 @@ from tulu_lightning.progress import Progress
 from tulu_lightning.recipes.config import read_config
 from tulu_lightning.recipes.making.asks import Ask, own_verifiers, read_asks
 from tulu_lightning.recipes.making.models import answers, rendered
-from tulu_lightning.recipes.making.pool import Answer, Decoding, Model, Question, identity
+from tulu_lightning.recipes.making.pool import Answer, Decoding, Model, Question, identity, version
 from tulu_lightning.recipes.making.store import RowStore
 from tulu_lightning.verifiers.registry import Verifier
 
@@ -127,25 +127,21 @@ def generate(config: GenerateConfig) -> dict[str, Any]:
     pool = config.pool()
     asks = read_asks(config.sources, config.seed, config.limit, own_verifiers(config.verifiers))
     plan = {ask.key: assigned(config, ask.key) for ask in asks.kept}
-    by_key = {ask.key: ask for ask in asks.kept}
     if config.dry_run:
         _show_plan(plan, pool, asks.kept[0])
         return {}
     who = {name: identity(model) for name, model in pool.items()}
     started = time.perf_counter()
     with RowStore(config.output, "generate", _settings(config, who)) as store:
-        total = sum(sum(counts.values()) for counts in plan.values())
-        with Progress("generate", total, done=len(store.done), unit="responses") as progress:
+        every = {_key(key, name, j) for key, counts in plan.items() for name, n in counts.items() for j in range(n)}
+        done = len(every & store.done)
+        with Progress("generate", len(every), done=done, unit="responses") as progress:
             for name, model in pool.items():
-                questions = [
-                    Question(key, by_key[key].messages, counts[name])
-                    for key, counts in plan.items()
-                    if name in counts and not all(_key(key, name, j) in store.done for j in range(counts[name]))
-                ]
+                questions = _questions(asks.kept, plan, name, store.done)
                 for question, made in answers(model, questions, config.decoding, _seed(config, name)):
-                    rows = _rows(by_key[question.key], model, made, who[name], config)
-                    store.add(row for row in rows if row["key"] not in store.done)
-                    progress.update(len(store.done), name)
+                    store.add(_row(question.about, model, answer, who[name], config) for answer in made)
+                    done += len(made)
+                    progress.update(done, name)
         summary = _summary(store, plan, who, time.perf_counter() - started)
         if config.format == "parquet":
             store.to_parquet()
@@ -180,32 +176,37 @@ def _key(prompt: str, model: str, number: int) -> str:
     return f"{prompt}:{model}:{number}"
 
 
-def _rows(
-    ask: Ask, model: Model, made: Sequence[Answer], who: Mapping[str, Any], config: GenerateConfig
-) -> list[dict[str, Any]]:
-    rows = []
-    for number, answer in enumerate(made):
-        row = {
-            "key": _key(ask.key, model.name, number),
-            "prompt_key": ask.key,
-            "messages": ask.messages,
-            "source": ask.source,
-            "model": model.name,
-            "version": who.get("weights", who.get("served")),
-            "number": number,
-            "seed": config.seed,
-            "response": answer.text,
-            "finish": answer.finish,
-            "prompt_tokens": answer.prompt_tokens,
-            "tokens": answer.tokens,
-            "cost": model.cost(answer),
-        }
-        if ask.checks:
-            row["checks"] = [{"verifier": c.verifier, "ground_truth": c.target, "weight": c.weight} for c in ask.checks]
-        if answer.ids is not None:
-            row |= {"prompt_ids": answer.prompt_ids, "ids": answer.ids}
-        rows.append(row | ask.columns)
-    return rows
+def _questions(
+    asks: Sequence[Ask], plan: Mapping[str, Mapping[str, int]], name: str, done: set[str]
+) -> Iterator[Question]:
+    """What a model has not answered yet."""
+    for ask in asks:
+        numbers = [j for j in range(plan[ask.key].get(name, 0)) if _key(ask.key, name, j) not in done]
+        if numbers:
+            yield Question(ask.key, ask.messages, numbers, ask)
+
+
+def _row(ask: Ask, model: Model, answer: Answer, who: Mapping[str, Any], config: GenerateConfig) -> dict[str, Any]:
+    row = {
+        "key": _key(ask.key, model.name, answer.number),
+        "prompt_key": ask.key,
+        "messages": ask.messages,
+        "source": ask.source,
+        "model": model.name,
+        "version": version(who, answer),
+        "number": answer.number,
+        "seed": config.seed,
+        "response": answer.text,
+        "finish": answer.finish,
+        "prompt_tokens": answer.prompt_tokens,
+        "tokens": answer.tokens,
+        "cost": model.cost(answer),
+    }
+    if ask.checks:
+        row["checks"] = [{"verifier": c.verifier, "ground_truth": c.target, "weight": c.weight} for c in ask.checks]
+    if answer.ids is not None:
+        row |= {"prompt_ids": answer.prompt_ids, "ids": answer.ids}
+    return row | ask.columns
 
 
 def _settings(config: GenerateConfig, who: Mapping[str, Any]) -> dict[str, Any]:
@@ -224,7 +225,7 @@ def _summary(
             continue
         counts = per_model.setdefault(row["model"], Counter())
         counts.update(responses=1, tokens=row["tokens"], prompt_tokens=row["prompt_tokens"])
-        counts.update(cut=row["finish"] == "length", cost=row["cost"])  # type: ignore[arg-type]
+        counts.update(cut=row["finish"] != "stop", cost=row["cost"])  # type: ignore[arg-type]
         there[row["prompt_key"]] += 1
     short = sum(there[key] < sum(counts.values()) for key, counts in plan.items())
     return {
@@ -248,4 +249,4 @@ def _show_plan(plan: Mapping[str, Mapping[str, int]], pool: Mapping[str, Model],
     for name in pool:
         print(f"  {name}: {counts[name]:,}")
     name = next(iter(plan[first.key]))
-    print(f"first request, to {name}:\n{rendered(pool[name], Question(first.key, first.messages, 1))}")
+    print(f"first request, to {name}:\n{rendered(pool[name], Question(first.key, first.messages))}")

@@ -7,6 +7,7 @@ for a place does not favour a model.
 import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -22,7 +23,7 @@ from tulu_lightning.recipes.making.asks import own_verifiers
 from tulu_lightning.recipes.making.aspects import ASPECTS, LAYOUT, SYSTEM, order_shown, questionnaire, read_ratings
 from tulu_lightning.recipes.making.judged import VERIFIER, agreements, check_texts, ratings_told, tell
 from tulu_lightning.recipes.making.models import answers, rendered
-from tulu_lightning.recipes.making.pool import Decoding, Model, Question, identity
+from tulu_lightning.recipes.making.pool import Decoding, Model, Question, identity, version
 from tulu_lightning.recipes.making.responses import groups_of
 from tulu_lightning.recipes.making.store import RowStore, read_settings, text_digest
 from tulu_lightning.rollout.scoring import Job, Scorer, combined
@@ -100,13 +101,12 @@ class JudgeConfig:
 
 
 class _Call(NamedTuple):
-    """One question to one judge."""
+    """What one question to a judge is about."""
 
     group: list[dict[str, Any]]
     aspect: str
     round: int
     order: list[int]
-    question: Question
 
 
 def main(argv: Sequence[str]) -> int:
@@ -133,13 +133,14 @@ def judge(config: JudgeConfig) -> dict[str, Any]:
         return {}
     started = time.perf_counter()
     with RowStore(config.output, "judge", _settings(config)) as store:
-        check_texts(store.rows() if store.done else (), groups, config.output, config.input)
+        for _ in check_texts(store.rows() if store.done else (), groups, config.output, config.input):
+            pass
         if config.verify:
             _verify(config, groups, store)
         for model in config.judges:
             _ask(config, model, groups, store)
         planned = _planned(config, groups)
-        rows = [row for row in store.rows() if row["key"] in planned] if store.done else []
+        rows = [{**row, "answer": None} for row in store.rows() if row["key"] in planned] if store.done else []
         if config.format == "parquet":
             store.to_parquet()
     summary = {
@@ -198,51 +199,54 @@ def _verify(config: JudgeConfig, groups: Sequence[Sequence[Mapping[str, Any]]], 
 
 
 def _ask(config: JudgeConfig, model: Model, groups: Sequence[list[dict[str, Any]]], store: RowStore) -> None:
-    calls = {call.question.key: call for call in _calls(config, groups)}
-    left = [
-        call.question
-        for call in calls.values()
-        if _key(call.group, model.name, call.aspect, call.round) not in store.done
-    ]
-    done = len(calls) - len(left)
-    decoding = Decoding(config.max_new_tokens, config.temperature)
-    with Progress(model.name, len(calls), done=done, unit="questions") as progress:
-        for question, (answer,) in answers(model, left, decoding, config.seed):
-            call = calls[question.key]
+    every = _asked_of(config, model.name, groups)
+    done = len(every & store.done)
+    decoding, who = Decoding(config.max_new_tokens, config.temperature), identity(model)
+    with Progress(model.name, len(every), done=done, unit="questions") as progress:
+        for question, (answer,) in answers(
+            model, _questions(config, groups, model.name, store.done), decoding, config.seed
+        ):
+            call = question.about
             row = _row(
                 call.group, model.name, call.aspect, call.round, call.order,
                 read_ratings(answer.text, len(call.group)),
             )  # fmt: skip
             cost = model.cost(answer)
-            store.add([{**row, "answer": answer.text, "finish": answer.finish, "tokens": answer.tokens, "cost": cost}])
+            told = {"answer": answer.text, "finish": answer.finish, "tokens": answer.tokens, "cost": cost}
+            store.add([{**row, "version": version(who, answer), **told}])
             done += 1
             progress.update(done)
 
 
-def _calls(config: JudgeConfig, groups: Sequence[list[dict[str, Any]]]) -> Iterator[_Call]:
+def _questions(
+    config: JudgeConfig, groups: Sequence[list[dict[str, Any]]], name: str, done: AbstractSet[str]
+) -> Iterator[Question]:
+    """What a judge has not answered yet; each is rendered when it is asked."""
     rubrics = {**ASPECTS, **config.rubrics}
     for group in groups:
         key = int(group[0]["prompt_key"][:12], 16)
         for place, aspect in enumerate(config.aspects):
             for number in range(config.rounds):
+                if _key(group, name, aspect, number) in done:
+                    continue
                 order = order_shown(len(group), config.seed, key, place, number)
                 shown = [group[at]["response"] for at in order]
                 asked = group[0]["messages"]
                 messages = questionnaire(aspect, rubrics[aspect], asked, shown, config.question, config.system)
                 drawn = f"{mix_seed(key, place, number):016x}"
-                yield _Call(group, aspect, number, order, Question(drawn, messages, 1))
+                yield Question(drawn, messages, about=_Call(group, aspect, number, order))
 
 
 def _planned(config: JudgeConfig, groups: Sequence[Sequence[Mapping[str, Any]]]) -> set[str]:
     """Keys of all ratings that are asked for; a run with a lower limit does not tell of what others made."""
-    asked = {
-        _key(group, model.name, aspect, number)
-        for group in groups
-        for model in config.judges
-        for aspect in config.aspects
-        for number in range(config.rounds)
-    }
+    asked = {key for model in config.judges for key in _asked_of(config, model.name, groups)}
     return asked | ({_key(group, VERIFIER, VERIFIER, 0) for group in groups} if config.verify else set())
+
+
+def _asked_of(config: JudgeConfig, name: str, groups: Sequence[Sequence[Mapping[str, Any]]]) -> set[str]:
+    """Keys of all ratings that one judge is asked for."""
+    each = [(aspect, number) for aspect in config.aspects for number in range(config.rounds)]
+    return {_key(group, name, aspect, number) for group in groups for aspect, number in each}
 
 
 # Records ------------------------------------------------------------------------------------------------------------
@@ -285,9 +289,9 @@ def _settings(config: JudgeConfig) -> dict[str, Any]:
 
 
 def _show(config: JudgeConfig, groups: Sequence[list[dict[str, Any]]]) -> None:
-    calls = list(_calls(config, groups[:1]))
+    calls = list(_questions(config, groups[:1], "", set()))
     print(f"{len(groups):,} prompts, {len(groups) * len(calls):,} questions to each of {len(config.judges)} judges")
     if config.judges:
-        print(f"first question, to {config.judges[0].name}:\n{rendered(config.judges[0], calls[0].question)}")
+        print(f"first question, to {config.judges[0].name}:\n{rendered(config.judges[0], calls[0])}")
     elif config.verify:
         print(f"first check: {json.dumps(groups[0][0].get('checks'), ensure_ascii=False)}")

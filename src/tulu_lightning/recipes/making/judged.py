@@ -1,24 +1,38 @@
 """What the ratings of `tulu judge` come to: means, what could not be read, and how far raters agree."""
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 from tulu_lightning.core.agreement import agreement
-from tulu_lightning.core.binarise import NOT_APPLICABLE, Rating
+from tulu_lightning.core.binarise import NOT_APPLICABLE, Rating, mean_rating
 from tulu_lightning.errors import InputError
-from tulu_lightning.recipes.making.store import text_digest
+from tulu_lightning.recipes.making.store import read_rows, text_digest
 
-__all__ = ["VERIFIER", "agreements", "check_texts", "ratings_told", "tell"]
+__all__ = ["UNRATED", "VERIFIER", "Rated", "agreements", "check_texts", "means_of", "ratings_told", "tell"]
 
 VERIFIER = "verifier"
 """What rating rows call the verifiers, as judge and as aspect."""
 
 
+class Rated(NamedTuple):
+    """What ratings of a response come to."""
+
+    mean: float | None
+    """None where one of them could not be read or is missing: over other aspects than its rivals' it would not compare."""
+    verified: float | None
+    """The verifiers' score; None where they did not rate."""
+    whole: bool
+    """Whether no rating is missing that other responses have."""
+
+
+UNRATED = Rated(None, None, False)
+
+
 def check_texts(
     rows: Iterable[Mapping[str, Any]], groups: Iterable[Iterable[Mapping[str, Any]]], ratings: str, responses: str
-) -> None:
-    """Refuse ratings of other texts than the responses have now, under the same names.
+) -> Iterator[Mapping[str, Any]]:
+    """The same ratings, each once it is seen to be of the texts that the responses have now under its names.
 
     Args:
         rows: of ratings; those of older versions do not say what they are about.
@@ -35,6 +49,41 @@ def check_texts(
             if now.get(key, digest) != digest:
                 what = f"its ratings are of other texts than {responses} holds now (response {key})"
                 raise InputError(ratings, what, "Remove it, or give another output: responses were made anew.")
+        yield row
+
+
+def means_of(folder: str, groups: Sequence[Sequence[Mapping[str, Any]]], responses: str) -> dict[str, Rated]:
+    """What each response is worth, over judges, aspects and rounds. Where only verifiers rated, theirs is the mean.
+
+    Args:
+        folder: of ratings.
+        groups: the responses.
+        responses: their folder, for messages.
+
+    Raises:
+        InputError: a row is none of ratings, or is of another text.
+    """
+    by: dict[str, dict[bool, list[Rating]]] = defaultdict(lambda: {True: [], False: []})
+    calls: dict[bool, set[tuple[Any, ...]]] = {True: set(), False: set()}
+    for row in check_texts(_ratings(folder), groups, folder, responses):
+        verifier = row["judge"] == VERIFIER
+        calls[verifier].add((row["judge"], row.get("aspect"), row.get("round")))
+        for response, rating in zip(row["responses"], row["ratings"], strict=True):
+            by[response][verifier].append(rating)
+    found = {}
+    for response, ratings in by.items():
+        whole = {kind: len(ratings[kind]) >= len(calls[kind]) for kind in calls}
+        mean, verified = (mean_rating(ratings[kind]) if whole[kind] else None for kind in (False, True))
+        found[response] = Rated(mean if calls[False] else verified, verified, all(whole.values()))
+    return found
+
+
+def _ratings(folder: str) -> Iterator[dict[str, Any]]:
+    for number, row in enumerate(read_rows(folder), start=1):
+        if "judge" not in row or len(row.get("responses", ())) != len(row.get("ratings", (None,))):
+            remedy = "Give the folder that tulu judge wrote."
+            raise InputError(f"{folder}, row {number}", "is no row of ratings", remedy)
+        yield row
 
 
 def ratings_told(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -1,7 +1,8 @@
 """Answers of the models of a pool, as they come: of checkpoints through our engines, or of servers."""
 
 import gc
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -15,21 +16,22 @@ from tulu_lightning.recipes.making.servers import served
 from tulu_lightning.rollout.engines import EngineSettings, build_engine
 from tulu_lightning.rollout.local import LocalEngine
 from tulu_lightning.rollout.scoring import response_text
-from tulu_lightning.types import Sampling
+from tulu_lightning.types import Completion, Sampling
 
 __all__ = ["answers", "rendered"]
 
-CHUNK = 32
-"""Prompts that a local engine is given between two writes: what a kill can cost."""
+CHUNKS = {"local": 32, "vllm": 512}
+"""Prompts that an engine is given between two writes: what a kill can cost. vLLM is fast with many at a time."""
 
 
 def answers(
-    model: Model, questions: Sequence[Question], decoding: Decoding, seed: int
+    model: Model, questions: Iterable[Question], decoding: Decoding, seed: int
 ) -> Iterator[tuple[Question, list[Answer]]]:
-    """All answers of a model, as they come: a question's are given together.
+    """All answers of a model, as they come: a question's together from an engine, one at a time from a server.
 
-    A question for which a server's tries all fail is left out. What a local engine samples depends on seed, key and
-    number alone, so a command that goes on samples what it would have.
+    An answer for which a server's tries all fail is left out. What a local engine samples depends on seed, key and
+    number alone, so a command that goes on samples what it would have. Questions are taken from `questions` as they are
+    asked, so they need not all be in memory.
 
     Args:
         model: who writes.
@@ -84,9 +86,11 @@ class _Renderer:
 
 
 def _local(
-    model: Model, questions: Sequence[Question], decoding: Decoding, seed: int
+    model: Model, questions: Iterable[Question], decoding: Decoding, seed: int
 ) -> Iterator[tuple[Question, list[Answer]]]:
-    if not questions:
+    chunks = _chunks(questions, CHUNKS[model.engine])
+    first = next(chunks, None)
+    if first is None:
         return
     ask = _Renderer(model)
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -94,28 +98,25 @@ def _local(
     engine = build_engine(settings, lambda dtype: LocalEngine.from_folder(ask.folder, dtype, device), ask.folder)
     sampling = Sampling(decoding.max_new_tokens, decoding.temperature, ask.stop_ids, decoding.top_p)
     try:
-        for n in sorted({question.n for question in questions}):
-            same = [question for question in questions if question.n == n]
-            for at in range(0, len(same), CHUNK):
-                part = same[at : at + CHUNK]
+        for chunk in itertools.chain([first], chunks):
+            for n in sorted({max(question.numbers) + 1 for question in chunk}):
+                part = [question for question in chunk if max(question.numbers) + 1 == n]
                 prompts = ask.prompts(part)
                 keys = [int(question.key[:12], 16) for question in part]
                 groups = engine.generate(prompts, n, sampling, mix_seed(seed, 0), keys=keys)
                 for question, prompt, group in zip(part, prompts, groups, strict=True):
-                    yield (
-                        question,
-                        [
-                            Answer(
-                                response_text(c, ask.tokenizer),
-                                c.finish,
-                                len(prompt),
-                                len(c.ids_L),
-                                c.ids_L.tolist(),
-                                list(prompt),
-                            )
-                            for c in group
-                        ],
-                    )
+                    yield question, [_answer(ask, j, group[j], prompt) for j in question.numbers]
     finally:
         engine.close()
         gc.collect()
+
+
+def _chunks(questions: Iterable[Question], size: int) -> Iterator[list[Question]]:
+    left = iter(questions)
+    while chunk := list(itertools.islice(left, size)):
+        yield chunk
+
+
+def _answer(ask: _Renderer, number: int, made: Completion, prompt: Sequence[int]) -> Answer:
+    text, ids = response_text(made, ask.tokenizer), made.ids_L.tolist()
+    return Answer(number, text, made.finish, len(prompt), len(ids), ids, list(prompt))

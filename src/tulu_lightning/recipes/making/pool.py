@@ -1,6 +1,6 @@
 """The models that write, as settings: checkpoints, and servers of OpenAI's chat interface."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -11,7 +11,7 @@ from tulu_lightning.data.chat import Message
 from tulu_lightning.errors import InputError
 from tulu_lightning.verifiers.chat_server import check_server
 
-__all__ = ["Answer", "Decoding", "Model", "Question", "identity"]
+__all__ = ["Answer", "Decoding", "Model", "Question", "identity", "version"]
 
 
 @dataclass(frozen=True)
@@ -91,25 +91,37 @@ class Decoding:
 
 
 class Question(NamedTuple):
-    """A conversation that a model is to go on with, `n` times over."""
+    """A conversation that a model is to go on with."""
 
     key: str
     """Hexadecimal; decides the seed, with the number of the answer."""
     messages: Sequence[Message]
-    n: int
+    numbers: Sequence[int] = (0,)
+    """Which answers are wanted: 0 to 3 are four of them, 2 alone is the third."""
+    about: Any = None
+    """What whoever asks wants back with the answers."""
 
 
 class Answer(NamedTuple):
     """One answer of a model."""
 
+    number: int
+    """Which of the question's it is."""
     text: str
     finish: str
-    """"stop", or "length" where it was cut."""
+    """"stop"; or why it is not whole: "length", or of a server "content_filter" or "abort"."""
     prompt_tokens: int
     tokens: int
-    ids: list[int] | None
+    ids: list[int] | None = None
     """Token ids, where an engine of ours sampled them."""
-    prompt_ids: list[int] | None
+    prompt_ids: list[int] | None = None
+    version: str | None = None
+    """What a server says which model it was; None where it says nothing, and of our engines."""
+
+
+def version(who: Mapping[str, Any], answer: Answer) -> str:
+    """Which model wrote an answer: the digest of a checkpoint's weights; a server's word, or what it was asked for."""
+    return who["weights"] if "weights" in who else answer.version or who["served"]
 
 
 def identity(model: Model) -> dict[str, Any]:

@@ -83,10 +83,6 @@ def make_prompts(config: PromptsConfig) -> dict[str, Any]:
         for name, row in {row["source"]: row for row in reversed(kept)}.items():
             print(f"{name}: {row['verifier']}, target {row['ground_truth'][:200]}\n{row['messages'][-1]['content']}\n")
         return {}
-    out.parent.mkdir(parents=True, exist_ok=True)
-    for path, part in ((out, kept), (out.with_name("held_out.jsonl"), held)):
-        if part:
-            write_rows(path, part)
     summary = {
         "stage": "prompts",
         "prompts": len(kept),
@@ -96,7 +92,11 @@ def make_prompts(config: PromptsConfig) -> dict[str, Any]:
         "verifiers": dict(Counter(row["verifier"] for row in kept)),
         "constraints": dict(Counter(kind for row in kept for kind in row.get("constraints", ())).most_common()),
     }
+    out.parent.mkdir(parents=True, exist_ok=True)
+    if held:
+        write_rows(out.with_name("held_out.jsonl"), held)
     write_whole(out.with_name("summary.json"), json.dumps(summary, indent=1))
+    write_rows(out, kept)  # last: the file whose being there refuses another run says that all are there
     told = ", ".join(f"{count:,} of {name}" for name, count in summary["sources"].items())
     print(f"{len(kept):,} prompts ({told}), {len(held):,} held out: {config.output}")
     return summary

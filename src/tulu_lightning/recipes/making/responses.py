@@ -1,6 +1,7 @@
 """What `tulu generate` wrote, by prompt, for the commands that go on with it."""
 
 import re
+from array import array
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,18 @@ FIELDS = ("key", "prompt_key", "messages", "source", "model", "response", "finis
 """What judging and pairing read."""
 
 
-def groups_of(folder: str | Path, limit: int | None = None) -> tuple[list[list[dict[str, Any]]], int]:
+def groups_of(
+    folder: str | Path, limit: int | None = None, ids: bool = False
+) -> tuple[list[list[dict[str, Any]]], int]:
     """The responses of each prompt that has all of them (as in the release), in order; and how many prompts lack one.
+
+    They are held in memory, so a prompt that all of its responses repeat is held once, and token ids as an array of 32
+    bits a token (a list of Python's numbers takes nine times that), or not at all.
+
+    Args:
+        folder: that was written.
+        limit: only the first so many prompts.
+        ids: whether token ids are wanted.
 
     Raises:
         InputError: no row is there, or none has all of its responses, or a row lacks a field.
@@ -28,7 +39,8 @@ def groups_of(folder: str | Path, limit: int | None = None) -> tuple[list[list[d
         if not re.fullmatch("[0-9a-f]{12,}", str(row["prompt_key"])):
             what = f"prompt_key is {row['prompt_key']!r}, which is no hash"
             raise InputError(f"{folder}, row {number}", what, "Give what tulu generate wrote.")
-        made[row["prompt_key"]].append(row)
+        group = made[row["prompt_key"]]
+        group.append(_small(row, group, ids))
     settings = read_settings(folder)
     each = settings.get("draw") == "each"
     expected = settings.get("responses", 1) * (len(settings.get("models", [])) if each else 1)
@@ -37,3 +49,14 @@ def groups_of(folder: str | Path, limit: int | None = None) -> tuple[list[list[d
         what = f"of {len(made)} prompts none has all of its {expected} responses"
         raise InputError(str(folder), what, "Let tulu generate finish first.")
     return whole[:limit], len(made) - len(whole)
+
+
+def _small(row: dict[str, Any], group: list[dict[str, Any]], ids: bool) -> dict[str, Any]:
+    """The row, with what the first of its group has as well shared with that."""
+    for name in ("ids", "prompt_ids"):
+        if name in row:
+            row[name] = array("I", row[name]) if ids else None
+    for name in ("messages", "prompt_ids", "checks"):
+        if group and name in row and row[name] == group[0].get(name):
+            row[name] = group[0][name]
+    return row

@@ -1,11 +1,12 @@
 """Many requests to one server: so many at a time, at a steady pace, tried again, and given up when it is down."""
 
+import queue
 import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from collections.abc import Callable, Iterable, Iterator
+from typing import TypeVar
 
 from tulu_lightning.core.step_plan import mix_seed
 from tulu_lightning.errors import InputError
@@ -13,6 +14,11 @@ from tulu_lightning.recipes.making.pool import Answer, Decoding, Model, Question
 from tulu_lightning.verifiers.chat_server import Reply, RequestFailed, request_chat, with_tries
 
 __all__ = ["served"]
+
+CUT = ("length", "content_filter", "abort")
+"""What servers call an answer that is not whole; any other word (stop, eos_token, end_turn) is its end."""
+T = TypeVar("T")
+R = TypeVar("R")
 
 
 class _Pace:
@@ -22,82 +28,128 @@ class _Pace:
         self._gap = 0.0 if per_minute is None else 60.0 / per_minute
         self._lock, self._next = threading.Lock(), 0.0
 
-    def __call__(self) -> None:
+    def __call__(self, sleep: Callable[[float], object]) -> None:
         with self._lock:
             now = time.monotonic()
             at = max(now, self._next)
             self._next = at + self._gap
         if at > now:
-            time.sleep(at - now)
+            sleep(at - now)
+
+
+class _Failures:
+    """What came to nothing, and when that is enough."""
+
+    def __init__(self, model: Model) -> None:
+        self._model = model
+        self._reasons: Counter[str] = Counter()
+        self._in_a_row = self._answered = 0
+        self.given_up: str | None = None
+        """Why, once it is so."""
+
+    def answered(self) -> None:
+        self._in_a_row, self._answered = 0, self._answered + 1
+
+    def add(self, failure: RequestFailed) -> None:
+        self._in_a_row += 1
+        self._reasons[str(failure)[:200]] += 1
+        if self._in_a_row >= self._model.give_up and self.given_up is None:
+            self.given_up = f"gave no answer to {self._in_a_row} requests in a row, last: {failure}"
+
+    def tell(self) -> None:
+        """Say it, as an error where nothing can be gone on with."""
+        told = "; ".join(f"{count} times: {reason}" for reason, count in self._reasons.most_common(3))
+        if self._reasons and not self._answered and self.given_up is None:
+            self.given_up = f"gave no answer ({told})"
+        if self.given_up is not None:
+            remedy = "Mend or start the server, and run the same command again; what is done is kept."
+            raise InputError(f"model {self._model.name!r} at {self._model.url}", self.given_up, remedy)
+        if self._reasons:
+            count = self._reasons.total()
+            print(f"model {self._model.name!r} gave no answer to {count:,} requests ({told})", file=sys.stderr)
 
 
 def served(
-    model: Model, questions: Sequence[Question], decoding: Decoding, seed: int
+    model: Model, questions: Iterable[Question], decoding: Decoding, seed: int
 ) -> Iterator[tuple[Question, list[Answer]]]:
-    """See `making.models.answers`."""
-    pace = _Pace(model.requests_per_minute)
+    """See `making.models.answers`. Each answer comes by itself: what fails takes none of the same question with it."""
+    pace, stop, failures = _Pace(model.requests_per_minute), threading.Event(), _Failures(model)
 
     def once(question: Question, number: int) -> Reply:
-        pace()
+        pace(stop.wait)
+        if stop.is_set():
+            raise RequestFailed("the command ends", None)
         drawn = mix_seed(seed, int(question.key[:12], 16), number) & 0x7FFFFFFF
         return request_chat(
             str(model.url), model.served or model.name, question.messages, model.timeout_seconds, model.api_key_env,
             temperature=decoding.temperature, top_p=decoding.top_p, max_tokens=decoding.max_new_tokens, seed=drawn,
         )  # fmt: skip
 
-    def all_of(question: Question) -> list[Answer]:
-        made = []
-        for number in range(question.n):
-            reply = with_tries(lambda number=number: once(question, number), model.retries, model.backoff_seconds)
-            finish = "length" if reply.finish == "length" else "stop"
-            made.append(Answer(reply.text, finish, reply.prompt_tokens, reply.tokens, None, None))
-        return made
+    def ask(wanted: tuple[Question, int]) -> Answer:
+        question, number = wanted
+        reply = with_tries(lambda: once(question, number), model.retries, model.backoff_seconds, stop.wait)
+        finish = reply.finish if reply.finish in CUT else "stop"
+        return Answer(number, reply.text, finish, reply.prompt_tokens, reply.tokens, version=reply.model)
 
-    failed_in_a_row, answered, reasons = 0, 0, Counter[str]()
-    for question, future in _in_threads(all_of, questions, model.concurrency):
-        try:
-            made = future.result()
-        except RequestFailed as failure:
-            failed_in_a_row += 1
-            reasons[str(failure)[:200]] += 1
-            if failed_in_a_row >= model.give_up:
-                what = f"gave no answer to {failed_in_a_row} prompts in a row, last: {failure}"
-                remedy = "Mend or start the server, and run the same command again; what is done is kept."
-                raise InputError(f"model {model.name!r} at {model.url}", what, remedy) from None
-            continue
-        failed_in_a_row = 0
-        answered += 1
-        yield question, made
-    if reasons:
-        told = "; ".join(f"{count} times: {reason}" for reason, count in reasons.most_common(3))
-        if not answered:
-            remedy = "Mend or start the server, and run the same command again; what is done is kept."
-            raise InputError(f"model {model.name!r} at {model.url}", f"gave no answer ({told})", remedy)
-        print(f"model {model.name!r} gave no answer to {reasons.total():,} prompts ({told})", file=sys.stderr)
+    every = ((question, number) for question in questions for number in question.numbers)
+    try:
+        for (question, _), outcome in _in_threads(ask, every, model.concurrency, lambda: failures.given_up is None):
+            if isinstance(outcome, RequestFailed):
+                if not stop.is_set():
+                    failures.add(outcome)
+                if failures.given_up is not None:
+                    stop.set()  # what is under way is waited for and kept, and not tried again
+                continue
+            failures.answered()
+            yield question, [outcome]
+        failures.tell()
+    finally:
+        stop.set()
 
 
 def _in_threads(
-    work: Callable[[Question], list[Answer]], questions: Iterable[Question], most: int
-) -> Iterator[tuple[Question, "Future[list[Answer]]"]]:
-    """Each question and its outcome, as they come, with at most `most` under way; a stop waits for those alone."""
-    left = iter(questions)
-    with ThreadPoolExecutor(most) as pool:
-        running: dict[Future[list[Answer]], Question] = {}
+    work: Callable[[T], R], items: Iterable[T], most: int, going: Callable[[], bool]
+) -> Iterator[tuple[T, R | RequestFailed]]:
+    """Each item and its outcome, as they come, with at most `most` under way and none begun once it is not `going`.
+
+    The threads do not keep the process: Ctrl-C leaves requests to themselves in place of minutes of waiting.
+    """
+    todo: queue.SimpleQueue[tuple[T] | None] = queue.SimpleQueue()
+    ended: queue.SimpleQueue[tuple[T, R | BaseException]] = queue.SimpleQueue()
+    threads = running = 0
+    try:
+        for item in items:
+            if threads < most:
+                threading.Thread(target=_worker, args=(work, todo, ended), daemon=True).start()
+                threads += 1
+            todo.put((item,))
+            running += 1
+            if running == most:
+                yield _outcome(*ended.get())
+                running -= 1
+            if not going():
+                break
+        while running:
+            yield _outcome(*ended.get())
+            running -= 1
+    finally:
+        for _ in range(threads):
+            todo.put(None)
+
+
+def _worker(
+    work: Callable[[T], R],
+    todo: "queue.SimpleQueue[tuple[T] | None]",
+    ended: "queue.SimpleQueue[tuple[T, R | BaseException]]",
+) -> None:
+    while (item := todo.get()) is not None:
         try:
-            for question in left:
-                running[pool.submit(work, question)] = question
-                if len(running) >= most:
-                    yield from _finished(running)
-            while running:
-                yield from _finished(running)
-        finally:
-            for future in running:
-                future.cancel()
+            ended.put((item[0], work(item[0])))
+        except BaseException as error:  # it belongs to whoever waits for the outcome
+            ended.put((item[0], error))
 
 
-def _finished(
-    running: "dict[Future[list[Answer]], Question]",
-) -> Iterator[tuple[Question, "Future[list[Answer]]"]]:
-    ended, _ = wait(running, return_when=FIRST_COMPLETED)
-    for future in ended:
-        yield running.pop(future), future
+def _outcome(item: T, outcome: R | BaseException) -> tuple[T, R | RequestFailed]:
+    if isinstance(outcome, BaseException) and not isinstance(outcome, RequestFailed):
+        raise outcome
+    return item, outcome

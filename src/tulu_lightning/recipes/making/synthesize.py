@@ -8,7 +8,7 @@ import hashlib
 import json
 import random
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,7 +24,7 @@ from tulu_lightning.files import write_whole
 from tulu_lightning.progress import Progress
 from tulu_lightning.recipes.config import read_config
 from tulu_lightning.recipes.making.models import answers, rendered
-from tulu_lightning.recipes.making.pool import Answer, Decoding, Model, Question, identity
+from tulu_lightning.recipes.making.pool import Answer, Decoding, Model, Question, identity, version
 from tulu_lightning.recipes.making.skills import Skill, Written, filled, read_request
 from tulu_lightning.recipes.making.store import RowStore, text_digest
 from tulu_lightning.recipes.making.synthesized import finish
@@ -146,7 +146,9 @@ class _Slot(NamedTuple):
     @property
     def question(self) -> Question:
         """What the writer is asked."""
-        return Question(self.key, [{"role": "user", "content": filled(self.skill, self.persona, self.example)}], 1)
+        return Question(
+            self.key, [{"role": "user", "content": filled(self.skill, self.persona, self.example)}], about=self
+        )
 
 
 def main(argv: Sequence[str]) -> int:
@@ -202,15 +204,15 @@ def _settings(config: SynthesizeConfig, who: Model, decoding: Decoding) -> dict[
 
 
 def _requests(config: SynthesizeConfig, slots: Sequence[_Slot], folder: Path) -> list[dict[str, Any]]:
-    by_key = {slot.key: slot for slot in slots}
     settings = _settings(config, config.writer, config.decoding)
     with RowStore(folder, "synthesize requests", settings) as store:
-        left = [slot.question for slot in slots if slot.key not in store.done]
+        left = [slot for slot in slots if slot.key not in store.done]
         done = len(slots) - len(left)
         with Progress("requests", len(slots), done=done) as progress:
-            for question, (answer,) in answers(config.writer, left, config.decoding, config.seed):
-                slot = by_key[question.key]
-                written = read_request(slot.skill, answer.text, answer.finish, question.key)
+            questions = (slot.question for slot in left)
+            for question, (answer,) in answers(config.writer, questions, config.decoding, config.seed):
+                slot = question.about
+                written = read_request(slot.skill, answer.text, answer.finish, slot.key)
                 row = {"key": slot.key, "skill": slot.skill.name, "persona": slot.persona, "request": asdict(written)}
                 store.add([row | _told(config.writer, settings["model"], answer, config.seed)])
                 done += 1
@@ -225,7 +227,7 @@ def _told(model: Model, who: Mapping[str, Any], answer: Answer, seed: int) -> di
         "response": answer.text,
         "finish": answer.finish,
         "model": model.name,
-        "version": who.get("weights", who.get("served")),
+        "version": version(who, answer),
         "seed": seed,
         "prompt_tokens": answer.prompt_tokens,
         "tokens": answer.tokens,
@@ -238,44 +240,45 @@ def _answers(
 ) -> dict[str, dict[str, Any]]:
     """Answers by key: REQUEST:NUMBER, and REQUEST:relaxed where a constraint was left away."""
     who, by_name = config.answerer or config.writer, {skill.name: skill for skill in skills}
-    asked: dict[str, tuple[Question, str]] = {}
+    asked: list[Question] = []
     for row in requests:
         skill, written = by_name[row["skill"]], Written(**row["request"])
         if written.reason:
             continue
-        text = f"{written.text}{skill.answer}"
-        asked[row["key"]] = (Question(row["key"], [{"role": "user", "content": text}], skill.answers or 1), row["key"])
+        names = [f"{row['key']}:{number}" for number in range(skill.answers or 1)]
+        asked.append(_asked(row["key"], f"{written.text}{skill.answer}", names))
         if config.relax and len(written.constraints) > 1:
             key = hashlib.sha256(f"{row['key']} relaxed".encode()).hexdigest()[:16]
-            asked[key] = (Question(key, [{"role": "user", "content": relaxed(written, row["key"])}], 1), row["key"])
-    names = {
-        key: [f"{of}:{number}" for number in range(question.n)] if key == of else [f"{of}:relaxed"]
-        for key, (question, of) in asked.items()
-    }
+            asked.append(_asked(key, relaxed(written, row["key"]), [f"{row['key']}:relaxed"]))
     settings = _settings(config, who, config.answer_decoding)
-    of = {
-        name: text_digest(question.messages[-1]["content"])
-        for key, (question, _) in asked.items()
-        for name in names[key]
-    }
+    of = {name: text_digest(each.messages[-1]["content"]) for each in asked for name in each.about}
     with RowStore(folder, "synthesize answers", settings) as store:
         for row in store.rows() if store.done else ():
             if row.get("asked", of.get(row["key"])) != of.get(row["key"], row.get("asked")):
                 what = f"its answers are to other requests than there are now ({row['key']})"
                 raise InputError(str(folder), what, "Remove it, or give another output: requests were made anew.")
-        left = [question for key, (question, _) in asked.items() if not all(n in store.done for n in names[key])]
-        done, total = len(asked) - len(left), len(asked)
-        with Progress("answers", total, done=done, unit="requests") as progress:
-            for question, found in answers(who, left, config.answer_decoding, config.seed):
-                rows = [
-                    {"key": name, "asked": of[name], **_told(who, settings["model"], answer, config.seed)}
-                    for name, answer in zip(names[question.key], found, strict=True)
-                ]
-                store.add(row for row in rows if row["key"] not in store.done)
-                done += 1
+        done = len(store.done & of.keys())
+        with Progress("answers", len(of), done=done) as progress:
+            for question, found in answers(who, _left(asked, store.done), config.answer_decoding, config.seed):
+                for answer in found:
+                    name = question.about[answer.number]
+                    told = _told(who, settings["model"], answer, config.seed)
+                    store.add([{"key": name, "asked": of[name], **told}])
+                done += len(found)
                 progress.update(done)
-        wanted = {name for each in names.values() for name in each}
-        return {row["key"]: row for row in store.rows() if row["key"] in wanted} if store.done else {}
+        return {row["key"]: row for row in store.rows() if row["key"] in of} if store.done else {}
+
+
+def _asked(key: str, text: str, names: Sequence[str]) -> Question:
+    """A question whose answer number n is the row `names[n]`."""
+    return Question(key, [{"role": "user", "content": text}], range(len(names)), names)
+
+
+def _left(asked: Sequence[Question], done: set[str]) -> Iterator[Question]:
+    for question in asked:
+        numbers = [number for number, name in enumerate(question.about) if name not in done]
+        if numbers:
+            yield question._replace(numbers=numbers)
 
 
 def relaxed(written: Written, key: str) -> str:

@@ -78,15 +78,16 @@ def _passed(
     """Requests with the first answer that passes, in order."""
     made: list[tuple[Mapping[str, Any], Written, list[Mapping[str, Any]]]] = []
     for row in requests:
-        written = Written(**row["request"])
-        own = [
-            answers[name] for j in range(skills[row["skill"]].answers or 1) if (name := f"{row['key']}:{j}") in answers
-        ]
+        written, skill = Written(**row["request"]), skills[row["skill"]]
+        wanted = skill.answers or 1
+        own = [answers[name] for j in range(wanted) if (name := f"{row['key']}:{j}") in answers]
         whole = [each for each in own if each["finish"] == "stop" and each["response"].strip()]
         if written.reason:
             left[row["key"]] = written.reason
         elif not whole:
             left[row["key"]] = "no answer came" if not own else "every answer was cut or empty"
+        elif skill.check == "majority" and len(own) < wanted:  # of one that came, all would agree
+            left[row["key"]] = "an answer did not come"
         else:
             made.append((row, written, own))
     kept: list[Kept] = []
