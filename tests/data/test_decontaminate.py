@@ -23,6 +23,7 @@ from tulu_lightning.data.decontaminate import rows_to_drop, verdicts
 from tulu_lightning.data.decontaminate_report import as_html, as_text, report_of
 from tulu_lightning.data.decontaminate_scan import evaluation_index, find, open_scan
 from tulu_lightning.data.decontaminate_settings import Decontaminate, Evaluation
+from tulu_lightning.data.manifest import manifest_table
 from tulu_lightning.data.ngram_index import Index, Set, write_index
 from tulu_lightning.data.overlap import Rule, literal_share, overlaps
 from tulu_lightning.data.preference import PreferenceData
@@ -281,6 +282,10 @@ def test_sft_rows_that_repeat_a_set_are_left_out(small, tiny):
     assert clean.manifest()["totals"]["kept"] == 58
     assert full.manifest()["totals"]["kept"] == 60
     parts = [data.manifest()["sources"]["sums"] for data in (clean, full)]
+    assert parts[0]["left_out"] == {"repeating an evaluation set": 2}
+    assert parts[1]["left_out"] == {}
+    assert all(part["rows"] == part["tried"] == 60 for part in parts)
+    assert "sums: left out 2 repeating an evaluation set" in manifest_table(clean.manifest())
     assert parts[0]["fingerprint"] != parts[1]["fingerprint"]
 
 
@@ -307,7 +312,8 @@ def test_pairs_and_prompts_too(small, tiny, tmp_path):
         for q in (SECRET, "2+3?", "1+4?", "0+5?", "5+0?")
     ]
     source = Source("prompts", path=jsonl(tmp_path / "prompts.jsonl", prompts), decontaminate=asked)
-    assert PromptData(sources=[source], **settings_of(tiny)).manifest()["totals"]["kept"] == 4
+    totals = PromptData(sources=[source], **settings_of(tiny)).manifest()["totals"]
+    assert (totals["rows"], totals["kept"], totals["left_out"]) == (5, 4, 1)
     gsm8k = [{"question": row["messages"][0]["content"], "answer": "So #### 5"} for row in prompts]
     source = Source("gsm8k", path=jsonl(tmp_path / "gsm8k.jsonl", gsm8k), read="gsm8k", decontaminate=asked)
     assert PromptData(sources=[source], **settings_of(tiny)).manifest()["totals"]["kept"] == 4

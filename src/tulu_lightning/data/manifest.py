@@ -10,12 +10,14 @@ __all__ = ["manifest_of", "manifest_table"]
 NUMBERS = ("rows", "tried", "kept", "truncated", "repeated", "used", "tokens", "trained_tokens")
 """The numbers of a source, in the order of the table."""
 
+REPEATING = "repeating an evaluation set"
+
 
 def manifest_of(mixed: Mixed, settings: Mapping[str, Any]) -> dict[str, Any]:
     """The manifest of a mixture, as plain values.
 
-    Of each source: `rows` that it has, rows `tried` (all of them, or those that were drawn), `kept`, `left_out` by
-    reason, `truncated` (kept, but cut), `repeated` (added by up-sampling) and `used` (kept and repeated: the rows of an
+    Of each source: `rows` that it has, rows `tried` (all of them, or those that were drawn, and those that
+    decontamination took out), `kept`, `left_out` by reason, `truncated` (kept, but cut), `repeated` (added by up-sampling) and `used` (kept and repeated: the rows of an
     epoch); `tokens` and `trained_tokens` of the used rows; `digest` of what is trained on, `fingerprint` of what was
     read.
 
@@ -26,11 +28,12 @@ def manifest_of(mixed: Mixed, settings: Mapping[str, Any]) -> dict[str, Any]:
     sources: dict[str, dict[str, Any]] = {}
     for part, pick in zip(mixed.sources, mixed.picks, strict=True):
         counts = part.counts
+        before = {REPEATING: part.repeating} if part.repeating else {}
         sources[part.name] = {
-            "rows": counts.rows,
-            "tried": counts.tried,
+            "rows": counts.rows + part.repeating,
+            "tried": counts.tried + part.repeating,
             "kept": counts.kept,
-            "left_out": dict(sorted(counts.left_out.items())),
+            "left_out": before | dict(sorted(counts.left_out.items())),
             "truncated": counts.truncated,
             "repeated": len(pick) - counts.kept,
             "used": len(pick),

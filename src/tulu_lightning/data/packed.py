@@ -160,9 +160,8 @@ class PackedData(StepData[Document]):
         total = len(table)
         entry = self._entry(source, table, order(source, total, self.seed), wanted(source, total))
         store = entry.store
-        return SourceRows(
-            source.name, store, store.lengths, store.scored, entry.counts, entry.digest, table.fingerprint
-        )
+        read = (entry.counts, entry.digest, table.fingerprint, table.repeating)
+        return SourceRows(source.name, store, store.lengths, store.scored, *read)
 
     def _entry(self, source: Source, table: Table, tried: Sequence[int], enough: int | None) -> Entry:
         def read(indices: Sequence[int]) -> tuple[list[int], list[Any]]:

@@ -130,7 +130,7 @@ class PromptData(StepData[Prompt]):
         lengths = np.fromiter((len(prompt.ids) for prompt in prompts), np.int64, len(prompts))
         none = np.zeros(len(prompts), np.int64)
         digest = _digest(prompts, self.own_verifiers)
-        return SourceRows(source.name, prompts, lengths, none, counts, digest, table.fingerprint)
+        return SourceRows(source.name, prompts, lengths, none, counts, digest, table.fingerprint, table.repeating)
 
     def _encode(self, source: Source, numbers: Sequence[int], rows: Sequence[Row]) -> list[Prompt | LeftOut]:
         read = [self._read(_of(source), number, row) for number, row in zip(numbers, rows, strict=True)]

@@ -32,6 +32,8 @@ class SourceRows(NamedTuple):
     """Hash of the items. Hexadecimal."""
     fingerprint: str
     """Hash of the source's rows as they were read. Hexadecimal."""
+    repeating: int = 0
+    """Rows that decontamination took out before; `counts` knows nothing of them."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -104,6 +104,8 @@ class Table:
 
     fingerprint: str
     """Hash of the content and of what selects and renames here; neither path nor time is in it. Hexadecimal."""
+    repeating: int = 0
+    """Rows that decontamination has taken out."""
 
     def __init__(
         self,
@@ -135,10 +137,17 @@ class Table:
         return int(self._picked[index]) + 1
 
     def without(self, indices: Sequence[int] | np.ndarray, why: str) -> "Table":
-        """The same table without the rows of these indices; `why` becomes part of its fingerprint."""
+        """The same table without the rows of these indices, which repeat what is evaluated.
+
+        Args:
+            indices: of the rows.
+            why: what found them; becomes part of the fingerprint.
+        """
         kept = np.delete(np.asarray(self._picked, dtype=np.int64), np.asarray(indices, dtype=np.int64))
         fingerprint = hashlib.sha256(f"{self.fingerprint}{why}".encode()).hexdigest()
-        return Table(self._rows, fingerprint, kept, self._columns)  # type: ignore[arg-type]  an array is a sequence
+        table = Table(self._rows, fingerprint, kept, self._columns)  # type: ignore[arg-type]  an array is a sequence
+        table.repeating = self.repeating + len(self) - len(kept)
+        return table
 
     def take(self, indices: Sequence[int]) -> list[Row]:
         """The rows of these indices, from 0, as plain dictionaries; a field that is None is left out of its row.
