@@ -31,9 +31,12 @@ class Fixed:
     def __init__(self, tokenizer, *said):
         self.tokenizer, self.said, self.asked = tokenizer, said, []
 
-    def generate(self, prompts, n, sampling, seed, *, keys=None, progress=None):
+    def generate(self, prompts, n, sampling, seed, *, keys=None, progress=None, made=None):
         self.asked += [self.tokenizer.decode(ids) for ids in prompts]
-        return [[self._one(self.said[j % len(self.said)]) for j in range(n)] for _ in prompts]
+        groups = [[self._one(self.said[j % len(self.said)]) for j in range(n)] for _ in prompts]
+        for place, group in enumerate(groups):
+            made(place, group)
+        return groups
 
     def _one(self, text):
         ids = torch.tensor(self.tokenizer.encode(text, add_special_tokens=False))

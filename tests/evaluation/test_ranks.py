@@ -41,6 +41,20 @@ def test_items_of_an_earlier_start_are_collected_once(tmp_path):
     assert list(collect(sheet, HEAD).items) == ["a", "b", "c", "e"], "a kill between the two steps doubles nothing"
 
 
+def test_answers_that_no_process_had_judged_yet_are_collected_too(tmp_path):
+    def said(key, text, asked="q"):
+        return json.dumps({"key": key, "asked": asked, "said": [{"text": text, "tokens": 1, "finish": "stop"}]}) + "\n"
+
+    sheet = tmp_path / "t.items.jsonl"
+    write(sheet, HEAD, "a")
+    write(rank_sheet(sheet, 0), HEAD, torn=said("b", "one"))
+    write(rank_sheet(sheet, 1), HEAD, torn=said("c", "old", "p") + said("c", "two"))
+    found = collect(sheet, HEAD)
+    assert {key: each["said"][0]["text"] for key, each in found.said.items()} == {"b": "one", "c": "two"}
+    assert [path.name for path in tmp_path.iterdir()] == ["t.items.jsonl"]
+    assert collect(sheet, HEAD).said == found.said
+
+
 def test_the_other_arguments_go_to_every_process():
     assert _without_devices(["--model", "m", "--devices", "2", "--limit", "3"]) == ["--model", "m", "--limit", "3"]
     assert _without_devices(["--devices=4", "--suite", "gsm8k"]) == ["--suite", "gsm8k"]

@@ -21,6 +21,7 @@ from tulu_lightning.evaluation.command import show
 from tulu_lightning.evaluation.result import Item, TaskResult, compare_results, pass_at_k
 from tulu_lightning.evaluation.rows import DataSet, check_used, use_file
 from tulu_lightning.evaluation.run import Model, run_task
+from tulu_lightning.evaluation.sheet import Sheet
 from tulu_lightning.evaluation.shots import conversation, one_text
 from tulu_lightning.evaluation.suite import find_tasks
 from tulu_lightning.evaluation.task import Example, Task, Turn, shares
@@ -52,11 +53,15 @@ class Parrot:
     def __init__(self, tokenizer, say, patience=math.inf):
         self.tokenizer, self.say, self.patience, self.asked = tokenizer, say, patience, []
 
-    def generate(self, prompts, n, sampling, seed, *, keys=None, progress=None):
-        if len(self.asked) + len(prompts) > self.patience:
-            raise RuntimeError("out of patience")
-        self.asked += [self.tokenizer.decode(ids) for ids in prompts]
-        return [[self.one(self.say(text, j)) for j in range(n)] for text in self.asked[-len(prompts) :]]
+    def generate(self, prompts, n, sampling, seed, *, keys=None, progress=None, made=None):
+        groups = []
+        for place, ids in enumerate(prompts):
+            if len(self.asked) == self.patience:
+                raise RuntimeError("out of patience")
+            self.asked.append(self.tokenizer.decode(ids))
+            groups.append([self.one(self.say(self.asked[-1], j)) for j in range(n)])
+            made(place, groups[-1])
+        return groups
 
     def one(self, text):
         ids = torch.tensor(self.tokenizer.encode(text + "<|im_end|>", add_special_tokens=False))
@@ -186,21 +191,49 @@ def test_pass_at_k_of_samples(tokenizer):
 
 def test_a_run_that_broke_off_goes_on_and_ends_as_one_that_did_not(tokenizer, tmp_path, monkeypatch):
     monkeypatch.setattr("tulu_lightning.evaluation.run.SERVED", 2)
-    given, say = task(), lambda text, j: text.split()[2].rstrip("?")
+    given, say = task(), lambda text, j: text.split("is ")[1][0] + "\u2028"  # which is no end of a line of JSON
     sheet = tmp_path / "sums.jsonl"
     with pytest.raises(RuntimeError, match="patience"):
         run_task(given, given.examples(), model(tokenizer, say, patience=3), sheet)
     with sheet.open("a") as file:
-        file.write('{"key": "sums/2", "gro')  # a kill in the middle of a line
+        file.write('{"key": "sums/3", "gro')  # a kill in the middle of a line
     again = model(tokenizer, say)
     told = []
     found = run_task(given, given.examples(), again, sheet, progress=lambda done, total: told.append(done))
-    assert len(again.engine.asked) == 3, "two of five were done"
-    assert told == [2, 4, 5]
+    assert len(again.engine.asked) == 2, "two of five were judged, and one more was answered"
+    assert told == [3, 5]
     assert found == run_task(given, given.examples(), model(tokenizer, say))
+    assert found.score == 1.0
     other = model(tokenizer, say, digest="other weights")
     run_task(given, given.examples(), other, sheet)
     assert len(other.engine.asked) == 5, "another model's items are not gone on with"
+
+
+def test_a_kill_costs_the_answers_that_are_being_written_and_no_other(tokenizer, tmp_path):
+    """All five are asked at once, and the third one never ends."""
+    given, sheet = task(samples=2, k=2, temperature=0.5), tmp_path / "sums.jsonl"
+    with pytest.raises(RuntimeError, match="patience"):
+        run_task(given, given.examples(), model(tokenizer, patience=2), sheet)
+    kept = [json.loads(line) for line in sheet.read_text().splitlines()[1:]]
+    assert [(line["key"], len(line["said"])) for line in kept] == [("sums/0", 2), ("sums/1", 2)]
+    again = model(tokenizer)
+    found = run_task(given, given.examples(), again, sheet)
+    assert len(again.engine.asked) == 3
+    assert found == run_task(given, given.examples(), model(tokenizer))
+    kept = Sheet(sheet, json.loads(sheet.read_text().splitlines()[0]))
+    assert (len(kept.items), kept.said) == (5, {})
+    assert len(sheet.read_text().splitlines()) == 6, "judged answers stand once"
+
+
+def test_answers_to_another_question_under_the_same_key_are_not_judged(tokenizer, tmp_path):
+    first, sheet = task(), tmp_path / "sums.jsonl"
+    with pytest.raises(RuntimeError, match="patience"):
+        run_task(first, first.examples(), model(tokenizer, patience=2), sheet)
+    second = task(rows=lambda: [0, 7, 8])
+    again = model(tokenizer, lambda text, j: text.split("is ")[1][0])
+    found = run_task(second, second.examples(), again, sheet)
+    assert again.engine.asked == [text for text in again.engine.asked if "7?" in text or "8?" in text]
+    assert [item["score"] for item in found.items] == [0.0, 1.0, 1.0], "the first one's answer, 3, is kept"
 
 
 def asked_again(tokenizer, sheet, given, **changes):

@@ -191,6 +191,18 @@ def test_progress_ends_at_all_rows(engine):
     assert calls == sorted(calls)
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_each_prompt_is_told_once_with_all_that_it_made(engine, temperature):
+    told = {}
+
+    def made(place, group):
+        assert place not in told
+        told[place] = [(c.ids_L.tolist(), c.finish) for c in group]
+
+    out = engine.generate(PROMPTS, 2, Sampling(3, temperature), 0, made=made)
+    assert [told[place] for place in range(len(PROMPTS))] == [[(c.ids_L.tolist(), c.finish) for c in g] for g in out]
+
+
 def test_no_prompts_no_samples(engine):
     assert engine.generate([], 2, Sampling(3), 0) == []
 

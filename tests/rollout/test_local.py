@@ -150,6 +150,21 @@ def test_progress_counts_finished_rows(model, build):
     assert seen == [(4, 12), (8, 12), (12, 12)]
 
 
+def test_an_answer_is_told_while_others_are_still_written(engine):
+    prompts = [[5 + i, 7, 9] for i in range(5)]  # of one length, so all are written side by side
+    whole = [group[0].ids_L.tolist() for group in engine.generate(prompts, 1, Sampling(12), 5)]
+    stop = next(ids[2] for ids in whole if all(ids[2] not in other for other in whole if other is not ids))
+    ends = [ids.index(stop) for ids in whole if stop in ids]
+    assert len(ends) == 1
+    assert ends[0] <= 2, "one prompt stops early, the others do not"
+
+    def made(place, group):
+        raise KeyboardInterrupt(f"{place} {group[0].finish}")
+
+    with pytest.raises(KeyboardInterrupt, match=r"^\d stop$"):
+        engine.generate(prompts, 1, Sampling(12, stop_ids=(stop,)), 5, made=made)
+
+
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_a_stream_is_the_completion_token_by_token(engine, temperature):
     whole = engine.generate([PROMPTS[1]], 1, Sampling(12, temperature), 3)[0][0].ids_L.tolist()

@@ -20,7 +20,8 @@ from tulu_lightning.data import chat
 from tulu_lightning.evaluation.asking import Asker
 from tulu_lightning.evaluation.ranks import collect, rank_sheet
 from tulu_lightning.evaluation.result import Difference, Item, TaskResult, compare_results
-from tulu_lightning.evaluation.run import Model, finished, head_of, is_answered, run_task
+from tulu_lightning.evaluation.run import Model, finished, head_of, judge_rest, run_task
+from tulu_lightning.evaluation.sheet import is_answered
 from tulu_lightning.evaluation.task import Example, Task, digest_of
 from tulu_lightning.files import write_whole
 from tulu_lightning.models.limits import read_limits
@@ -114,7 +115,7 @@ def _scored(task: Task, examples: Sequence[Example], model: Model, folder: Path,
     together, head = settings.together, head_of(task, model, settings.seed)
     # A name for each manner of asking: one run does not begin the sheet of another anew.
     sheet = folder / f"{task.name}.{digest_of(head)[:8]}.items.jsonl"
-    found: dict[str, Item] = together.gather(collect(sheet, head).items if together.first else {}, "finished items")[0]
+    found: dict[str, Item] = together.gather(_there(task, examples, sheet, head) if together.first else {}, "items")[0]
     there = {example.key: found[example.key] for example in examples if is_answered(example, found)}
     mine = share_of([each for each in examples if each.key not in there], together.rank, together.ranks)
     kept = sheet if together.ranks == 1 else rank_sheet(sheet, together.rank)
@@ -135,6 +136,13 @@ def _scored(task: Task, examples: Sequence[Example], model: Model, folder: Path,
         collect(sheet, head)
         result.to_json(folder / f"{task.name}.json")
     return result
+
+
+def _there(task: Task, examples: Sequence[Example], sheet: Path, head: dict[str, Any]) -> dict[str, Item]:
+    """Items that earlier starts finished, or had answers to."""
+    whole = collect(sheet, head)
+    judge_rest(task, examples, whole)
+    return whole.items
 
 
 def show(results: Sequence[Sequence[TaskResult]], out: Path) -> None:

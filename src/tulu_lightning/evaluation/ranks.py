@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from tulu_lightning.errors import InputError
-from tulu_lightning.evaluation.run import Sheet, read_items
+from tulu_lightning.evaluation.sheet import Sheet
 from tulu_lightning.rollout.together import ALONE, Together
 
 __all__ = ["collect", "join", "rank_sheet", "start"]
@@ -68,10 +68,8 @@ def collect(sheet: Path, head: dict[str, Any]) -> Sheet:
         sheet: of the task.
         head: what the items must belong to.
     """
-    whole = Sheet(sheet, head)
     parts = sorted(sheet.parent.glob(rank_sheet(sheet, 0).name.replace("rank0", "rank*")))
-    for part in parts:
-        whole.add([item for key, item in read_items(part, head).items() if key not in whole.items])
+    whole = Sheet(sheet, head, parts)
     for part in parts:  # only now that what they hold stands in the whole
         part.unlink()
     return whole

@@ -2,14 +2,14 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from tulu_lightning.core.step_plan import mix_seed
 from tulu_lightning.evaluation.asking import Asker, answer_text
 from tulu_lightning.evaluation.result import Answer, Item, TaskResult, pass_at_k
+from tulu_lightning.evaluation.sheet import Sheet, Text, is_answered
 from tulu_lightning.evaluation.task import Example, Task
 from tulu_lightning.rollout.engine import Engine, Progress
 from tulu_lightning.rollout.local import LocalEngine
@@ -17,10 +17,11 @@ from tulu_lightning.rollout.scoring import Job, PoolLimits, Scorer, response_tex
 from tulu_lightning.types import Completion, Sampling
 from tulu_lightning.verifiers.registry import Verifiers
 
-__all__ = ["Model", "Sheet", "finished", "head_of", "is_answered", "read_items", "run_task"]
+__all__ = ["Model", "finished", "head_of", "judge_rest", "run_task"]
 
 CHUNK = 64
-"""Answers, or texts that are ranked, between two writes: what a kill can cost. As many as our own engine decodes at once."""
+"""Answers that are sampled together, and judged when all are there; of texts that are ranked, what a kill can cost. As many
+as our own engine decodes at once."""
 SERVED = 512
 """Of an engine that has others beside it on its device, and is slow where it has too little to do: vLLM."""
 SHOWN = 2000
@@ -38,42 +39,6 @@ class Model(NamedTuple):
     stop_ids: tuple[int, ...]
     manner: tuple[str, ...] = ()
     """What else decides its answers: the kind of engine, its dtype."""
-
-
-class Sheet:
-    """The finished items of a task on disk, one JSON line each; a half-written last line is dropped.
-
-    Args:
-        path: of the file; None keeps nothing.
-        head: what the items belong to; a sheet with another head is begun anew.
-    """
-
-    def __init__(self, path: Path | None, head: dict[str, Any]) -> None:
-        self._path = path
-        self.items = {} if path is None else read_items(path, head)
-        if path is not None:  # rewritten, so that half a line at its end does not spoil the next one
-            path.parent.mkdir(parents=True, exist_ok=True)
-            beside = path.with_name(f".{path.name}.tmp")
-            kept = [head, *self.items.values()]
-            beside.write_text("".join(json.dumps(one, ensure_ascii=False) + "\n" for one in kept), encoding="utf-8")
-            beside.replace(path)
-
-    def add(self, items: Sequence[Item]) -> None:
-        """Keep finished items."""
-        self.items.update({item["key"]: item for item in items})
-        if self._path is not None:
-            with self._path.open("a", encoding="utf-8") as file:
-                file.writelines(json.dumps(item, ensure_ascii=False) + "\n" for item in items)
-
-
-def read_items(path: Path, head: dict[str, Any]) -> dict[str, Item]:
-    """The finished items of a sheet by key; none where it is not there, or belongs to something else."""
-    lines: list[Any] = []
-    if path.exists():
-        for line in path.read_text(encoding="utf-8").splitlines():
-            with suppress(ValueError):
-                lines.append(json.loads(line))
-    return {item["key"]: item for item in lines[1:]} if lines and lines[0] == head else {}
 
 
 def run_task(
@@ -107,11 +72,12 @@ def run_task(
     """
     settings = task.settings(examples if whole is None else whole)
     done = Sheet(sheet, head_of(task, model, seed))
+    judge_rest(task, examples, done)
     missing = [example for example in examples if not is_answered(example, done.items)]
     size = _chunk(task, examples, model)
     told = (lambda done, total: None) if progress is None else progress
     told(len(examples) - len(missing), len(examples))
-    with Scorer(Verifiers({} if task.own is None else {task.verifier: task.own}), _limits(task)) as scorer:
+    with _scorer(task) as scorer:
         for at in range(0, len(missing), size):
             part, before = missing[at : at + size], len(examples) - len(missing) + at
 
@@ -121,7 +87,9 @@ def run_task(
 
             ranked = bool(part[0].choices)
             done.add(
-                _ranked(task, part, model, scorer) if ranked else _sampled(task, part, model, scorer, seed, within)
+                _ranked(task, part, model, scorer)
+                if ranked
+                else _sampled(task, part, model, scorer, seed, done, within)
             )
             told(before + len(part), len(examples))
     items = [done.items[example.key] for example in examples]
@@ -140,6 +108,15 @@ def run_task(
     )
 
 
+def judge_rest(task: Task, examples: Sequence[Example], sheet: Sheet) -> None:
+    """Judge what a run that was stopped had got answers to."""
+    left = [(example, texts) for example in examples if (texts := sheet.texts(example)) is not None]
+    left = [(example, texts) for example, texts in left if not is_answered(example, sheet.items)]
+    if left:
+        with _scorer(task) as scorer:
+            sheet.add(_judged(task, [example for example, _ in left], [texts for _, texts in left], scorer))
+
+
 def head_of(task: Task, model: Model, seed: int) -> dict[str, Any]:
     """What finished items belong to: all that decides an answer but the example, so that runs of other limits share them."""
     return {
@@ -153,12 +130,6 @@ def head_of(task: Task, model: Model, seed: int) -> dict[str, Any]:
     }
 
 
-def is_answered(example: Example, items: Mapping[str, Item]) -> bool:
-    """Whether an item of its key is there, and of the same question."""
-    item = items.get(example.key)
-    return item is not None and item.get("asked") == example.digest()
-
-
 def _chunk(task: Task, examples: Sequence[Example], model: Model) -> int:
     """Examples between two writes."""
     each = max((len(example.choices) for example in examples), default=0) or task.samples
@@ -168,6 +139,10 @@ def _chunk(task: Task, examples: Sequence[Example], model: Model) -> int:
 def finished(task: Task, items: Sequence[Item]) -> tuple[Item, ...]:
     """All items of a task with their final scores, which may hang on all answers (`Task.finish`)."""
     return tuple(items if task.finish is None else task.finish(items))
+
+
+def _scorer(task: Task) -> Scorer:
+    return Scorer(Verifiers({} if task.own is None else {task.verifier: task.own}), _limits(task))
 
 
 def _limits(task: Task) -> PoolLimits:
@@ -182,29 +157,41 @@ def _key(example: Example) -> int:
 
 
 def _sampled(
-    task: Task, examples: Sequence[Example], model: Model, scorer: Scorer, seed: int, within: Progress
+    task: Task, examples: Sequence[Example], model: Model, scorer: Scorer, seed: int, sheet: Sheet, within: Progress
 ) -> list[Item]:
+    """Items of examples that are answered in words; each answer is kept as soon as the engine has it."""
     sampling = Sampling(task.max_new_tokens, task.temperature, model.stop_ids, task.top_p)
     prompts = model.asker.prompts(task, examples)
     keys = [_key(example) for example in examples]
-    groups = model.engine.generate(prompts, task.samples, sampling, mix_seed(seed), keys=keys, progress=within)
-    texts = [[_text(task, example, c, model) for c in group] for example, group in zip(examples, groups, strict=True)]
-    jobs = [
-        Job(task.verifier, text, example.target) for example, each in zip(examples, texts, strict=True) for text in each
-    ]
-    verdicts = iter(scorer.verdicts(jobs))
+
+    def made(place: int, group: Sequence[Completion]) -> None:
+        example = examples[place]
+        texts = [answer_text(response_text(c, model.asker.tokenizer), example.prefix, task.stops) for c in group]
+        lengths = [len(c.ids_L) for c in group]
+        sheet.hold(
+            example,
+            [
+                Text(text=text, tokens=tokens, finish=c.finish)
+                for text, tokens, c in zip(texts, lengths, group, strict=True)
+            ],
+        )
+
+    model.engine.generate(prompts, task.samples, sampling, mix_seed(seed), keys=keys, progress=within, made=made)
+    return _judged(task, examples, [sheet.texts(example) or [] for example in examples], scorer)
+
+
+def _judged(task: Task, examples: Sequence[Example], said: Sequence[Sequence[Text]], scorer: Scorer) -> list[Item]:
+    """Items of examples and what was answered to each."""
+    pairs = [(example, text) for example, texts in zip(examples, said, strict=True) for text in texts]
+    verdicts = iter(scorer.verdicts([Job(task.verifier, text["text"], example.target) for example, text in pairs]))
     items = []
-    for example, group, each in zip(examples, groups, texts, strict=True):
+    for example, texts in zip(examples, said, strict=True):
         answers = [
-            Answer(text=text, outcome=v.outcome, score=v.score, tokens=len(c.ids_L), finish=c.finish)
-            for c, text, v in zip(group, each, verdicts, strict=False)  # verdicts go on
+            Answer(text=t["text"], outcome=v.outcome, score=v.score, tokens=t["tokens"], finish=t["finish"])
+            for t, v in zip(texts, verdicts, strict=False)  # verdicts go on
         ]
         items.append(_item(example, _score(task, answers), answers))
     return items
-
-
-def _text(task: Task, example: Example, completion: Completion, model: Model) -> str:
-    return answer_text(response_text(completion, model.asker.tokenizer), example.prefix, task.stops)
 
 
 def _score(task: Task, answers: Sequence[Answer]) -> float:

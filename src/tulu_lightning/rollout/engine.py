@@ -12,10 +12,12 @@ from torch import Tensor
 from tulu_lightning.errors import RunStopped
 from tulu_lightning.types import Completion, Sampling
 
-__all__ = ["Engine", "EngineError", "Health", "Progress", "RefreshError"]
+__all__ = ["Engine", "EngineError", "Health", "Made", "Progress", "RefreshError"]
 
 Progress = Callable[[int, int], None]
 """Called with (finished rows, all rows) as rows finish."""
+Made = Callable[[int, Sequence[Completion]], None]
+"""Called with a prompt's place and all of its completions when the last of them is there."""
 
 
 class Health(NamedTuple):
@@ -70,6 +72,7 @@ class Engine(Protocol):
         *,
         keys: Sequence[int] | None = None,
         progress: Progress | None = None,
+        made: Made | None = None,
     ) -> list[list[Completion]]:
         """Sample `n` completions of each prompt; result[i][j] is sample j of prompt i.
 
@@ -81,6 +84,8 @@ class Engine(Protocol):
             keys: what each prompt is called in its seed; its place in `prompts` if left out. A rank that takes a share
                 of a step's prompts gives their places in the step, and samples what one machine would have.
             progress: see `Progress`.
+            made: see `Made`; for those who keep each answer as soon as they can. An engine that knows of none before all
+                are there (vLLM in this process) calls it then.
 
         Raises:
             InputError: an empty prompt, a token that the model does not know, or more tokens than it has positions.

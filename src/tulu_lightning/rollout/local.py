@@ -24,7 +24,7 @@ from tulu_lightning.rollout.batch import Batch
 from tulu_lightning.rollout.checks import check_sampling, check_sequences, check_tokens
 from tulu_lightning.rollout.chunk import Chunk, chunks
 from tulu_lightning.rollout.decoding import CachedLM, use_fast_attention
-from tulu_lightning.rollout.engine import Health, Progress, RefreshError
+from tulu_lightning.rollout.engine import Health, Made, Progress, RefreshError
 from tulu_lightning.rollout.fingerprint import mark
 from tulu_lightning.rollout.llama import LlamaLM, recognise
 from tulu_lightning.rollout.plan import Row, sections
@@ -192,6 +192,7 @@ class LocalEngine:
         *,
         keys: Sequence[int] | None = None,
         progress: Progress | None = None,
+        made: Made | None = None,
     ) -> list[list[Completion]]:
         """See `Engine.generate`."""
         self._must_hold_weights()
@@ -204,13 +205,22 @@ class LocalEngine:
             names = [(row.prompt if keys is None else keys[row.prompt], row.sample) for row in rows]
             return uniforms(seed, names, sampling.max_new_tokens)
 
-        made: dict[Row, Completion] = {}
+        ended: dict[Row, Completion] = {}
+
+        def group(i: int) -> list[Completion]:
+            return [ended[Row(i, j)] for j in range(n)]
+
+        left = [n] * len(prompts)
         for part in self._parts(prompts, n, sampling, luck):
             for finished in part.run():
-                made.update(finished)
+                ended.update(finished)
+                for row in finished:
+                    left[row.prompt] -= 1
+                    if made is not None and left[row.prompt] == 0:
+                        made(row.prompt, group(row.prompt))
                 if finished and progress is not None:
-                    progress(len(made), len(prompts) * n)
-        return [[made[Row(i, j)] for j in range(n)] for i in range(len(prompts))]
+                    progress(len(ended), len(prompts) * n)
+        return [group(i) for i in range(len(prompts))]
 
     @torch.no_grad()
     def stream(self, prompt: Sequence[int], sampling: Sampling, seed: int) -> Iterator[int]:

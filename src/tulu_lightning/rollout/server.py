@@ -6,7 +6,7 @@ hand with `--worker-extension-cls tulu_lightning.rollout.vllm_worker.Worker --lo
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any, Self
@@ -17,7 +17,7 @@ from torch import Tensor
 from tulu_lightning.rollout.client import Client
 from tulu_lightning.rollout.delivered import DeliveredEngine
 from tulu_lightning.rollout.delivery import Delivery, contents_of, dtype_of
-from tulu_lightning.rollout.engine import EngineError, Health, Progress
+from tulu_lightning.rollout.engine import EngineError, Health, Made, Progress
 from tulu_lightning.rollout.requests import check_prompts, check_sequences, completion, seeds
 from tulu_lightning.rollout.server_process import Server, start_server
 from tulu_lightning.rollout.transport import Files, Transport
@@ -154,6 +154,7 @@ class ServerEngine(DeliveredEngine):
         *,
         keys: Sequence[int] | None = None,
         progress: Progress | None = None,
+        made: Made | None = None,
     ) -> list[list[Completion]]:
         """See `Engine.generate`.
 
@@ -178,16 +179,22 @@ class ServerEngine(DeliveredEngine):
             }
             for prompt, own in zip(prompts, seeds(seed, len(prompts), keys), strict=True)
         ]
-        report = None if progress is None else lambda done: progress(done * n, len(prompts) * n)
-        result = []
-        for answer in self._ask(bodies, report):
+
+        def group(answer: Any) -> list[Completion]:
             choices = sorted(answer["choices"], key=lambda choice: choice["index"])
-            group = [
+            found = [
                 completion(c["token_ids"], c["logprobs"]["token_logprobs"], c["finish_reason"], self._version)
                 for c in choices
             ]
-            result.append(group * n if greedy else group)
-        return result
+            return found * n if greedy else found
+
+        def report(done: int, place: int, answer: Any) -> None:
+            if made is not None:
+                made(place, group(answer))
+            if progress is not None:
+                progress(done * n, len(prompts) * n)
+
+        return [group(answer) for answer in self._ask(bodies, report)]
 
     def logprobs(
         self, sequences: Sequence[tuple[Sequence[int], Sequence[int]]], temperature: float = 1.0
@@ -206,17 +213,23 @@ class ServerEngine(DeliveredEngine):
         scores = torch.tensor([at[f"token_id:{token}"] for at, (_, token) in zip(found, places, strict=True)])
         return list(scores.split([len(response) for _, response in sequences]))
 
-    def _ask(self, bodies: Sequence[dict[str, Any]], progress: Any = None) -> list[Any]:
-        """Answers in the order of the bodies. The first error ends it; what is in flight is left to its own limit."""
+    def _ask(
+        self, bodies: Sequence[dict[str, Any]], report: Callable[[int, int, Any], None] | None = None
+    ) -> list[Any]:
+        """Answers in the order of the bodies. The first error ends it; what is in flight is left to its own limit.
+
+        `report` gets each as it comes: how many there are, the body's place, the answer.
+        """
         pool = ThreadPoolExecutor(self._connections)
         try:
             common = {"model": self._model, "return_token_ids": True}
             path, seconds = "/v1/completions", self._seconds
             asked = [pool.submit(self._client.post, path, {**common, **body}, seconds) for body in bodies]
+            places = {one: place for place, one in enumerate(asked)}
             for done, one in enumerate(as_completed(asked), 1):
-                one.result()
-                if progress is not None:
-                    progress(done)
+                answer = one.result()
+                if report is not None:
+                    report(done, places[one], answer)
             return [one.result() for one in asked]
         finally:
             pool.shutdown(wait=False, cancel_futures=True)

@@ -16,7 +16,7 @@ from torch import Tensor
 from tulu_lightning.errors import InputError
 from tulu_lightning.rollout.delivered import DeliveredEngine
 from tulu_lightning.rollout.delivery import Contents, Delivery, contents_of, dtype_of
-from tulu_lightning.rollout.engine import Health, Progress
+from tulu_lightning.rollout.engine import Health, Made, Progress
 from tulu_lightning.rollout.guard import ProcessGroup, guarded, quiet_seed
 from tulu_lightning.rollout.requests import check_prompts, check_sequences, completion, reporter, seeds
 from tulu_lightning.types import Completion, Sampling
@@ -138,6 +138,7 @@ class VLLMEngine(DeliveredEngine):
         *,
         keys: Sequence[int] | None = None,
         progress: Progress | None = None,
+        made: Made | None = None,
     ) -> list[list[Completion]]:
         """See `Engine.generate`."""
         self._check_held()
@@ -170,6 +171,8 @@ class VLLMEngine(DeliveredEngine):
                 ]
                 group.append(completion(output.token_ids, logprobs, output.finish_reason, self._version))
             result.append(group * n if greedy else group)
+            if made is not None:
+                made(len(result) - 1, result[-1])
         return result
 
     def logprobs(
