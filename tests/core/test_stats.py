@@ -1,9 +1,10 @@
 import math
+import random
 
 import pytest
 import torch
 
-from tulu_lightning.core.stats import paired_bootstrap, wilson
+from tulu_lightning.core.stats import mean_of, paired_bootstrap, wilson
 
 
 @pytest.mark.parametrize(
@@ -75,3 +76,26 @@ def test_the_bootstrap_is_reproducible_and_reads_its_seed_and_confidence():
 def test_the_bootstrap_refuses_unpaired_or_broken_scores(before, after):
     with pytest.raises(ValueError, match=r"scores|finite"):
         paired_bootstrap(before, after)
+
+
+def test_the_interval_of_a_mean_is_put_together_from_its_parts():
+    # Two of 0.3, one a tenth wide below and the other three tenths: sqrt(0.01 + 0.09) / 2.
+    mean, low, high = mean_of([(0.3, 0.2, 0.4), (0.5, 0.2, 0.9)])
+    assert mean == pytest.approx(0.4)
+    assert low == pytest.approx(0.4 - math.sqrt(0.1**2 + 0.3**2) / 2)
+    assert high == pytest.approx(0.4 + math.sqrt(0.1**2 + 0.4**2) / 2)
+    assert mean_of([(0.3, 0.1, 0.4)]) == pytest.approx((0.3, 0.1, 0.4))
+    with pytest.raises(ValueError, match="no estimates"):
+        mean_of([])
+
+
+def test_the_interval_of_a_mean_holds_it_as_often_as_it_says():
+    draw, hits = random.Random(0), 0
+    for _ in range(400):
+        parts = []
+        for share, n in ((0.9, 60), (0.4, 200), (0.6, 40)):
+            right = sum(draw.random() < share for _ in range(n))
+            parts.append((right / n, *wilson(right, n)))
+        _, low, high = mean_of(parts)
+        hits += low <= (0.9 + 0.4 + 0.6) / 3 <= high
+    assert 0.92 <= hits / 400 <= 0.98

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+import re
 from dataclasses import dataclass, replace
 from itertools import combinations
 
@@ -456,6 +457,29 @@ def test_a_file_that_no_task_reads_is_refused(tmp_path, monkeypatch):
 def test_an_option_without_its_value_is_refused(option, capsys):
     assert cli.main(["eval", "--model", "m", "--suite", "gsm8k", option, "gsm8k"]) == 2
     assert f"{option}: is 'gsm8k'" in capsys.readouterr().err
+
+
+def test_a_file_of_results_that_cannot_be_read_is_put_aside(tmp_path, capsys):
+    (tmp_path / "results.json").write_text('[{"task": "gsm8')
+    show([[result([1.0, 0.0])]], tmp_path)
+    assert (tmp_path / "results.unreadable.json").read_text() == '[{"task": "gsm8'
+    assert len(json.loads((tmp_path / "results.json").read_text())) == 1
+    assert "results.json is no list of results (JSONDecodeError)" in capsys.readouterr().err
+
+
+def test_the_mean_over_tasks_has_an_interval(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "160")
+    one, other = [
+        result(scores, task=name) for name, scores in (("a", [1.0] * 30 + [0.0] * 10), ("b", [1.0, 0.0] * 20))
+    ]
+    show([[one, other]], tmp_path)
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "mean" in line]
+    (l1, h1), (l2, h2) = one.interval, other.interval
+    low, high = 0.625 - math.hypot(0.75 - l1, 0.5 - l2) / 2, 0.625 + math.hypot(h1 - 0.75, h2 - 0.5) / 2
+    assert f"62.5 [{100 * low:.1f}, {100 * high:.1f}]" in line
+    show([[one, other], [replace(other, task="a"), replace(one, task="b")]], tmp_path)
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "mean" in line]
+    assert re.search(r"\+0\.0 \[-\d+\.\d, \+\d+\.\d\]", line)
 
 
 def test_results_of_other_commands_stay(tmp_path, capsys):

@@ -6,7 +6,7 @@ from statistics import NormalDist
 
 import torch
 
-__all__ = ["bootstrap", "paired_bootstrap", "wilson"]
+__all__ = ["bootstrap", "mean_of", "paired_bootstrap", "wilson"]
 
 _CELLS = 4_000_000
 """Resampled indices alive at once (32 MB)."""
@@ -66,6 +66,29 @@ def paired_bootstrap(
         raise ValueError(f"{len(before)} scores before and {len(after)} after; need as many, and at least one")
     differences = [there - here for here, there in zip(before, after, strict=True)]
     return bootstrap(differences, confidence, resamples, seed)
+
+
+def mean_of(estimates: Sequence[tuple[float, float, float]]) -> tuple[float, float, float]:
+    """Mean of independent estimates, with its interval by the square-and-add rule (Zou & Donner, 2008, equation 4).
+
+    With estimates t, each from l to u at one confidence, of k: low = mean - sqrt(sum((t - l)²)) / k, high likewise with u - t.
+    Each keeps the side on which its own interval is wide.
+
+    Args:
+        estimates: (value, low, high), e.g. scores of tasks on items of their own.
+
+    Returns:
+        (mean, low, high), at the confidence of the estimates.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if not estimates:
+        raise ValueError("no estimates")
+    k = len(estimates)
+    mean = sum(value for value, _, _ in estimates) / k
+    below, above = (math.sqrt(sum((each[side] - each[0]) ** 2 for each in estimates)) / k for side in (1, 2))
+    return mean, mean - below, mean + above
 
 
 def bootstrap(

@@ -3,6 +3,7 @@
 import gc
 import io
 import json
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -16,10 +17,11 @@ from rich.text import Text
 
 from tulu_lightning.assets.models import generation_eos, load_tokenizer, resolve_model
 from tulu_lightning.checkpoints.identity import weights_digest
+from tulu_lightning.core.stats import mean_of
 from tulu_lightning.data import chat
 from tulu_lightning.evaluation.asking import Asker
 from tulu_lightning.evaluation.ranks import collect, rank_sheet
-from tulu_lightning.evaluation.result import Difference, Item, TaskResult, compare_results
+from tulu_lightning.evaluation.result import Item, TaskResult, compare_results
 from tulu_lightning.evaluation.run import Model, finished, head_of, judge_rest, run_task
 from tulu_lightning.evaluation.sheet import is_answered
 from tulu_lightning.evaluation.task import Example, Task, digest_of
@@ -156,24 +158,22 @@ def show(results: Sequence[Sequence[TaskResult]], out: Path) -> None:
     for heading in headings:
         table.add_column(heading, justify="left" if heading in ("Task", "Metric") else "right")
     record: list[dict[str, Any]] = []
+    differences: list[tuple[float, float, float]] = []
     for place, result in enumerate(first):
-        cells = [result.task, str(result.n), _share(result)]
+        cells = [result.task, str(result.n), _share(result.score, *result.interval)]
         entry = dict(result.summary())
         if others:
             other = others[0][place]
             difference = compare_results(other, result)
-            cells += [_share(other), _points(difference)]
+            differences.append((difference.difference, difference.low, difference.high))
+            cells += [_share(other.score, *other.interval), _points(*differences[-1])]
             entry |= {"against": other.summary(), "difference": asdict(difference)}
         record.append(entry)
         table.add_row(*(Text(cell) for cell in (*cells, result.metric)))
     if len(first) > 1:
-        means = [sum(each.score for each in model) / len(model) for model in results]
-        table.add_row(
-            "mean",
-            "",
-            *(f"{100 * mean:.1f}" for mean in means),
-            *([f"{100 * (means[0] - means[1]):+.1f}"] if others else []),
-        )
+        means = [_share(*mean_of([(each.score, *each.interval) for each in model])) for model in results]
+        gained = [_points(*mean_of(differences))] if differences else []
+        table.add_row(*(Text(cell) for cell in ("mean", "", *means, *gained, "each task counts the same")))
     Console().print(table)
     out.mkdir(parents=True, exist_ok=True)
     kept = [*_others(out / "results.json", record), *record]
@@ -182,10 +182,15 @@ def show(results: Sequence[Sequence[TaskResult]], out: Path) -> None:
 
 def _others(path: Path, record: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Entries of earlier commands that this one has nothing new to say of: other weights, tasks, settings or comparisons."""
+    if not path.exists():
+        return []
     try:
         before: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))
         return [entry for entry in before if _entry_key(entry) not in {_entry_key(new) for new in record}]
-    except (OSError, ValueError, TypeError, AttributeError):
+    except (ValueError, TypeError, AttributeError) as error:
+        aside = path.with_name("results.unreadable.json")
+        path.replace(aside)
+        print(f"{path} is no list of results ({type(error).__name__}): it is {aside} now", file=sys.stderr)
         return []
 
 
@@ -199,10 +204,9 @@ def _title(results: Sequence[Sequence[TaskResult]]) -> str:
     return f"{names}: scores in %, with {results[0][0].confidence:.0%} intervals"
 
 
-def _share(result: TaskResult) -> str:
-    low, high = result.interval
-    return f"{100 * result.score:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
+def _share(score: float, low: float, high: float) -> str:
+    return f"{100 * score:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
 
 
-def _points(difference: Difference) -> str:
-    return f"{100 * difference.difference:+.1f} [{100 * difference.low:+.1f}, {100 * difference.high:+.1f}]"
+def _points(difference: float, low: float, high: float) -> str:
+    return f"{100 * difference:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
