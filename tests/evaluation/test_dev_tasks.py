@@ -31,7 +31,7 @@ class Fixed:
     def __init__(self, tokenizer, *said):
         self.tokenizer, self.said, self.asked = tokenizer, said, []
 
-    def generate(self, prompts, n, sampling, seed, *, keys=None, progress=None, made=None):
+    def generate(self, prompts, n, sampling, seed, *, keys=None, progress=None, made=None, stop_texts=None):
         self.asked += [self.tokenizer.decode(ids) for ids in prompts]
         groups = [[self._one(self.said[j % len(self.said)]) for j in range(n)] for _ in prompts]
         for place, group in enumerate(groups):

@@ -40,7 +40,7 @@ def says(tiny):
         def __init__(self, text):
             self.ids = torch.tensor(tokenizer.encode(text, add_special_tokens=False))
 
-        def generate(self, prompts, n, sampling, seed, *, keys=None, progress=None, made=None):
+        def generate(self, prompts, n, sampling, seed, *, keys=None, progress=None, made=None, stop_texts=None):
             group = [Completion(self.ids, torch.zeros(len(self.ids)), "stop", 0)] * n
             for place in range(len(prompts)):
                 made(place, group)

@@ -54,8 +54,8 @@ class Parrot:
     def __init__(self, tokenizer, say, patience=math.inf):
         self.tokenizer, self.say, self.patience, self.asked = tokenizer, say, patience, []
 
-    def generate(self, prompts, n, sampling, seed, *, keys=None, progress=None, made=None):
-        groups = []
+    def generate(self, prompts, n, sampling, seed, *, keys=None, progress=None, made=None, stop_texts=None):
+        groups, self.stop_texts = [], stop_texts
         for place, ids in enumerate(prompts):
             if len(self.asked) == self.patience:
                 raise RuntimeError("out of patience")
@@ -188,6 +188,15 @@ def test_pass_at_k_of_samples(tokenizer):
     found = run_task(given, given.examples(), model(tokenizer, lambda text, j: "3" if j == 1 else "5"))
     assert found.score == 0.5
     assert len(found.items[0]["answers"]) == 4
+
+
+def test_the_engine_is_told_what_texts_end_an_answer(tokenizer):
+    toy = model(tokenizer, lambda text, j: "3\n\nQuestion: 4")
+    for stops, texts in (((), None), (("\n\n", "Q:"), ("\n\n", "Q:"))):
+        given = task(stops=stops)
+        found = run_task(given, given.examples(), toy)
+        assert (toy.engine.stop_texts and toy.engine.stop_texts.texts) == texts
+        assert found.items[0]["answers"][0]["text"] == ("3" if stops else "3\n\nQuestion: 4")
 
 
 def test_a_run_that_broke_off_goes_on_and_ends_as_one_that_did_not(tokenizer, tmp_path, monkeypatch):

@@ -5,7 +5,7 @@ from itertools import chain
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tulu_lightning.errors import InputError
 from tulu_lightning.models.lora import Lora, adapt
@@ -14,6 +14,7 @@ from tulu_lightning.rollout.canary import canaries, prove, tolerance_of
 from tulu_lightning.rollout.engine import RefreshError
 from tulu_lightning.rollout.fingerprint import fingerprint
 from tulu_lightning.rollout.local import LocalEngine
+from tulu_lightning.rollout.stop_texts import StopTexts
 from tulu_lightning.types import Sampling
 
 GENERATOR = torch.Generator().manual_seed(0)
@@ -201,6 +202,25 @@ def test_each_prompt_is_told_once_with_all_that_it_made(engine, temperature):
 
     out = engine.generate(PROMPTS, 2, Sampling(3, temperature), 0, made=made)
     assert [told[place] for place in range(len(PROMPTS))] == [[(c.ids_L.tolist(), c.finish) for c in g] for g in out]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_text_ends_a_sample_where_it_is_complete(engine, tiny, temperature):
+    tokenizer = AutoTokenizer.from_pretrained(tiny)
+    whole = engine.generate(PROMPTS, 2, Sampling(30, temperature), 4)
+    read = lambda ids: tokenizer.decode(ids, skip_special_tokens=True)  # noqa: E731
+    letters = [c for c in read(whole[0][1].ids_L.tolist())[5:] if c.isascii() and c.isalnum()]
+    stops = StopTexts([letters[0]], tokenizer)
+    cut = engine.generate(PROMPTS, 2, Sampling(30, temperature), 4, stop_texts=stops)
+    finishes = set()
+    for before, after in zip(chain(*whole), chain(*cut), strict=True):
+        ids = before.ids_L.tolist()
+        end = next((n for n in range(1, len(ids) + 1) if letters[0] in read(ids[:n])), None)
+        assert after.ids_L.tolist() == ids[:end]
+        assert after.finish == ("length" if end is None else "stop")
+        assert len(after.logprobs_L) == len(after.ids_L)
+        finishes.add(after.finish)
+    assert "stop" in finishes
 
 
 def test_no_prompts_no_samples(engine):

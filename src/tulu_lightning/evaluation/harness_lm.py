@@ -22,6 +22,7 @@ from tulu_lightning.rollout.engine import Engine
 from tulu_lightning.rollout.engines import EngineSettings, build_engine
 from tulu_lightning.rollout.local import LocalEngine
 from tulu_lightning.rollout.scoring import response_text
+from tulu_lightning.rollout.stop_texts import StopTexts
 from tulu_lightning.types import Document, Sampling, Segment
 
 __all__ = ["HarnessLM"]
@@ -176,26 +177,29 @@ class HarnessLM(TemplateLM):
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
         """Text up to the first of a task's stops, or a token that ends a text."""
         stops = tuple(sorted({*generation_eos(self.folder), self.eot_token_id}))
-        asked: dict[tuple[int, float, float], list[int]] = defaultdict(list)
+        asked: dict[tuple[Sampling, tuple[str, ...]], list[int]] = defaultdict(list)
         for place, request in enumerate(requests):
             wanted = request.args[1]
             sample = wanted.get("do_sample", False) or wanted.get("temperature", 0) > 0
             temperature = float(wanted.get("temperature", 1.0)) if sample else 0.0
-            asked[int(wanted.get("max_gen_toks", GENERATED)), temperature, float(wanted.get("top_p", 1.0))].append(
-                place
-            )
+            tokens = int(wanted.get("max_gen_toks", GENERATED))
+            sampling = Sampling(tokens, temperature, stops, float(wanted.get("top_p", 1.0)))
+            asked[sampling, _texts(wanted.get("until"))].append(place)
         made: dict[int, str] = {}
         with Progress("answers", len(requests), stream=None if not disable_tqdm else io.StringIO()) as progress:
-            for (tokens, temperature, top_p), places in asked.items():
-                sampling = Sampling(tokens, temperature, stops, top_p)
+            for (sampling, until), places in asked.items():
+                ends = StopTexts(until, self.tokenizer) if until else None
                 for at in range(0, len(places), PROMPTS):
                     part = places[at : at + PROMPTS]
-                    prompts = [self.tok_encode(requests[p].args[0])[-(self.max_length - tokens) :] for p in part]
+                    room = self.max_length - sampling.max_new_tokens
+                    prompts = [self.tok_encode(requests[p].args[0])[-room:] for p in part]
                     keys = [_key(requests[p].args[0]) for p in part]
-                    groups = self._sampler().generate(prompts, 1, sampling, mix_seed(self._seed), keys=keys)
+                    groups = self._sampler().generate(
+                        prompts, 1, sampling, mix_seed(self._seed), keys=keys, stop_texts=ends
+                    )
                     for place, (completion,) in zip(part, groups, strict=True):
                         text = response_text(completion, self.tokenizer)
-                        made[place] = _until(text, requests[place].args[1].get("until") or ())
+                        made[place] = _until(text, until)
                     progress.update(len(made))
         return [made[place] for place in range(len(requests))]
 
@@ -224,10 +228,14 @@ def _passes(documents: Sequence[tuple[Document, list[int]]]) -> list[list[tuple[
     return passes
 
 
-def _until(text: str, stops: str | Sequence[str]) -> str:
-    for stop in [stops] if isinstance(stops, str) else stops:
-        if stop:
-            text = text.split(stop)[0]
+def _texts(until: str | Sequence[str] | None) -> tuple[str, ...]:
+    """A request's stops, of which the harness has one or several, and at times an empty one."""
+    return tuple(text for text in ([until] if isinstance(until, str) else until or ()) if text)
+
+
+def _until(text: str, stops: Sequence[str]) -> str:
+    for stop in stops:
+        text = text.split(stop)[0]
     return text
 
 

@@ -14,6 +14,7 @@ from tulu_lightning.evaluation.task import Example, Task
 from tulu_lightning.rollout.engine import Engine, Progress
 from tulu_lightning.rollout.local import LocalEngine
 from tulu_lightning.rollout.scoring import Job, PoolLimits, Scorer, response_text
+from tulu_lightning.rollout.stop_texts import StopTexts
 from tulu_lightning.types import Completion, Sampling
 from tulu_lightning.verifiers.registry import Verifiers
 
@@ -176,7 +177,10 @@ def _sampled(
             ],
         )
 
-    model.engine.generate(prompts, task.samples, sampling, mix_seed(seed), keys=keys, progress=within, made=made)
+    stops = StopTexts(task.stops, model.asker.tokenizer) if task.stops else None
+    model.engine.generate(
+        prompts, task.samples, sampling, mix_seed(seed), keys=keys, progress=within, made=made, stop_texts=stops
+    )
     return _judged(task, examples, [sheet.texts(example) or [] for example in examples], scorer)
 
 

@@ -10,6 +10,7 @@ from tulu_lightning.rollout.cached_attention import Slots, attention, merge
 from tulu_lightning.rollout.llama import Causal, LlamaLM
 from tulu_lightning.rollout.plan import Job, Row, Section
 from tulu_lightning.rollout.sampling import pick
+from tulu_lightning.rollout.stop_texts import StopTexts, ended
 from tulu_lightning.types import Completion, Sampling
 
 __all__ = ["Batch"]
@@ -31,6 +32,7 @@ class Batch:
         section: what to make.
         sampling: how.
         uniforms: gives the random numbers [rows, max_new_tokens] of rows.
+        stop_texts: texts that end a row.
     """
 
     def __init__(
@@ -40,7 +42,9 @@ class Batch:
         section: Section,
         sampling: Sampling,
         uniforms: Callable[[Sequence[Row]], Tensor],
+        stop_texts: StopTexts | None = None,
     ) -> None:
+        self.stop_texts = stop_texts
         self.lm, self.version, self.section, self.sampling, self.uniforms = lm, version, section, sampling, uniforms
         self.waiting = deque(section.jobs)
         device, new = lm.device, sampling.max_new_tokens
@@ -148,13 +152,15 @@ class Batch:
         self.drawn = token_B
         self.last_B[slots], self.step_B[slots] = token_B, step_B + 1
         stop_B = torch.isin(token_B, self.stop_ids)
-        done = (stop_B | (step_B + 1 == sampling.max_new_tokens)).nonzero()[:, 0].tolist()
-        yield {self.rows[first + i]: self._completion(first + i, bool(stop_B[i])) for i in done}
+        done_B = stop_B | (step_B + 1 == sampling.max_new_tokens)
+        ends = ended(self.stop_texts, self.ids_BL[first : len(self.rows)], step_B + 1, done_B)
+        done = sorted({*done_B.nonzero()[:, 0].tolist(), *ends})
+        yield {self.rows[first + i]: self._completion(first + i, bool(stop_B[i]), ends.get(i)) for i in done}
         if done:
             self._remove([first + i for i in done])
 
-    def _completion(self, slot: int, stopped: bool) -> Completion:
-        length = int(self.step_B[slot])
+    def _completion(self, slot: int, stopped: bool, end: int | None) -> Completion:
+        length, stopped = end or int(self.step_B[slot]), stopped or end is not None
         ids_L, logp_L = self.ids_BL[slot, :length].cpu().clone(), self.logp_BL[slot, :length].cpu().clone()
         if not torch.isfinite(logp_L).all():
             raise RuntimeError(f"weights of version {self.version} give probabilities that are not finite numbers")

@@ -8,6 +8,7 @@ from torch import Tensor
 from tulu_lightning.rollout.decoding import CachedLM
 from tulu_lightning.rollout.plan import Row, common
 from tulu_lightning.rollout.sampling import pick
+from tulu_lightning.rollout.stop_texts import StopTexts, ended
 from tulu_lightning.types import Completion, Sampling
 
 __all__ = ["Chunk", "chunks"]
@@ -26,6 +27,7 @@ class Chunk:
         rows: the completions to make.
         sampling: how.
         uniform_RL: the random numbers of each row.
+        stop_texts: texts that end a row.
     """
 
     def __init__(
@@ -36,7 +38,9 @@ class Chunk:
         rows: Sequence[Row],
         sampling: Sampling,
         uniform_RL: Tensor,
+        stop_texts: StopTexts | None = None,
     ) -> None:
+        self.stop_texts = stop_texts
         self.lm, self.version, self.rows, self.sampling, self.device = lm, version, rows, sampling, lm.device
         self.uniform_RL = uniform_RL.to(self.device)
         self.stop_ids = torch.tensor(sorted(set(sampling.stop_ids)), dtype=torch.int64, device=self.device)
@@ -87,15 +91,21 @@ class Chunk:
             self.drawn = token_B
             stop_B = torch.isin(token_B, self.stop_ids)
             done_B = stop_B | last
-            yield dict(self._finished(done_B, stop_B, step + 1)) if done_B.any() else {}
+            length_B = torch.full_like(token_B, step + 1)
+            ids_BL = self.ids_RL if self.stop_texts is None else self.ids_RL[self.alive_B]
+            for i, end in ended(self.stop_texts, ids_BL, length_B, done_B).items():
+                done_B[i] = stop_B[i] = True
+                length_B[i] = end
+            yield dict(self._finished(done_B, stop_B, length_B)) if done_B.any() else {}
             if done_B.all():
                 return
             if done_B.any():
                 token_B = self._drop(done_B, token_B)
             self._advance(token_B)
 
-    def _finished(self, done_B: Tensor, stop_B: Tensor, length: int) -> Iterator[tuple[Row, Completion]]:
-        for row, stopped in zip(self.alive_B[done_B].tolist(), stop_B[done_B].tolist(), strict=True):
+    def _finished(self, done_B: Tensor, stop_B: Tensor, length_B: Tensor) -> Iterator[tuple[Row, Completion]]:
+        found = (each[done_B].tolist() for each in (self.alive_B, stop_B, length_B))
+        for row, stopped, length in zip(*found, strict=True):
             ids_L, logp_L = self.ids_RL[row, :length].cpu().clone(), self.logp_RL[row, :length].cpu().clone()
             if not torch.isfinite(logp_L).all():
                 raise RuntimeError(f"weights of version {self.version} give probabilities that are not finite numbers")

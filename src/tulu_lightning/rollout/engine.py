@@ -10,6 +10,7 @@ from typing import NamedTuple, Protocol
 from torch import Tensor
 
 from tulu_lightning.errors import RunStopped
+from tulu_lightning.rollout.stop_texts import StopTexts
 from tulu_lightning.types import Completion, Sampling
 
 __all__ = ["Engine", "EngineError", "Health", "Made", "Progress", "RefreshError"]
@@ -73,6 +74,7 @@ class Engine(Protocol):
         keys: Sequence[int] | None = None,
         progress: Progress | None = None,
         made: Made | None = None,
+        stop_texts: StopTexts | None = None,
     ) -> list[list[Completion]]:
         """Sample `n` completions of each prompt; result[i][j] is sample j of prompt i.
 
@@ -86,6 +88,7 @@ class Engine(Protocol):
             progress: see `Progress`.
             made: see `Made`; for those who keep each answer as soon as they can. An engine that knows of none before all
                 are there (vLLM in this process) calls it then.
+            stop_texts: texts that end a sample, besides `sampling.stop_ids`; its `finish` is then "stop", too.
 
         Raises:
             InputError: an empty prompt, a token that the model does not know, or more tokens than it has positions.

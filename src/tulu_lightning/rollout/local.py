@@ -29,6 +29,7 @@ from tulu_lightning.rollout.fingerprint import mark
 from tulu_lightning.rollout.llama import LlamaLM, recognise
 from tulu_lightning.rollout.plan import Row, sections
 from tulu_lightning.rollout.sampling import uniforms
+from tulu_lightning.rollout.stop_texts import StopTexts
 from tulu_lightning.rollout.token_logprobs import by_forward, by_llama
 from tulu_lightning.types import Completion, Sampling
 
@@ -193,6 +194,7 @@ class LocalEngine:
         keys: Sequence[int] | None = None,
         progress: Progress | None = None,
         made: Made | None = None,
+        stop_texts: StopTexts | None = None,
     ) -> list[list[Completion]]:
         """See `Engine.generate`."""
         self._must_hold_weights()
@@ -211,7 +213,7 @@ class LocalEngine:
             return [ended[Row(i, j)] for j in range(n)]
 
         left = [n] * len(prompts)
-        for part in self._parts(prompts, n, sampling, luck):
+        for part in self._parts(prompts, n, sampling, luck, stop_texts):
             for finished in part.run():
                 ended.update(finished)
                 for row in finished:
@@ -238,17 +240,22 @@ class LocalEngine:
                 yield int(part.drawn[0])
 
     def _parts(
-        self, prompts: Sequence[Sequence[int]], n: int, sampling: Sampling, luck: Callable[[Sequence[Row]], Tensor]
+        self,
+        prompts: Sequence[Sequence[int]],
+        n: int,
+        sampling: Sampling,
+        luck: Callable[[Sequence[Row]], Tensor],
+        stop_texts: StopTexts | None = None,
     ) -> Iterator[Batch | Chunk]:
         """What is decoded together, part by part; each is to be run before the next is asked for."""
         limits = (sampling.max_new_tokens, self.max_rows, self.batch_tokens)
         fast = self._fast_path()
         if fast is not None:
             for section in sections(prompts, n, *limits):
-                yield Batch(fast, self._version, section, sampling, luck)
+                yield Batch(fast, self._version, section, sampling, luck, stop_texts)
             return
         for rows in chunks(prompts, n, *limits):
-            yield Chunk(self._lm, self._version, prompts, rows, sampling, luck(rows))
+            yield Chunk(self._lm, self._version, prompts, rows, sampling, luck(rows), stop_texts)
 
     @torch.no_grad()
     def logprobs(

@@ -20,6 +20,7 @@ from tulu_lightning.rollout.delivery import Delivery, contents_of, dtype_of
 from tulu_lightning.rollout.engine import EngineError, Health, Made, Progress
 from tulu_lightning.rollout.requests import check_prompts, check_sequences, completion, seeds
 from tulu_lightning.rollout.server_process import Server, start_server
+from tulu_lightning.rollout.stop_texts import StopTexts
 from tulu_lightning.rollout.transport import Files, Transport
 from tulu_lightning.types import Completion, Sampling
 
@@ -155,6 +156,7 @@ class ServerEngine(DeliveredEngine):
         keys: Sequence[int] | None = None,
         progress: Progress | None = None,
         made: Made | None = None,
+        stop_texts: StopTexts | None = None,
     ) -> list[list[Completion]]:
         """See `Engine.generate`.
 
@@ -176,6 +178,7 @@ class ServerEngine(DeliveredEngine):
                 "stop_token_ids": list(sampling.stop_ids),
                 "ignore_eos": True,  # else the checkpoint's own EOS would stop too
                 "logprobs": 0,
+                **({} if stop_texts is None else {"stop": stop_texts.texts, "include_stop_str_in_output": True}),
             }
             for prompt, own in zip(prompts, seeds(seed, len(prompts), keys), strict=True)
         ]

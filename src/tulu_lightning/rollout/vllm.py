@@ -19,6 +19,7 @@ from tulu_lightning.rollout.delivery import Contents, Delivery, contents_of, dty
 from tulu_lightning.rollout.engine import Health, Made, Progress
 from tulu_lightning.rollout.guard import ProcessGroup, guarded, quiet_seed
 from tulu_lightning.rollout.requests import check_prompts, check_sequences, completion, reporter, seeds
+from tulu_lightning.rollout.stop_texts import StopTexts
 from tulu_lightning.types import Completion, Sampling
 
 __all__ = ["VLLMEngine"]
@@ -139,6 +140,7 @@ class VLLMEngine(DeliveredEngine):
         keys: Sequence[int] | None = None,
         progress: Progress | None = None,
         made: Made | None = None,
+        stop_texts: StopTexts | None = None,
     ) -> list[list[Completion]]:
         """See `Engine.generate`."""
         self._check_held()
@@ -155,7 +157,9 @@ class VLLMEngine(DeliveredEngine):
                 stop_token_ids=list(sampling.stop_ids),
                 ignore_eos=True,  # else the checkpoint's own EOS would stop too
                 logprobs=0,
-                detokenize=False,
+                detokenize=stop_texts is not None,
+                stop=None if stop_texts is None else list(stop_texts.texts),
+                include_stop_str_in_output=stop_texts is not None,
             )
             for own in seeds(seed, len(prompts), keys)
         ]
