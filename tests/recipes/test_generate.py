@@ -199,6 +199,62 @@ def test_a_sample_that_fails_takes_none_of_its_siblings_with_it(tmp_path, server
     }
 
 
+def test_what_no_server_can_answer_stops_neither_its_neighbours_nor_the_next_start(tmp_path, server):
+    """A prompt that is too long fails with all of its samples (25, above give_up), and alone at the next start."""
+    bad, answered = read_asks([SUMS]).kept[0].messages[-1]["content"], server.replies
+
+    def reply(request):
+        return (400, "context length", {}) if request["messages"][-1]["content"] == bad else answered(request)
+
+    server.replies = reply
+    made = config(tmp_path, pool(server.url, "a"), draw="each", responses=25, limit=4)
+    for _ in range(2):
+        summary = generate(made)
+        assert (summary["failed"], summary["responses"]) == (1, 3 * 25)
+    server.replies = lambda request: (503, "down", {})
+    with pytest.raises(InputError, match="gave no answer to 20 requests in a row, last: HTTP 503"):
+        generate(made)
+
+
+def test_many_prompts_that_are_refused_do_not_keep_a_killed_command_from_going_on(tmp_path, server):
+    """Of 20 prompts 12 are refused: asked first at the next start, they are more in a row than give_up allows."""
+    texts = [ask.messages[-1]["content"] for ask in read_asks([SUMS]).kept]
+    answered, allowed = server.replies, texts[:1]
+
+    def reply(request):
+        return answered(request) if request["messages"][-1]["content"] in allowed else (400, "filtered", {})
+
+    server.replies = reply
+    made = config(tmp_path, pool(server.url, "a", give_up=5, concurrency=1), responses=1)
+    assert generate(replace(made, limit=2))["failed"] == 1
+    allowed += texts[13:]
+    assert generate(made)["failed"] == 12
+    assert generate(replace(made, models=pool(server.url, "a", concurrency=1, give_up=5), limit=9))["failed"] == 8, (
+        "eight are left over and eight were answered"
+    )
+
+
+def test_a_server_that_refuses_more_than_it_ever_answered_ends_the_command(tmp_path, server):
+    answered = server.replies
+    made = config(tmp_path, pool(server.url, "a", concurrency=1), responses=1)
+    generate(replace(made, limit=2))
+    server.replies = lambda request: (400, "max_tokens is too large", {})
+    with pytest.raises(InputError, match=r"gave no answer \(18 times: HTTP 400: 'max_tokens is too large'\)"):
+        generate(made)
+    server.replies = answered
+    assert generate(made)["failed"] == 0
+
+
+def test_an_answer_that_was_cut_before_it_began_is_one(tmp_path, server):
+    """A reasoning model that used up its tokens: content is null, finish_reason is length."""
+    choice = {"message": {"content": None}, "finish_reason": "length"}
+    server.replies = lambda request: (200, json.dumps({"choices": [choice]}), {})
+    made = config(tmp_path, pool(server.url, "a"), responses=1, limit=1)
+    assert generate(made)["failed"] == 0
+    assert [(row["response"], row["finish"]) for row in rows_of(made)] == [("", "length")]
+    assert len(server.requests) == 1
+
+
 def test_what_was_under_way_when_a_server_was_given_up_is_kept(tmp_path, server):
     answered, first = server.replies, threading.Event()
 

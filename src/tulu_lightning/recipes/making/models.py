@@ -25,7 +25,7 @@ CHUNKS = {"local": 32, "vllm": 512}
 
 
 def answers(
-    model: Model, questions: Iterable[Question], decoding: Decoding, seed: int
+    model: Model, questions: Iterable[Question], decoding: Decoding, seed: int, known: int = 0
 ) -> Iterator[tuple[Question, list[Answer]]]:
     """All answers of a model, as they come: a question's together from an engine, one at a time from a server.
 
@@ -38,13 +38,16 @@ def answers(
         questions: what is asked.
         decoding: how.
         seed: of the samples.
+        known: answers that the model gave to this command before. A server that gave some and refuses the few that are
+            left over does not end the command.
 
     Raises:
         InputError: the model does not load, has no chat template, or a prompt does not fit; `give_up` requests of a
             server failed in a row.
     """
-    ask = _local if model.url is None else served
-    return ask(model, questions, decoding, seed)
+    if model.url is not None:
+        return served(model, questions, decoding, seed, known)
+    return _local(model, questions, decoding, seed)
 
 
 def rendered(model: Model, question: Question) -> str:

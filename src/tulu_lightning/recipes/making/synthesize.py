@@ -210,7 +210,7 @@ def _requests(config: SynthesizeConfig, slots: Sequence[_Slot], folder: Path) ->
         done = len(slots) - len(left)
         with Progress("requests", len(slots), done=done) as progress:
             questions = (slot.question for slot in left)
-            for question, (answer,) in answers(config.writer, questions, config.decoding, config.seed):
+            for question, (answer,) in answers(config.writer, questions, config.decoding, config.seed, done):
                 slot = question.about
                 written = read_request(slot.skill, answer.text, answer.finish, slot.key)
                 row = {"key": slot.key, "skill": slot.skill.name, "persona": slot.persona, "request": asdict(written)}
@@ -259,7 +259,7 @@ def _answers(
                 raise InputError(str(folder), what, "Remove it, or give another output: requests were made anew.")
         done = len(store.done & of.keys())
         with Progress("answers", len(of), done=done) as progress:
-            for question, found in answers(who, _left(asked, store.done), config.answer_decoding, config.seed):
+            for question, found in answers(who, _left(asked, store.done), config.answer_decoding, config.seed, done):
                 for answer in found:
                     name = question.about[answer.number]
                     told = _told(who, settings["model"], answer, config.seed)
