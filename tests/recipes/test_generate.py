@@ -11,15 +11,18 @@ from collections import Counter
 from dataclasses import replace
 
 import pytest
+import torch
 
 from tulu_lightning import cli
 from tulu_lightning.data.prompt_source import PromptSource
 from tulu_lightning.data.sources import Source
 from tulu_lightning.errors import InputError
+from tulu_lightning.recipes.making import models
 from tulu_lightning.recipes.making.asks import prompt_key, read_asks
 from tulu_lightning.recipes.making.generate import POLICY, GenerateConfig, assigned, generate
-from tulu_lightning.recipes.making.pool import Decoding, Model
+from tulu_lightning.recipes.making.pool import Decoding, Model, Question
 from tulu_lightning.recipes.making.store import RowStore, read_rows
+from tulu_lightning.types import Completion
 
 SUMS = PromptSource("sums", rows="tulu_lightning.assets.arithmetic.prompt_rows", args={"count": 20})
 
@@ -414,6 +417,61 @@ def test_a_checkpoint_and_its_twin_sample_by_themselves(tmp_path, tiny):
     pairs = [[row["ids"] for row in group] for group in _by_prompt(rows_of(made)).values()]
     assert all(len(pair) == 2 for pair in pairs)
     assert not any(one == other for one, other in pairs)
+
+
+def test_a_prompt_that_a_checkpoint_has_no_room_for_is_left_out_and_a_long_one_gets_a_shorter_answer(
+    tmp_path, tiny, capsys, monkeypatch
+):
+    """Of 4,096 positions a prompt of 4,000 words leaves none, and the cap of 7,500 tokens is more than any leaves."""
+    rows = tmp_path / "rows.jsonl"
+    words = (3, 4000, 5)
+    rows.write_text("".join(json.dumps({"messages": [{"role": "user", "content": "a " * n}]}) + "\n" for n in words))
+    room: list[list[int]] = []
+
+    class Short:
+        def generate(self, prompts, n, sampling, seed, *, keys):
+            room.append([sampling.max_new_tokens, *map(len, prompts)])
+            return [[Completion(torch.tensor([5]), torch.zeros(1), "stop", 0)] * n for _ in prompts]
+
+        def close(self):
+            pass
+
+    monkeypatch.setattr(models, "build_engine", lambda *arguments: Short())
+    made = config(
+        tmp_path, [], sources=[PromptSource("x", path=str(rows))], model=tiny, template="tulu", draw="each",
+        responses=1, decoding=Decoding(max_new_tokens=7500),
+    )  # fmt: skip
+    summary = generate(made)
+    assert (summary["responses"], summary["failed"]) == (2, 1)
+    (new_tokens, *lengths) = room[0]
+    assert new_tokens == 3840, "15 times 256 of the 4,096 less a short prompt"
+    assert max(lengths) < 256
+    told = "model 'policy' has room for 4,096 tokens: 1 prompts are too long for it, 2 leave less room for an answer"
+    assert told in capsys.readouterr().err
+    assert generate(made)["failed"] == 1, "left over by itself it stops nothing"
+    rows.write_text(rows.read_text().splitlines()[1])
+    with pytest.raises(InputError, match="has room for 4,096 tokens, and every prompt is longer"):
+        generate(replace(made, output=str(tmp_path / "other")))
+
+
+def test_vllm_gets_the_memory_that_it_finds_and_room_for_one_sample(tiny, monkeypatch):
+    """256 MB, which is enough for tests, hold 2,048 tokens of an 8B model: vLLM would not start."""
+    seen = []
+
+    def build(settings, *others):
+        seen.append(settings)
+        raise InputError("here", "it stops", "Look.")
+
+    monkeypatch.setattr(models, "build_engine", build)
+    question = Question("0" * 16, [{"role": "user", "content": "Hello"}])
+    for wanted in (16, 7500):
+        with pytest.raises(InputError, match="it stops"):
+            list(models.answers(Model("m", path=tiny, template="tulu", engine="vllm"), [question], Decoding(wanted), 0))
+    assert [(each.kv_cache_mb, each.max_model_len) for each in seen] == [(None, 4096), (None, 4096)]
+    monkeypatch.setattr(models, "PROMPT", 1000)
+    with pytest.raises(InputError, match="it stops"):
+        list(models.answers(Model("m", path=tiny, template="tulu", engine="vllm"), [question], Decoding(16), 0))
+    assert seen[-1].max_model_len == 1016
 
 
 def test_a_server_gets_another_seed_for_each_model_prompt_and_answer(tmp_path, server):

@@ -149,7 +149,7 @@ def generate(config: GenerateConfig) -> dict[str, Any]:
     summary |= {"repeated": asks.repeated, "left_out": asks.left_out}
     write_whole(Path(config.output, "summary.json"), json.dumps(summary, indent=1))
     if summary["failed"]:
-        print(f"{summary['failed']:,} prompts lack a response whose request failed; the same command tries them again")
+        print(f"{summary['failed']:,} prompts lack a response (see above why); the same command tries them again")
     print(f"{summary['responses']:,} responses to {summary['prompts']:,} prompts: {config.output}", flush=True)
     return summary
 
