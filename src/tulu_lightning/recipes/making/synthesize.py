@@ -58,11 +58,13 @@ class Personas:
         Raises:
             InputError: the file or set is not there, a row has no such field or no text in it, or nothing is left.
         """
+        require(self.limit is None or self.limit >= 1, "personas.limit", self.limit, "Use at least 1, or leave it out.")
         if self.path is not None and self.path.endswith(".txt"):
-            path = Path(self.path)
-            if not path.is_file():
-                raise InputError("personas.path", f"there is no {path}", "Give a text file with one persona a line.")
-            lines = path.read_text(encoding="utf-8").splitlines()
+            try:
+                lines = Path(self.path).read_text(encoding="utf-8").splitlines()
+            except (OSError, UnicodeDecodeError) as error:
+                what = f"there is no {self.path}, or it is no text in UTF-8 ({error})"
+                raise InputError("personas.path", what, "Give a text file with one persona a line.") from None
             found = [line.strip() for line in lines if line.strip()][: self.limit]
         else:
             rows = None if self.path or self.hub else "tulu_lightning.assets.personas.persona_rows"
