@@ -463,8 +463,15 @@ def additions_of(out):
     return open_source(Source("kept", path=str(out / "additions.jsonl.gz"))).take(range(5))
 
 
-def test_the_command_leaves_a_source_out(asked, tmp_path):
+def test_a_file_is_not_written_over(asked, tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    assert cli.main([*asked, "--out", "notes.txt"]) == 2
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+def test_the_command_leaves_a_source_out(asked, tmp_path, capsys):
     assert cli.main([*asked, "--out", "out", "--action", "drop_source"]) == 0
+    assert "sums: 60 of 60 rows would be left out\nadditions: 0 of 5 rows" in capsys.readouterr().out
     assert not (tmp_path / "out" / "sums.jsonl.gz").exists()
     assert (tmp_path / "out" / "additions.jsonl.gz").exists()
 
@@ -491,6 +498,7 @@ def test_shards_on_the_command_line(asked, capsys, in_blocks):
     [
         (["--shard", "3/2"], "--shard: is 3/2. Write it as 1/8, 2/8, up to 8/8."),
         (["--source", "sumz"], "--source: there is no source 'sumz'. Did you mean 'sums'?"),
+        (["--worst", "-1"], "--worst: is -1. Use 0 or more."),
         (["--item-share", "1.5"], "decontaminate.item_share: is 1.5. It is a share: 0 to below 1."),
         (["--mode", "exact", "--n", "5"], "decontaminate.n: is 5, and mode exact does not read it. Leave it at 8."),
         (["--against", "nowhere.yaml"], "nowhere.yaml: it cannot be read ("),

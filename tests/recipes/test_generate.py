@@ -11,15 +11,18 @@ from collections import Counter
 from dataclasses import replace
 
 import pytest
+import torch
 
 from tulu_lightning import cli
 from tulu_lightning.data.prompt_source import PromptSource
 from tulu_lightning.data.sources import Source
 from tulu_lightning.errors import InputError
+from tulu_lightning.recipes.making import models
 from tulu_lightning.recipes.making.asks import prompt_key, read_asks
 from tulu_lightning.recipes.making.generate import POLICY, GenerateConfig, assigned, generate
-from tulu_lightning.recipes.making.pool import Decoding, Model
+from tulu_lightning.recipes.making.pool import Decoding, Model, Question
 from tulu_lightning.recipes.making.store import RowStore, read_rows
+from tulu_lightning.types import Completion
 
 SUMS = PromptSource("sums", rows="tulu_lightning.assets.arithmetic.prompt_rows", args={"count": 20})
 
@@ -199,6 +202,62 @@ def test_a_sample_that_fails_takes_none_of_its_siblings_with_it(tmp_path, server
     }
 
 
+def test_what_no_server_can_answer_stops_neither_its_neighbours_nor_the_next_start(tmp_path, server):
+    """A prompt that is too long fails with all of its samples (25, above give_up), and alone at the next start."""
+    bad, answered = read_asks([SUMS]).kept[0].messages[-1]["content"], server.replies
+
+    def reply(request):
+        return (400, "context length", {}) if request["messages"][-1]["content"] == bad else answered(request)
+
+    server.replies = reply
+    made = config(tmp_path, pool(server.url, "a"), draw="each", responses=25, limit=4)
+    for _ in range(2):
+        summary = generate(made)
+        assert (summary["failed"], summary["responses"]) == (1, 3 * 25)
+    server.replies = lambda request: (503, "down", {})
+    with pytest.raises(InputError, match="gave no answer to 20 requests in a row, last: HTTP 503"):
+        generate(made)
+
+
+def test_many_prompts_that_are_refused_do_not_keep_a_killed_command_from_going_on(tmp_path, server):
+    """Of 20 prompts 12 are refused: asked first at the next start, they are more in a row than give_up allows."""
+    texts = [ask.messages[-1]["content"] for ask in read_asks([SUMS]).kept]
+    answered, allowed = server.replies, texts[:1]
+
+    def reply(request):
+        return answered(request) if request["messages"][-1]["content"] in allowed else (400, "filtered", {})
+
+    server.replies = reply
+    made = config(tmp_path, pool(server.url, "a", give_up=5, concurrency=1), responses=1)
+    assert generate(replace(made, limit=2))["failed"] == 1
+    allowed += texts[13:]
+    assert generate(made)["failed"] == 12
+    assert generate(replace(made, models=pool(server.url, "a", concurrency=1, give_up=5), limit=9))["failed"] == 8, (
+        "eight are left over and eight were answered"
+    )
+
+
+def test_a_server_that_refuses_more_than_it_ever_answered_ends_the_command(tmp_path, server):
+    answered = server.replies
+    made = config(tmp_path, pool(server.url, "a", concurrency=1), responses=1)
+    generate(replace(made, limit=2))
+    server.replies = lambda request: (400, "max_tokens is too large", {})
+    with pytest.raises(InputError, match=r"gave no answer \(18 times: HTTP 400: 'max_tokens is too large'\)"):
+        generate(made)
+    server.replies = answered
+    assert generate(made)["failed"] == 0
+
+
+def test_an_answer_that_was_cut_before_it_began_is_one(tmp_path, server):
+    """A reasoning model that used up its tokens: content is null, finish_reason is length."""
+    choice = {"message": {"content": None}, "finish_reason": "length"}
+    server.replies = lambda request: (200, json.dumps({"choices": [choice]}), {})
+    made = config(tmp_path, pool(server.url, "a"), responses=1, limit=1)
+    assert generate(made)["failed"] == 0
+    assert [(row["response"], row["finish"]) for row in rows_of(made)] == [("", "length")]
+    assert len(server.requests) == 1
+
+
 def test_what_was_under_way_when_a_server_was_given_up_is_kept(tmp_path, server):
     answered, first = server.replies, threading.Event()
 
@@ -358,6 +417,61 @@ def test_a_checkpoint_and_its_twin_sample_by_themselves(tmp_path, tiny):
     pairs = [[row["ids"] for row in group] for group in _by_prompt(rows_of(made)).values()]
     assert all(len(pair) == 2 for pair in pairs)
     assert not any(one == other for one, other in pairs)
+
+
+def test_a_prompt_that_a_checkpoint_has_no_room_for_is_left_out_and_a_long_one_gets_a_shorter_answer(
+    tmp_path, tiny, capsys, monkeypatch
+):
+    """Of 4,096 positions a prompt of 4,000 words leaves none, and the cap of 7,500 tokens is more than any leaves."""
+    rows = tmp_path / "rows.jsonl"
+    words = (3, 4000, 5)
+    rows.write_text("".join(json.dumps({"messages": [{"role": "user", "content": "a " * n}]}) + "\n" for n in words))
+    room: list[list[int]] = []
+
+    class Short:
+        def generate(self, prompts, n, sampling, seed, *, keys):
+            room.append([sampling.max_new_tokens, *map(len, prompts)])
+            return [[Completion(torch.tensor([5]), torch.zeros(1), "stop", 0)] * n for _ in prompts]
+
+        def close(self):
+            pass
+
+    monkeypatch.setattr(models, "build_engine", lambda *arguments: Short())
+    made = config(
+        tmp_path, [], sources=[PromptSource("x", path=str(rows))], model=tiny, template="tulu", draw="each",
+        responses=1, decoding=Decoding(max_new_tokens=7500),
+    )  # fmt: skip
+    summary = generate(made)
+    assert (summary["responses"], summary["failed"]) == (2, 1)
+    (new_tokens, *lengths) = room[0]
+    assert new_tokens == 3840, "15 times 256 of the 4,096 less a short prompt"
+    assert max(lengths) < 256
+    told = "model 'policy' has room for 4,096 tokens: 1 prompts are too long for it, 2 leave less room for an answer"
+    assert told in capsys.readouterr().err
+    assert generate(made)["failed"] == 1, "left over by itself it stops nothing"
+    rows.write_text(rows.read_text().splitlines()[1])
+    with pytest.raises(InputError, match="has room for 4,096 tokens, and every prompt is longer"):
+        generate(replace(made, output=str(tmp_path / "other")))
+
+
+def test_vllm_gets_the_memory_that_it_finds_and_room_for_one_sample(tiny, monkeypatch):
+    """256 MB, which is enough for tests, hold 2,048 tokens of an 8B model: vLLM would not start."""
+    seen = []
+
+    def build(settings, *others):
+        seen.append(settings)
+        raise InputError("here", "it stops", "Look.")
+
+    monkeypatch.setattr(models, "build_engine", build)
+    question = Question("0" * 16, [{"role": "user", "content": "Hello"}])
+    for wanted in (16, 7500):
+        with pytest.raises(InputError, match="it stops"):
+            list(models.answers(Model("m", path=tiny, template="tulu", engine="vllm"), [question], Decoding(wanted), 0))
+    assert [(each.kv_cache_mb, each.max_model_len) for each in seen] == [(None, 4096), (None, 4096)]
+    monkeypatch.setattr(models, "PROMPT", 1000)
+    with pytest.raises(InputError, match="it stops"):
+        list(models.answers(Model("m", path=tiny, template="tulu", engine="vllm"), [question], Decoding(16), 0))
+    assert seen[-1].max_model_len == 1016
 
 
 def test_a_server_gets_another_seed_for_each_model_prompt_and_answer(tmp_path, server):

@@ -203,6 +203,14 @@ def test_held_out_prompts_and_shares(config):
         make_pairs(replace(config, on_policy_share=0.0))
 
 
+def test_folders_that_the_chain_would_not_use_are_refused(config):
+    for name, made in (("generate", config.generate), ("judge", config.judge)):
+        with pytest.raises(InputError, match=rf"{name}\.output: is 'elsewhere'"):
+            make_pairs(replace(config, **{name: replace(made, output="elsewhere")}))
+    with pytest.raises(InputError, match=r"judge\.input: is 'elsewhere'"):
+        make_pairs(replace(config, judge=replace(config.judge, input="elsewhere")))
+
+
 def test_neither_a_source_nor_a_maker_of_ratings_is_an_error(config):
     with pytest.raises(InputError, match="neither or both of ratings and judge"):
         make_pairs(replace(config, judge=None))

@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 
@@ -93,6 +94,24 @@ def test_a_held_out_question_counts_also_behind_exemplars_and_before_constraints
     assert (summary["prompts"], summary["held_out"], summary["also_held_out"]) == (12, 2, 4)
     texts = [row["messages"][0]["content"] for row in lines(tmp_path / "out" / "prompts.jsonl")]
     assert not any("2 + 2?" in text or "3 + 3?" in text for text in texts)
+    both = [few, PromptSource("plain", path=str(rows), read="gsm8k")]
+    summary = make_prompts(PromptsConfig(str(tmp_path / "both"), both, held_out=[plain]))
+    assert (summary["sources"], summary["also_held_out"]) == ({"g": 6, "plain": 6}, 4), "of 8 questions 2 are held out"
+
+
+def test_a_limit_lets_nothing_through_that_is_held_out(tmp_path):
+    """The first prompt is held out too, as the last of six: beyond the limit of three."""
+    rows, held = tmp_path / "rows.jsonl", tmp_path / "held.jsonl"
+    questions = [json.dumps({"question": f"{n} + {n}?", "answer": f"#### {2 * n}"}) + "\n" for n in range(12)]
+    rows.write_text("".join(questions[:6]))
+    held.write_text("".join(reversed(questions[:1] + questions[7:])))
+    sources = [PromptSource("g", path=str(rows), read="gsm8k")]
+    made = PromptsConfig(str(tmp_path / "out"), sources, held_out=[PromptSource("h", path=str(held), read="gsm8k")])
+    summary = make_prompts(replace(made, limit=6))
+    assert (summary["prompts"], summary["also_held_out"], summary["held_out"]) == (5, 1, 6)
+    summary = make_prompts(replace(made, limit=3, output=str(tmp_path / "limited")))
+    kept = [row["messages"][0]["content"] for row in lines(tmp_path / "limited" / "prompts.jsonl")]
+    assert (kept, summary["held_out"], summary["also_held_out"]) == (["1 + 1?", "2 + 2?"], 3, 1)
 
 
 @pytest.mark.parametrize(

@@ -244,6 +244,9 @@ def test_what_a_relaxed_answer_does_is_told_apart(server, tmp_path):
     told = summary["skills"]["precise_if"]
     assert told["kept"] + sum(told["left_out"].values()) == told["requests"] == 6
     assert sum(told.get("relaxed_left_out", {}).values()) + summary["pairs"] <= told["kept"]
+    assert (tmp_path / "out" / "pairs.jsonl").exists()
+    synthesize(config(server, tmp_path, IF))
+    assert not (tmp_path / "out" / "pairs.jsonl").exists(), "without relax none is made, and none of before is left"
 
 
 def test_answers_to_other_requests_are_refused(server, tmp_path):
@@ -356,6 +359,11 @@ def test_bad_settings(settings, said, server, tmp_path):
 def test_personas_from_files(tmp_path):
     (tmp_path / "a.txt").write_text("One\n\n Two \nOne\n")
     assert Personas(path=str(tmp_path / "a.txt")).texts() == ["One", "Two"]
+    with pytest.raises(InputError, match=r"personas\.limit: is -1"):
+        Personas(path=str(tmp_path / "a.txt"), limit=-1).texts()
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9\n")
+    with pytest.raises(InputError, match=r"latin\.txt, or it is no text in UTF-8"):
+        Personas(path=str(tmp_path / "latin.txt")).texts()
     (tmp_path / "b.jsonl").write_text('{"who": "One"}\n{"who": ""}\n')
     with pytest.raises(InputError, match=r"row 2.*who is ''"):
         Personas(path=str(tmp_path / "b.jsonl"), field="who").texts()

@@ -30,8 +30,9 @@ def report_of(scan: Scan, findings: Findings, worst: int = 5) -> dict[str, Any]:
         in `train` and `test`: `text`, and `shared`, the spans of characters that both have.
     """
     pairs, bounds = findings.pairs, scan.index.first_items
-    told = []
-    for place, verdict in enumerate(verdicts(scan, findings)):
+    told, found = [], verdicts(scan, findings)
+    whole = scan.settings.action == "drop_source" and any(verdict.contaminated for verdict in found)
+    for place, verdict in enumerate(found):
         mine = np.flatnonzero((pairs.items_P >= bounds[place]) & (pairs.items_P < bounds[place + 1]))
         mine = mine[np.lexsort((pairs.rows_P[mine], pairs.items_P[mine], -pairs.shares_P[mine]))]
         _, first = np.unique(pairs.items_P[mine], return_index=True)
@@ -51,7 +52,7 @@ def report_of(scan: Scan, findings: Findings, worst: int = 5) -> dict[str, Any]:
         "source": scan.source.name,
         "rows": len(scan.table),
         "turns": findings.turns,
-        "dropped": len(rows_to_drop(scan, findings)),
+        "dropped": len(scan.table) if whole else len(rows_to_drop(scan, findings)),
         "evaluations": told,
     }
 

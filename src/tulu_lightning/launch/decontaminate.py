@@ -12,6 +12,7 @@ from typing import Any
 
 from jsonargparse import ArgumentParser
 
+from tulu_lightning.core.settings import require
 from tulu_lightning.data.base import StepData
 from tulu_lightning.data.decontaminate import rows_to_drop, verdicts
 from tulu_lightning.data.decontaminate_report import as_html, as_text, report_of
@@ -50,6 +51,7 @@ def run(argv: Sequence[str]) -> None:
         InputError: options, config, sets or rows are bad, or the output folder is in use.
     """
     options, rest = _options(argv)
+    require(options.worst >= 0, "--worst", options.worst, "Use 0 or more.")
     shard = _shard(options.shard)
     out = _new_folder(options.out)
     # All of it is written beside and moved in at the end: what a kill leaves is no output, and the same command goes on.
@@ -117,6 +119,8 @@ def _shard(text: str | None) -> tuple[int, int]:
 
 
 def _new_folder(out: Path | None) -> Path | None:
+    if out is not None and out.exists() and not out.is_dir():
+        raise InputError(str(out), "is a file", "Give a new folder.")
     if out is not None and out.exists() and any(out.glob("[!.]*")):
         raise InputError(str(out), "the output folder is not empty", "Give a new one, or remove it.")
     return out

@@ -75,6 +75,12 @@ class PairsConfig:
             made = "generate" if name == "input" else "judge"
             if (getattr(self, name) is None) == (getattr(self, made) is None):
                 raise InputError("pairs", f"has neither or both of {name} and {made}", "Give exactly one.")
+        own = (
+            ("generate.output", self.generate and self.generate.output),
+            ("judge.output", self.judge and self.judge.output),
+        )
+        for name, value in (*own, ("judge.input", self.judge and self.judge.input)):
+            require(not value, name, repr(value), "Leave it out: here it is a folder of output, or input of the pairs.")
         share = self.on_policy_share
         require(share is None or 0 <= share <= 1, "on_policy_share", share, "It is a share of the pairs: 0 to 1.")
         require(self.limit is None or self.limit >= 1, "limit", self.limit, "Use at least 1, or leave it out.")

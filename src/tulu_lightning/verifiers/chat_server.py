@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from email.utils import parsedate_to_datetime
 from http.client import HTTPException
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 from urllib.error import HTTPError
 from urllib.parse import urlsplit
 from urllib.request import HTTPRedirectHandler, OpenerDirector, ProxyHandler, Request, build_opener
@@ -18,6 +18,8 @@ __all__ = ["Reply", "RequestFailed", "check_server", "request_chat", "request_te
 ANSWER_BYTES = 1 << 20
 RETRIED = (408, 409, 425, 429)
 """HTTP statuses below 500 that may pass by themselves."""
+REFUSED = (400, 413, 422)
+"""HTTP statuses that say that this request cannot be served: it is too long, or a filter stops it."""
 LONGEST_PAUSE = 30.0
 """Seconds between two tries, where the server names none."""
 LONGEST_ASKED = 600.0
@@ -43,8 +45,12 @@ class Reply(NamedTuple):
 class RequestFailed(Exception):
     """One request came to nothing."""
 
-    def __init__(self, what: str, pause: float | None) -> None:
+    def __init__(
+        self, what: str, pause: float | None, lies_in: Literal["server", "request", "either"] = "either"
+    ) -> None:
         super().__init__(what)
+        self.lies_in = lies_in
+        """`request`: the server works, and refuses this one; `server`: others would fare no better."""
         self.pause = pause
         """Seconds to wait before another try is worth it; None if it is not."""
 
@@ -125,15 +131,18 @@ def _request(url: str, body: Mapping[str, Any], seconds: float, api_key_env: str
         pause = _asked_pause((error.headers or {}).get("Retry-After", ""))
         later = f", and asks to be left alone for {pause:,.0f} seconds" if pause > LONGEST_ASKED else ""
         again = again and not later
-        raise RequestFailed(f"HTTP {error.code}: {told!r}{later}", pause if again else None) from None
+        lies_in = "request" if error.code in REFUSED else "either" if error.code == 500 else "server"
+        raise RequestFailed(f"HTTP {error.code}: {told!r}{later}", pause if again else None, lies_in) from None
     except (OSError, HTTPException) as error:
-        raise RequestFailed(f"{getattr(error, 'reason', None) or error or type(error).__name__}", 0.0) from None
+        reason = getattr(error, "reason", None) or error
+        lies_in = "either" if isinstance(reason, TimeoutError) else "server"
+        raise RequestFailed(f"{reason or type(error).__name__}", 0.0, lies_in) from None
     except (ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
         raise RequestFailed(f"its answer is no chat completion ({type(error).__name__}: {error})", 0.0) from None
 
 
 def with_tries(
-    once: Callable[[], T], retries: int, backoff_seconds: float, sleep: Callable[[float], object] = time.sleep
+    once: Callable[[], T], retries: int, backoff_seconds: float, sleep: Callable[[float], object] | None = None
 ) -> T:
     """Call until it does not fail, with pauses that double, or as long as the server asks for.
 
@@ -147,7 +156,7 @@ def with_tries(
         except RequestFailed as failure:
             if failure.pause is None or left == 0:
                 raise
-            sleep(max(failure.pause, min(LONGEST_PAUSE, pause)))
+            (sleep or time.sleep)(max(failure.pause, min(LONGEST_PAUSE, pause)))
             pause *= 2
     raise AssertionError("unreachable")
 
@@ -177,6 +186,8 @@ def _reply(answer: Any) -> Reply:
     usage = answer.get("usage") or {}
     counts = [int(usage.get(name) or 0) for name in ("prompt_tokens", "completion_tokens")]
     text = choice["message"]["content"] if "message" in choice else choice["text"]
+    if text is None and choice.get("finish_reason") in ("length", "content_filter"):
+        text = ""  # cut before the answer began, as a reasoning model may be
     found = ((choice.get("logprobs") or {}).get("content") or [{}])[0].get("top_logprobs")
     first = None if found is None else {str(one["token"]): float(one["logprob"]) for one in found}
     if not isinstance(text, str):

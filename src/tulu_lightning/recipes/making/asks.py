@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from tulu_lightning.data.chat import Message
@@ -33,6 +34,8 @@ class Ask(NamedTuple):
     source: str
     columns: dict[str, Any]
     """What else the row holds and a later command may want."""
+    question: str
+    """Hash of the messages without exemplars: the same question behind other ones has the same."""
 
 
 class Asks(NamedTuple):
@@ -112,7 +115,11 @@ def _ask(source: PromptSource, number: int, row: Row, rules: Rules) -> Ask | Non
         return None
     plain: list[Message] = [{"role": m["role"], "content": m["content"]} for m in messages]
     columns = {name: row[name] for name in ("id", "constraints", "original") if row.get(name) is not None}
-    return Ask(prompt_key(plain), plain, checks, source.name, columns)
+    whole = prompt_key(plain)
+    if not checks or source.few_shot is None:
+        return Ask(whole, plain, checks, source.name, columns, whole)
+    bare = read_prompt(replace(source, few_shot=None), number, row, rules).messages
+    return Ask(whole, plain, checks, source.name, columns, prompt_key(bare))
 
 
 def _conversation(source: PromptSource, number: int, row: Row) -> list[Message]:

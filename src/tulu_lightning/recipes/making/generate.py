@@ -138,7 +138,8 @@ def generate(config: GenerateConfig) -> dict[str, Any]:
         with Progress("generate", len(every), done=done, unit="responses") as progress:
             for name, model in pool.items():
                 questions = _questions(asks.kept, plan, name, store.done)
-                for question, made in answers(model, questions, config.decoding, _seed(config, name)):
+                known = sum(key.partition(":")[2].rpartition(":")[0] == name for key in store.done)
+                for question, made in answers(model, questions, config.decoding, _seed(config, name), known):
                     store.add(_row(question.about, model, answer, who[name], config) for answer in made)
                     done += len(made)
                     progress.update(done, name)
@@ -148,7 +149,7 @@ def generate(config: GenerateConfig) -> dict[str, Any]:
     summary |= {"repeated": asks.repeated, "left_out": asks.left_out}
     write_whole(Path(config.output, "summary.json"), json.dumps(summary, indent=1))
     if summary["failed"]:
-        print(f"{summary['failed']:,} prompts lack a response whose request failed; the same command tries them again")
+        print(f"{summary['failed']:,} prompts lack a response (see above why); the same command tries them again")
     print(f"{summary['responses']:,} responses to {summary['prompts']:,} prompts: {config.output}", flush=True)
     return summary
 

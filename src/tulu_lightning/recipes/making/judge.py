@@ -204,7 +204,7 @@ def _ask(config: JudgeConfig, model: Model, groups: Sequence[list[dict[str, Any]
     decoding, who = Decoding(config.max_new_tokens, config.temperature), identity(model)
     with Progress(model.name, len(every), done=done, unit="questions") as progress:
         for question, (answer,) in answers(
-            model, _questions(config, groups, model.name, store.done), decoding, config.seed
+            model, _questions(config, groups, model.name, store.done), decoding, config.seed, done
         ):
             call = question.about
             row = _row(

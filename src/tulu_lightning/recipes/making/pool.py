@@ -49,7 +49,8 @@ class Model:
     backoff_seconds: float = 1.0
     """First pause between two tries; each further one is twice as long."""
     give_up: int = 20
-    """Requests in a row that come to nothing, after which the command stops; what is done is kept."""
+    """Requests in a row that come to nothing, after which the command stops; what is done is kept. Of one prompt they
+    count once, and not at all where a server that answers others refuses them."""
     price_prompt: float = 0.0
     """Of a million prompt tokens, in your currency; for the cost that rows and summary tell."""
     price_tokens: float = 0.0

@@ -7,7 +7,7 @@ for them. What is written has the columns that `PromptData` reads without furthe
 import json
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,7 @@ class PromptsConfig:
     kinds: list[str] = field(default_factory=lambda: list(DRAWS))
     """Which constraints are drawn: IFEval's instruction ids."""
     held_out: list[PromptSource] = field(default_factory=list)
-    """As `sources`, for held_out.jsonl; a prompt that is here too is left out of prompts.jsonl."""
+    """As `sources`, for held_out.jsonl; a prompt that is here too, `limit` or not, is left out of prompts.jsonl."""
     verifiers: dict[str, Verifier] = field(default_factory=dict)
     """Own verifiers by name, as class_path and init_args."""
     seed: int = 0
@@ -73,42 +73,40 @@ def make_prompts(config: PromptsConfig) -> dict[str, Any]:
         raise InputError(str(out), "is there already", "Give another output, or remove it.")
     verifiers = own_verifiers(config.verifiers)
     held = _verified(config.held_out, config, verifiers)
-    rows = [*_verified(config.sources, config, verifiers), *_with_constraints(config, verifiers)]
-    taken = set(_questions(config.held_out, config, verifiers))
-    asked = [*_questions(config.sources, config, verifiers), *_questions(config.constrained, config, verifiers)]
-    kept = [row for row, question in zip(rows, asked, strict=True) if question not in taken]
+    made = [*_verified(config.sources, config, verifiers), *_with_constraints(config, verifiers)]
+    every = read_asks(config.held_out, config.seed, None, verifiers).kept if config.held_out else []
+    taken = {ask.question for ask in every}  # also beyond the limit: a trial's prompts are not to hold what is held out
+    kept = [row for ask, row in made if ask.question not in taken]
     if not kept:
         raise InputError("sources", "no prompt is left that is not held out", "Give other rows.")
     if config.dry_run:
         for name, row in {row["source"]: row for row in reversed(kept)}.items():
             print(f"{name}: {row['verifier']}, target {row['ground_truth'][:200]}\n{row['messages'][-1]['content']}\n")
         return {}
+    held_rows = [row for _, row in held]
     summary = {
         "stage": "prompts",
         "prompts": len(kept),
-        "held_out": len(held),
-        "also_held_out": len(rows) - len(kept),
+        "held_out": len(held_rows),
+        "also_held_out": len(made) - len(kept),
         "sources": dict(Counter(row["source"] for row in kept)),
         "verifiers": dict(Counter(row["verifier"] for row in kept)),
         "constraints": dict(Counter(kind for row in kept for kind in row.get("constraints", ())).most_common()),
     }
     out.parent.mkdir(parents=True, exist_ok=True)
-    if held:
-        write_rows(out.with_name("held_out.jsonl"), held)
+    if held_rows:
+        write_rows(out.with_name("held_out.jsonl"), held_rows)
     write_whole(out.with_name("summary.json"), json.dumps(summary, indent=1))
     write_rows(out, kept)  # last: the file whose being there refuses another run says that all are there
     told = ", ".join(f"{count:,} of {name}" for name, count in summary["sources"].items())
-    print(f"{len(kept):,} prompts ({told}), {len(held):,} held out: {config.output}")
+    print(f"{len(kept):,} prompts ({told}), {len(held_rows):,} held out: {config.output}")
     return summary
 
 
-def _questions(sources: Sequence[PromptSource], config: PromptsConfig, verifiers: Verifiers) -> list[str]:
-    """Each prompt by what the row itself asks: exemplars before it, or constraints behind it, make no other question."""
-    bare = [replace(source, few_shot=None) for source in sources]
-    return [ask.key for ask in read_asks(bare, config.seed, config.limit, verifiers).kept] if bare else []
-
-
-def _verified(sources: Sequence[PromptSource], config: PromptsConfig, verifiers: Verifiers) -> list[dict[str, Any]]:
+def _verified(
+    sources: Sequence[PromptSource], config: PromptsConfig, verifiers: Verifiers
+) -> list[tuple[Ask, dict[str, Any]]]:
+    """Each row beside the prompt that it is made of."""
     if not sources:
         return []
     rows = []
@@ -117,7 +115,7 @@ def _verified(sources: Sequence[PromptSource], config: PromptsConfig, verifiers:
             what = f"{ask.messages[-1]['content'][:80]!r} has {len(ask.checks)} checks"
             raise InputError(f"source {ask.source!r}", what, "Give ground_truth and verifier, or read: gsm8k or math.")
         (check,) = ask.checks
-        rows.append(_row(ask, check.verifier, check.target))
+        rows.append((ask, _row(ask, check.verifier, check.target)))
     return rows
 
 
@@ -126,7 +124,7 @@ def _row(ask: Ask, verifier: str, target: str, **more: Any) -> dict[str, Any]:
     return {**row, "source": ask.source, **more}
 
 
-def _with_constraints(config: PromptsConfig, verifiers: Verifiers) -> list[dict[str, Any]]:
+def _with_constraints(config: PromptsConfig, verifiers: Verifiers) -> list[tuple[Ask, dict[str, Any]]]:
     if not config.constrained:
         return []
     asks = read_asks(config.constrained, config.seed, config.limit, verifiers).kept
@@ -136,7 +134,7 @@ def _with_constraints(config: PromptsConfig, verifiers: Verifiers) -> list[dict[
         target = made["ground_truth"]
         if complaint := verifiers.complaint("ifeval", target):
             raise InputError(f"source {ask.source!r}", complaint, "Or leave kinds of constraints out.")
-        own = Ask(prompt_key(made["messages"]), made["messages"], ask.checks, ask.source, ask.columns)
+        own = ask._replace(key=prompt_key(made["messages"]), messages=made["messages"])
         kinds = json.loads(target)["instruction_id_list"]
-        rows.append(_row(own, "ifeval", target, constraints=kinds, constraint=made["constraint"]))
+        rows.append((ask, _row(own, "ifeval", target, constraints=kinds, constraint=made["constraint"])))
     return rows

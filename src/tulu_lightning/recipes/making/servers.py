@@ -40,29 +40,40 @@ class _Pace:
 class _Failures:
     """What came to nothing, and when that is enough."""
 
-    def __init__(self, model: Model) -> None:
-        self._model = model
+    def __init__(self, model: Model, known: int) -> None:
+        self._model, self._known = model, known
         self._reasons: Counter[str] = Counter()
-        self._in_a_row = self._answered = 0
+        self._in_a_row: set[str] = set()
+        self._answered = 0
+        self._server_alone = True
         self.given_up: str | None = None
         """Why, once it is so."""
 
     def answered(self) -> None:
-        self._in_a_row, self._answered = 0, self._answered + 1
+        self._in_a_row.clear()
+        self._answered += 1
 
-    def add(self, failure: RequestFailed) -> None:
-        self._in_a_row += 1
+    def add(self, failure: RequestFailed, key: str, number: int) -> None:
         self._reasons[str(failure)[:200]] += 1
-        if self._in_a_row >= self._model.give_up and self.given_up is None:
-            self.given_up = f"gave no answer to {self._in_a_row} requests in a row, last: {failure}"
+        self._server_alone &= failure.lies_in == "server"
+        if failure.lies_in == "request" and (self._known or self._answered):
+            return  # a server that answers others is not down
+        # One prompt that cannot be answered is one failure, however many answers to it are wanted.
+        self._in_a_row.add(f"{key}:{number}" if failure.lies_in == "server" else key)
+        if len(self._in_a_row) >= self._model.give_up and self.given_up is None:
+            self.given_up = f"gave no answer to {len(self._in_a_row)} requests in a row, last: {failure}"
 
     def tell(self) -> None:
         """Say it, as an error where nothing can be gone on with."""
         told = "; ".join(f"{count} times: {reason}" for reason, count in self._reasons.most_common(3))
-        if self._reasons and not self._answered and self.given_up is None:
+        # What was left over by a run that went well must not stop what goes on with it, unless the server is down now.
+        hopeless = self._server_alone or self._reasons.total() > self._known
+        if self._reasons and not self._answered and hopeless and self.given_up is None:
             self.given_up = f"gave no answer ({told})"
         if self.given_up is not None:
             remedy = "Mend or start the server, and run the same command again; what is done is kept."
+            if (self._known or self._answered) and not self._server_alone:
+                remedy += " If it is these requests that fail, raise give_up."
             raise InputError(f"model {self._model.name!r} at {self._model.url}", self.given_up, remedy)
         if self._reasons:
             count = self._reasons.total()
@@ -70,10 +81,10 @@ class _Failures:
 
 
 def served(
-    model: Model, questions: Iterable[Question], decoding: Decoding, seed: int
+    model: Model, questions: Iterable[Question], decoding: Decoding, seed: int, known: int = 0
 ) -> Iterator[tuple[Question, list[Answer]]]:
     """See `making.models.answers`. Each answer comes by itself: what fails takes none of the same question with it."""
-    pace, stop, failures = _Pace(model.requests_per_minute), threading.Event(), _Failures(model)
+    pace, stop, failures = _Pace(model.requests_per_minute), threading.Event(), _Failures(model, known)
 
     def once(question: Question, number: int) -> Reply:
         pace(stop.wait)
@@ -93,10 +104,12 @@ def served(
 
     every = ((question, number) for question in questions for number in question.numbers)
     try:
-        for (question, _), outcome in _in_threads(ask, every, model.concurrency, lambda: failures.given_up is None):
+        for (question, number), outcome in _in_threads(
+            ask, every, model.concurrency, lambda: failures.given_up is None
+        ):
             if isinstance(outcome, RequestFailed):
                 if not stop.is_set():
-                    failures.add(outcome)
+                    failures.add(outcome, question.key, number)
                 if failures.given_up is not None:
                     stop.set()  # what is under way is waited for and kept, and not tried again
                 continue

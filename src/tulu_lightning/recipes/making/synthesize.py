@@ -58,11 +58,13 @@ class Personas:
         Raises:
             InputError: the file or set is not there, a row has no such field or no text in it, or nothing is left.
         """
+        require(self.limit is None or self.limit >= 1, "personas.limit", self.limit, "Use at least 1, or leave it out.")
         if self.path is not None and self.path.endswith(".txt"):
-            path = Path(self.path)
-            if not path.is_file():
-                raise InputError("personas.path", f"there is no {path}", "Give a text file with one persona a line.")
-            lines = path.read_text(encoding="utf-8").splitlines()
+            try:
+                lines = Path(self.path).read_text(encoding="utf-8").splitlines()
+            except (OSError, UnicodeDecodeError) as error:
+                what = f"there is no {self.path}, or it is no text in UTF-8 ({error})"
+                raise InputError("personas.path", what, "Give a text file with one persona a line.") from None
             found = [line.strip() for line in lines if line.strip()][: self.limit]
         else:
             rows = None if self.path or self.hub else "tulu_lightning.assets.personas.persona_rows"
@@ -210,7 +212,7 @@ def _requests(config: SynthesizeConfig, slots: Sequence[_Slot], folder: Path) ->
         done = len(slots) - len(left)
         with Progress("requests", len(slots), done=done) as progress:
             questions = (slot.question for slot in left)
-            for question, (answer,) in answers(config.writer, questions, config.decoding, config.seed):
+            for question, (answer,) in answers(config.writer, questions, config.decoding, config.seed, done):
                 slot = question.about
                 written = read_request(slot.skill, answer.text, answer.finish, slot.key)
                 row = {"key": slot.key, "skill": slot.skill.name, "persona": slot.persona, "request": asdict(written)}
@@ -259,7 +261,7 @@ def _answers(
                 raise InputError(str(folder), what, "Remove it, or give another output: requests were made anew.")
         done = len(store.done & of.keys())
         with Progress("answers", len(of), done=done) as progress:
-            for question, found in answers(who, _left(asked, store.done), config.answer_decoding, config.seed):
+            for question, found in answers(who, _left(asked, store.done), config.answer_decoding, config.seed, done):
                 for answer in found:
                     name = question.about[answer.number]
                     told = _told(who, settings["model"], answer, config.seed)

@@ -61,6 +61,8 @@ def finish(
     write_rows(out / "rlvr.jsonl", (_rlvr(each) for each in kept if each.target))
     if config.relax:
         write_rows(out / "pairs.jsonl", pairs)
+    else:  # not those of settings of before, to other rows
+        (out / "pairs.jsonl").unlink(missing_ok=True)
     of = {row["key"]: row for row in requests}
     write_rows(out / "left_out.jsonl", ({"key": key, "reason": why, **_about(of, key)} for key, why in left.items()))
     summary = _summary(skills, requests, answers, kept, pairs, left)
