@@ -424,7 +424,7 @@ def test_time_is_up_saves_queues_again_and_goes_on(alone, tmp_path):
     assert (tmp_path / "queue").read_text().splitlines() == [f"requeue {os.getpid()}"], out
     assert len(metrics(tmp_path / "run")) < STEPS
     (saved,) = (tmp_path / "run" / "checkpoints").iterdir()
-    assert "tulu: interrupted" in out
+    assert "tulu: stopped by a signal; run the same command again to go on" in out
     again = subprocess.run(
         ["bash", str(job), str(path)], env=env, cwd=ROOT, capture_output=True, text=True, timeout=ENOUGH
     )
