@@ -469,6 +469,13 @@ def test_a_file_is_not_written_over(asked, tmp_path):
     assert (tmp_path / "notes.txt").read_text() == "mine"
 
 
+def test_two_sources_do_not_share_a_file():
+    pair = [Source("a/b", path="x.jsonl"), Source("a_b", path="y.jsonl")]
+    command._check_files(pair[:1])
+    with pytest.raises(InputError, match=r"'a/b' and 'a_b' would both be written as a_b\.jsonl\.gz\. Rename one"):
+        command._check_files(pair)
+
+
 def test_the_command_leaves_a_source_out(asked, tmp_path, capsys):
     assert cli.main([*asked, "--out", "out", "--action", "drop_source"]) == 0
     assert "sums: 60 of 60 rows would be left out\nadditions: 0 of 5 rows" in capsys.readouterr().out

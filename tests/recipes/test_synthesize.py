@@ -329,6 +329,23 @@ def test_a_dry_run_shows_the_first_request_and_asks_nothing(server, tmp_path, ca
     assert not (tmp_path / "out").exists()
 
 
+def test_requests_that_nobody_wrote_are_counted(server, tmp_path, capsys):
+    refused = []
+
+    def partly(request):
+        refused.extend([request["seed"]] * (not refused and "wants a text" in request["messages"][-1]["content"]))
+        return (400, "no", {}) if request["seed"] in refused else reply(request)
+
+    server.replies = partly
+    made = config(server, tmp_path, replace(PROSE, count=4))
+    summary = synthesize(made)
+    assert (summary["not_written"], summary["skills"]["prose"]["requests"], summary["sft"]) == (1, 3, 3)
+    assert "1 requests were not written (see above why); the same command" in capsys.readouterr().out
+    refused[:] = [-1]
+    summary = synthesize(made)
+    assert (summary["not_written"], summary["sft"]) == (0, 4)
+
+
 def test_a_server_that_is_down_keeps_what_is_there(server, tmp_path):
     made = config(server, tmp_path, replace(PROSE, count=8))
     server.replies = lambda request: reply(request) if len(server.requests) <= 3 else (500, "no", {})

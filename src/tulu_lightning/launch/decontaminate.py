@@ -59,6 +59,7 @@ def run(argv: Sequence[str]) -> None:
     if beside is not None:
         remove(beside)
     sources = _sources(rest, options)
+    _check_files(sources)
     reports: list[dict[str, Any]] = []
     kept: list[dict[str, Any]] = []
     waiting = 0
@@ -202,6 +203,19 @@ def _plan(scan: Scan) -> str:
 # Output -------------------------------------------------------------------------------------------------------------
 
 
+def _file(source: str) -> str:
+    return f"{source.replace('/', '_')}.jsonl.gz"
+
+
+def _check_files(sources: Sequence[Source]) -> None:
+    """Refuse two sources whose rows would go into one file."""
+    names: dict[str, str] = {}
+    for source in sources:
+        if (other := names.setdefault(_file(source.name), source.name)) != source.name:
+            what = f"{other!r} and {source.name!r} would both be written as {_file(source.name)}"
+            raise InputError("sources", what, "Rename one.")
+
+
 def _write_rows(out: Path, scan: Scan, findings: Findings) -> dict[str, Any]:
     """The rows that stay, as JSON lines in the form in which they were read; what the manifest says of them."""
     bad = [verdict.name for verdict in verdicts(scan, findings) if verdict.contaminated]
@@ -218,7 +232,7 @@ def _write_rows(out: Path, scan: Scan, findings: Findings) -> dict[str, Any]:
     if whole:
         return {**known, "kept": 0, "file": None}
     numbers = [scan.table.number(int(index)) for index in dropped]
-    path = out / f"{scan.source.name.replace('/', '_')}.jsonl.gz"
+    path = out / _file(scan.source.name)
     out.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.tmp")
     leave, digest = set(dropped.tolist()), hashlib.sha256()

@@ -178,7 +178,9 @@ def synthesize(config: SynthesizeConfig) -> dict[str, Any]:
     requests = _requests(config, slots, out / "requests")
     made = _answers(config, skills, requests, out / "answers")
     summary = finish(config, {skill.name: skill for skill in skills}, requests, made, out)
-    summary["seconds"] = time.perf_counter() - started
+    if missing := len(slots) - len(requests):
+        print(f"{missing:,} requests were not written (see above why); the same command asks again", flush=True)
+    summary |= {"not_written": missing, "seconds": time.perf_counter() - started}
     write_whole(out / "summary.json", json.dumps(summary, indent=1))
     return summary
 
