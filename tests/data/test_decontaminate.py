@@ -31,6 +31,7 @@ from tulu_lightning.data.prompts import PromptData
 from tulu_lightning.data.sft import SFTData
 from tulu_lightning.data.sources import Source, open_source
 from tulu_lightning.errors import InputError
+from tulu_lightning.evaluation import rows as evaluation_rows
 from tulu_lightning.evaluation.rows import package_file
 from tulu_lightning.launch import decontaminate as command
 
@@ -532,3 +533,42 @@ def test_an_item_without_its_field_is_named(item, fields, said, tmp_path):
     with pytest.raises(InputError) as caught:
         evaluation_index(Decontaminate([Evaluation("set", path=path, fields=fields)]))
     assert f"items.jsonl, row 1: {said}" in str(caught.value)
+
+
+# The paper's sets ---------------------------------------------------------------------------------------------------
+
+LISTED = Path(__file__).parents[2] / "configs" / "data" / "tulu3_evaluations.yaml"
+
+
+def test_the_papers_twenty_sets_are_listed_with_the_fields_that_they_have():
+    """Section 8 of the fact sheet; those that packages bring are opened, and hold their items."""
+    listed = {each["name"]: Evaluation(**each) for each in yaml.safe_load(LISTED.read_text())["evaluations"]}
+    assert len(listed) == 20
+    counts = {"mmlu": 14042, "humaneval": 164, "gsm8k": 1319, "math": 5000, "ifeval": 541, "alpaca_eval": 805}
+    there = 0
+    for name, count in counts.items():
+        try:
+            table = open_source(listed[name].source())
+        except InputError:  # its package is not installed
+            continue
+        there += 1
+        assert len(table) == count
+        assert all(table.take([0])[0][field] for field in listed[name].fields)
+    if not there:
+        pytest.skip("no package with a set is installed")
+
+
+def test_a_listed_set_that_is_not_here_is_named_and_a_file_stands_in_for_it(asked, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(evaluation_rows, "_given", {})
+    monkeypatch.setattr(evaluation_rows, "_read", set())
+    sets = yaml.safe_load(LISTED.read_text())["evaluations"]
+    (agieval,) = [each for each in sets if each["name"] == "agieval"]
+    (tmp_path / "agieval.yaml").write_text(yaml.safe_dump({"evaluations": [agieval]}))
+    argv = [*asked[: asked.index("--against")], "--against", "agieval.yaml"]
+    assert cli.main(argv) == 2
+    assert "Then --data agieval=FILE.jsonl" in capsys.readouterr().err
+    jsonl(tmp_path / "agieval.jsonl", [{"question": SECRET, "subtask": "sat-math"}])
+    assert cli.main([*argv, "--data", "agieval=agieval.jsonl", "--set-share", "0"]) == 0
+    assert "agieval" in capsys.readouterr().out
+    assert cli.main([*argv, "--data", "agieva=agieval.jsonl"]) == 2
+    assert cli.main([*argv, "--data", "agieval"]) == 2

@@ -23,6 +23,7 @@ from tulu_lightning.recipes.making.pool import Model
 from tulu_lightning.recipes.making.skills import SKILLS, Skill, Written, filled, read_request
 from tulu_lightning.recipes.making.store import read_rows
 from tulu_lightning.recipes.making.synthesize import Personas, SynthesizeConfig, relaxed, synthesize
+from tulu_lightning.recipes.making.synthesized import target_of
 from tulu_lightning.verifiers.registry import get
 
 KINDS = ["punctuation:no_comma", "detectable_format:title"]
@@ -115,6 +116,18 @@ def test_constraints_are_drawn_and_appended_and_one_can_be_left_away():
             without = relaxed(written, str(number))
             assert without in [f"Write. {written.constraints[place][2]}" for place in (0, 1)]
     assert set(texts) == {1, 2}
+
+
+def test_all_25_kinds_are_drawn_and_the_request_to_be_repeated_is_the_bare_one():
+    skill = Skill("precise_if").whole()
+    assert len(skill.kinds) == 25
+    written = read_request(replace(skill, kinds=["combination:repeat_prompt"]), "Request: Name a river.", "stop", "5")
+    ((kind, arguments, sentence),) = written.constraints
+    assert (kind, arguments) == ("combination:repeat_prompt", {"prompt_to_repeat": "Name a river."})
+    assert written.text == f"Name a river. {sentence}"
+    target = target_of(written)
+    assert get("ifeval")("Name a river.\nThe Elbe.", target).outcome == "right"
+    assert get("ifeval")("The Elbe.", target).outcome == "wrong"
 
 
 def test_tests_are_taken_out_of_the_block():

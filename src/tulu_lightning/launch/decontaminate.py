@@ -21,6 +21,7 @@ from tulu_lightning.data.decontaminate_settings import Decontaminate
 from tulu_lightning.data.decontaminate_texts import turns_of
 from tulu_lightning.data.sources import Source, open_source
 from tulu_lightning.errors import InputError, nearest
+from tulu_lightning.evaluation.rows import check_used, use_file
 from tulu_lightning.files import put_in_place, remove, write_whole
 from tulu_lightning.launch.data import _DataOnly
 from tulu_lightning.launch.parser import in_own_words
@@ -31,7 +32,7 @@ USAGE = """\
 usage: tulu data decontaminate --config FILE --against FILE [--out FOLDER] [--action report|drop_rows|drop_source]
            [--mode ngram|exact|embedding] [--embedding-model FOLDER] [--similarity X] [--turns user|all]
            [--item-share X] [--set-share X] [--n N] [--source NAME] [--limit N] [--processes N] [--shard I/N]
-           [--worst N] [--dry-run]
+           [--worst N] [--data SET=FILE] [--dry-run]
 
 --config   of a stage: its sources are compared; options such as --data.sources=... change it as in `tulu fit`
 --against  YAML: `evaluations`, a list of sets with name, path or hub, and fields; and any other setting of
@@ -40,6 +41,7 @@ usage: tulu data decontaminate --config FILE --against FILE [--out FOLDER] [--ac
            and manifest.json
 --shard    compare only part I of N, on this machine or another one with the same cache (TULU_CACHE); then run once
            more without it for the report
+--data     read an evaluation set of configs/data/tulu3_evaluations.yaml from a file, as in `tulu eval`
 --dry-run  say what would be compared, with the first row and the first item, and stop
 """
 
@@ -58,6 +60,11 @@ def run(argv: Sequence[str]) -> None:
     beside = None if out is None else out.resolve().with_name(f".{out.resolve().name}.part")
     if beside is not None:
         remove(beside)
+    for given in options.data:
+        name, _, file = given.partition("=")
+        if not (name and file):
+            raise InputError("--data", f"is {given!r}", "Give NAME=FILE.")
+        use_file(name, file)
     sources = _sources(rest, options)
     _check_files(sources)
     reports: list[dict[str, Any]] = []
@@ -65,6 +72,7 @@ def run(argv: Sequence[str]) -> None:
     waiting = 0
     for source in sources:
         scan = _open(source)
+        check_used()
         if options.dry_run:
             print(_plan(scan), flush=True)
             continue
@@ -103,6 +111,7 @@ def _options(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         options.add_argument(name, type=float)
     for name in ("--n", "--limit", "--processes"):
         options.add_argument(name, type=int)
+    options.add_argument("--data", action="append", default=[])
     options.add_argument("--worst", type=int, default=5)
     options.add_argument("--source")
     options.add_argument("--shard")

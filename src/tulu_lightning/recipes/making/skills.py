@@ -20,8 +20,6 @@ from tulu_lightning.verifiers.registry import check_target
 __all__ = ["SKILLS", "Skill", "Written", "filled", "read_request"]
 
 PERSONA = "{persona}"
-UNFIT = "combination:repeat_prompt"
-"""Its argument is the final request, which is not there yet when constraints are drawn."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +47,7 @@ class Skill:
     """Answers to sample for each request; one that passes is kept."""
     constraints: int = 3
     """With `constraints`: from 1 to so many are drawn."""
-    kinds: list[str] = field(default_factory=lambda: [kind for kind in DRAWS if kind != UNFIT])
+    kinds: list[str] = field(default_factory=lambda: list(DRAWS))
     """IFEval's instruction ids to draw from."""
 
     def whole(self) -> "Skill":
@@ -86,10 +84,10 @@ def _check_kinds(where: str, kinds: Sequence[str]) -> None:
     if not kinds:
         raise InputError(where, "is empty", "Name at least one of IFEval's instruction ids.")
     for kind in kinds:
-        if kind not in DRAWS or kind == UNFIT:
-            raise InputError(where, f"there is no constraint {kind!r} here", nearest(kind, set(DRAWS) - {UNFIT}))
+        if kind not in DRAWS:
+            raise InputError(where, f"there is no constraint {kind!r} here", nearest(kind, DRAWS))
         for number in range(4):  # some draws of a kind need more than others
-            arguments, text = DRAWS[kind](Dice(kind, number), "")
+            arguments, text = DRAWS[kind](Dice(kind, number), "A request.")
             if complaint := check_target("ifeval", ground_truth("", [Constraint(kind, arguments, text)])):
                 raise InputError(where, f"{kind} cannot be verified: {complaint}", "Or choose other kinds.")
 
