@@ -291,7 +291,9 @@ def test_a_stop_does_not_wait_for_a_server(tmp_path, server):
         "sources: [{name: sums, rows: tulu_lightning.assets.arithmetic.prompt_rows, args: {count: 60}}]\n"
     )
     command = [sys.executable, "-m", "tulu_lightning", "generate", "--config", str(file)]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+    # A suite that a shell runs in the background inherits that Ctrl-C is ignored; a command in a terminal does not.
+    heard = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, **heard) as process:
         assert asked.wait(60)
         process.send_signal(signal.SIGINT)
         try:
