@@ -61,6 +61,7 @@ tbody tr:last-child > * { border-bottom: 0; }
 .alert small { color: var(--soft); font-size: 13px; } .alert p { margin: 4px 0; } .alert a { color: var(--blue); font-size: 13px; }
 .under { color: var(--soft); font-size: 13px; margin: 8px 0 10px; overflow-wrap: anywhere; }
 .card td, .card tbody th { overflow-wrap: anywhere; }
+.scores td:not(.n) { min-width: 7.5em; }
 .changes th[scope="row"] { width: 40%; } .changes td { width: 30%; }
 .more { margin-top: 12px; }
 h1 small { font-size: 20px; color: var(--soft); font-weight: 400; letter-spacing: 0; }
@@ -109,6 +110,7 @@ footer { margin-top: 48px; color: var(--soft); font-size: 13px; }
   .scores tbody th { display: block; border: 0; padding: 0 0 4px; font-size: 16px; }
   .scores td, .scores td.n { display: grid; grid-template-columns: 7.5em 1fr; border: 0; padding: 3px 0; text-align: left;
     white-space: normal; }
+  .scores td:not(.n) { min-width: 0; }
   .changes th[scope="row"], .changes td { width: auto; }
   .scores td::before { content: attr(data-label); color: var(--soft); }
   .facts-table th { width: 7.5em; } th, td { padding: 8px 12px; }
