@@ -167,15 +167,9 @@ def _sampled(
 
     def made(place: int, group: Sequence[Completion]) -> None:
         example = examples[place]
-        texts = [answer_text(response_text(c, model.asker.tokenizer), example.prefix, task.stops) for c in group]
-        lengths = [len(c.ids_L) for c in group]
-        sheet.hold(
-            example,
-            [
-                Text(text=text, tokens=tokens, finish=c.finish)
-                for text, tokens, c in zip(texts, lengths, group, strict=True)
-            ],
-        )
+        words = [answer_text(response_text(c, model.asker.tokenizer), example.prefix, task.stops) for c in group]
+        said = [Text(text=text, tokens=len(c.ids_L), finish=c.finish) for text, c in zip(words, group, strict=True)]
+        sheet.hold(example, said)
 
     stops = StopTexts(task.stops, model.asker.tokenizer) if task.stops else None
     model.engine.generate(

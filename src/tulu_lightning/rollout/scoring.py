@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from tulu_lightning.errors import InputError
 from tulu_lightning.rollout.pool import Answer, Call, Pool, PoolLimits
+from tulu_lightning.rollout.stop_texts import text_of
 from tulu_lightning.types import Check, Completion, Prompt, Verdict
 from tulu_lightning.verifiers.registry import Runs, Verifiers, runs_in
 
@@ -38,10 +39,7 @@ class Job(NamedTuple):
 
 def response_text(completion: Completion, tokenizer: PreTrainedTokenizerBase) -> str:
     """The response as a reader sees it: without special tokens, white space untouched."""
-    ids = completion.ids_L.tolist()
-    text = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-    assert isinstance(text, str)
-    return text
+    return text_of(completion.ids_L.tolist(), tokenizer)
 
 
 def judge(job: Job, verifiers: Verifiers | None = None) -> Verdict:

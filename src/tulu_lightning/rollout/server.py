@@ -191,13 +191,17 @@ class ServerEngine(DeliveredEngine):
             ]
             return found * n if greedy else found
 
+        groups: dict[int, list[Completion]] = {}
+
         def report(done: int, place: int, answer: Any) -> None:
+            groups[place] = group(answer)
             if made is not None:
-                made(place, group(answer))
+                made(place, groups[place])
             if progress is not None:
                 progress(done * n, len(prompts) * n)
 
-        return [group(answer) for answer in self._ask(bodies, report)]
+        self._ask(bodies, report)
+        return [groups[place] for place in range(len(bodies))]
 
     def logprobs(
         self, sequences: Sequence[tuple[Sequence[int], Sequence[int]]], temperature: float = 1.0

@@ -7,7 +7,7 @@ from transformers import PreTrainedTokenizerBase
 
 from tulu_lightning.errors import InputError
 
-__all__ = ["EVERY", "StopTexts", "ended"]
+__all__ = ["EVERY", "StopTexts", "ended", "text_of"]
 
 EVERY = 8
 """Tokens of a row between two looks at its text by our own engine: reading text costs more than drawing a token."""
@@ -45,8 +45,15 @@ class StopTexts:
         return next((count for count in range(seen + 1, len(ids) + 1) if self._has(ids[:count])), None)
 
     def _has(self, ids: Sequence[int]) -> bool:
-        decoded = self._tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        decoded = text_of(ids, self._tokenizer)
         return any(text in decoded for text in self.texts)
+
+
+def text_of(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> str:
+    """Tokens as a reader sees them: without special tokens, white space untouched."""
+    text = tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    assert isinstance(text, str)
+    return text
 
 
 def ended(stop_texts: StopTexts | None, ids_BL: Tensor, length_B: Tensor, done_B: Tensor) -> dict[int, int]:
