@@ -1,6 +1,10 @@
 """lm-evaluation-harness by our models: against its own model of transformers on the same requests, and through the command line."""
 
 import json
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -18,6 +22,7 @@ from lm_eval.models.huggingface import HFLM
 
 from tulu_lightning.evaluation.harness_lm import HarnessLM
 
+ROOT = Path(__file__).parents[2]
 CHOICES = """\
 task: toy_choices
 dataset_path: json
@@ -138,6 +143,31 @@ def test_tasks_of_the_harness_stand_beside_ours(tasks, smol, tmp_path, capsys):
     assert choices["score"] == theirs["toy_choices"]["acc,none"]
     assert record["lm_eval:toy_choices/acc_norm"]["score"] == theirs["toy_choices"]["acc_norm,none"]
     assert record["lm_eval:toy_text/exact_match"]["score"] == theirs["toy_text"]["exact_match,none"]
+
+
+def scores_beside_the_harness(package, *options):
+    """What the benchmark finds: the harness's own tasks, rules and model beside our tasks, engine and verifiers."""
+    if find_spec(package) is None:
+        pytest.skip(f"{package} is not installed")
+    command = [sys.executable, str(ROOT / "benchmarks/harness_tasks.py"), *options]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def test_scores_of_ifeval_are_those_of_the_harness():
+    loose, strict = scores_beside_the_harness("eval_framework", "ifeval", "--limit", "8", "--max_new_tokens", "48")
+    assert (loose["n"], loose["answers_equal"]) == (8, 8)
+    assert loose["items_with_another_score"] == strict["items_with_another_score"] == []
+    assert (loose["ours"], loose["harness"], strict["ours"], strict["harness"]) == (0.25,) * 4
+
+
+@pytest.mark.slow
+def test_scores_are_those_of_the_harness():
+    found = scores_beside_the_harness("olmo_eval", "gsm8k_plain", "drop", "mmlu_mc_plain", "--limit", "12")
+    assert [one["task"] for one in found] == ["gsm8k_plain", "drop", "mmlu_mc_plain"]
+    for one in found:
+        assert (one["n"], one["items_with_another_score"], one["ours"]) == (12, [], one["harness"])
+    assert [one["answers_equal"] for one in found[:2]] == [12, 12]
 
 
 def test_bad_input(tmp_path, monkeypatch):
