@@ -41,9 +41,10 @@ def main() -> None:
     parser.add_argument("tasks", nargs="+")
     parser.add_argument("--model", default="smollm2-135m-instruct")
     parser.add_argument("--limit", type=int, default=None)
+    parser.add_argument("--batch", type=int, default=1, help="the harness's; our engine chooses its own")
     options = parser.parse_args()
     model = open_model(options.model, Settings(None, None, EngineSettings(dtype="float32"), 0))  # type: ignore[arg-type]
-    lm = HFLM(str(resolve_model(options.model)), dtype="float32", device="cpu", batch_size=1)
+    lm = HFLM(str(resolve_model(options.model)), dtype="float32", device="cpu", batch_size=options.batch)
     for name in options.tasks:
         task = find_task(name)
         examples = task.examples(options.limit)
