@@ -4,7 +4,8 @@ import tempfile
 import pytest
 
 from tulu_lightning.errors import InputError
-from tulu_lightning.launch.run_folder import ensure_writable, latest_checkpoint, resolve_checkpoint, step_of
+from tulu_lightning.launch.run_folder import ensure_writable, latest_checkpoint, resolve_checkpoint
+from tulu_lightning.models.saved import step_of
 
 
 def test_the_newest_complete_checkpoint_is_the_one_with_the_most_steps(tmp_path):

@@ -11,7 +11,7 @@ from typing import Any
 
 from tulu_lightning import __version__
 
-__all__ = ["LINEAGE", "chain_behind", "entry", "model_card"]
+__all__ = ["LINEAGE", "chain_behind", "entry", "model_card", "told"]
 
 LINEAGE = "lineage.json"
 SETTINGS = 40
@@ -53,6 +53,16 @@ def _sources(manifest: Mapping[str, Any]) -> list[dict[str, Any]]:
     rows = manifest.get("sources", [])
     pairs = rows.items() if isinstance(rows, Mapping) else ((row.get("name"), row) for row in rows)
     return [{"name": name, **{k: v for k, v in row.items() if isinstance(v, str | int | float)}} for name, row in pairs]
+
+
+def told(score: Mapping[str, Any]) -> str:
+    """A score with its interval, for `entry`.
+
+    Args:
+        score: with `score`, `low` and `high` as shares, and `n`.
+    """
+    low, high = 100 * score["low"], 100 * score["high"]
+    return f"{100 * score['score']:.1f} [{low:.1f}, {high:.1f}], n = {score['n']}"
 
 
 def chain_behind(start: str | Path) -> list[dict[str, Any]]:
