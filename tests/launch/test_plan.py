@@ -11,6 +11,7 @@ import pytest
 from tulu_lightning import cli
 from tulu_lightning.checkpoints.space import space_of
 from tulu_lightning.core.step_plan import StepPlan
+from tulu_lightning.launch import machine
 from tulu_lightning.launch.plan import known_rows, plan_of
 from tulu_lightning.launch.planned import Layout, peak_parts
 from tulu_lightning.launch.reckoned import DEVICES, disk, reckon, remedies
@@ -116,6 +117,14 @@ def test_remedies_add_up_and_stop_when_the_run_fits():
         sizes = [need, *(size for _, _, size in before), last[2]]
         assert sizes == sorted(sizes, reverse=True)
     assert list(remedies(plan, 1.0))[-1][2] > 1.0, "no setting makes nothing of it"
+
+
+def test_a_cpus_memory_is_what_this_process_may_have(monkeypatch):
+    """A container's limit, not the host's memory."""
+    said = {"/sys/fs/cgroup/memory.max": "1000000\n", "/proc/meminfo": "MemTotal: 900000 kB\nMemAvailable: 800000 kB\n"}
+    monkeypatch.setattr(machine, "_read", lambda path: said.get(path, ""))
+    found = reckon(planned("sft_tiny"), "cpu")
+    assert (found["available"], found["fits"]) == (1_000_000, False)
 
 
 def test_processes_on_cpus_share_one_memory():
@@ -235,6 +244,9 @@ def test_disk_is_what_the_run_itself_reserves(tiny, case):
     assert reckoned["export"] == space.export
 
 
+MESH = '{"class_path": "tulu_lightning.models.sharding.Fsdp2", "init_args": {"tensor_parallel": 3}}'
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
@@ -243,6 +255,7 @@ def test_disk_is_what_the_run_itself_reserves(tiny, case):
         (["--tokens_per_row", "-3"], "--tokens_per_row: is -3"),
         (["--model.backbone.path", "nobody/no-model"], "its shapes are not known"),
         (["--model.optimizer.lrr", "3"], "lrr"),
+        ([f"--trainer.strategy={MESH}"], "tensor_parallel 3 and replicas 1, and 32 ranks are not a multiple of 3"),
     ],
 )
 def test_bad_input(options, said, capsys):

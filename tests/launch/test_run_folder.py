@@ -1,5 +1,6 @@
 import errno
 import tempfile
+from pathlib import Path
 
 import pytest
 
@@ -24,8 +25,14 @@ def test_a_run_that_has_not_started_has_nothing_to_resume(tmp_path):
     assert resolve_checkpoint(None, tmp_path) is None
 
 
-def test_lightnings_own_names_are_left_to_it(tmp_path):
-    assert resolve_checkpoint("best", tmp_path) == "best"
+@pytest.mark.parametrize("name", ["best", "hpc", "registry"])
+def test_lightnings_own_names_are_refused(name, tmp_path, monkeypatch):
+    """They ended in a traceback: no ModelCheckpoint is configured, no HPC checkpoint was found."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match=rf"ckpt_path: is {name}, .*Use auto, last, none or the path"):
+        resolve_checkpoint(name, tmp_path)
+    Path(name).touch()
+    assert resolve_checkpoint(name, tmp_path) == name
 
 
 def test_a_checkpoint_that_does_not_exist_is_refused_with_the_nearest(tmp_path):

@@ -91,7 +91,12 @@ def plan_of(argv: Sequence[str], device: str | None = None, rows: int | None = N
     device = device or _default_device(config)
     count = processes(config.trainer.accelerator, config.trainer.devices, config.trainer.num_nodes)
     rows = rows or known_rows(config.data.init_args.sources)
-    return read_plan(config, "cpu" if device == "cpu" else "cuda", count, rows), device
+    plan = read_plan(config, "cpu" if device == "cpu" else "cuda", count, rows)
+    if plan.layout.sharded:
+        from tulu_lightning.models.mesh import mesh_sizes
+
+        mesh_sizes(count, plan.layout.tensor_parallel, plan.layout.replicas)  # refuses what does not divide
+    return plan, device
 
 
 def _default_device(config: Any) -> str:

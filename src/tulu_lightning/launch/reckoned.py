@@ -1,13 +1,13 @@
 """What a planned run takes: memory against a device's, time of a step, disk, and the settings that would make it fit."""
 
 import json
-import os
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any, NamedTuple
 
 from tulu_lightning.core.flops import Shape, Work, training_flops
 from tulu_lightning.core.memory import Network, network_bytes
+from tulu_lightning.launch.machine import memory_bytes
 from tulu_lightning.launch.planned import Planned, peak_parts
 
 __all__ = ["DEVICES", "Device", "disk", "reckon", "remedies", "seconds_per_step", "whole"]
@@ -42,7 +42,7 @@ DECODE = 0.6
 
 def reckon(plan: Planned, device: str, tokens_per_row: int | None = None) -> dict[str, Any]:
     """Everything that is told of a run, as plain data; sizes in bytes, times in seconds."""
-    memory = _cpu_memory() if device == "cpu" else DEVICES[device].memory
+    memory = memory_bytes()[0] if device == "cpu" else DEVICES[device].memory
     parts = peak_parts(plan)
     total = whole(plan)
     return {
@@ -189,7 +189,3 @@ def disk(plan: Planned) -> dict[str, float]:
     policy = plan.networks["policy"]
     export = float(policy.parameters * (2 if policy.weight_bytes == 2 and not policy.lora else 4))
     return {"checkpoint": one, "export": export, "total": one * (plan.keep + 1) + export if plan.keep else export}
-
-
-def _cpu_memory() -> float:
-    return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))

@@ -10,7 +10,7 @@ from tulu_lightning.models.saved import newest_in
 __all__ = ["ensure_writable", "latest_checkpoint", "resolve_checkpoint"]
 
 LIGHTNING_NAMES = ("best", "hpc", "registry")
-"""Values of `ckpt_path` that Lightning itself resolves."""
+"""Values of `ckpt_path` that Lightning resolves by callbacks and services of its own, which have no checkpoints of ours."""
 
 
 def ensure_writable(folder: str | Path) -> Path:
@@ -60,8 +60,11 @@ def resolve_checkpoint(wanted: str | Path | None, folder: str | Path) -> str | N
             what = f"is last, and {Path(folder, 'checkpoints')} holds no checkpoint"
             raise InputError("ckpt_path", what, "Use auto, which starts where there is nothing to go on with.")
         return None if newest is None else str(newest)
-    if str(wanted) in LIGHTNING_NAMES or "://" in str(wanted) or Path(wanted).exists():
+    if "://" in str(wanted) or Path(wanted).exists():
         return str(wanted)
+    if str(wanted) in LIGHTNING_NAMES:
+        what = f"is {wanted}, which Lightning's own ModelCheckpoint and the like would know, not Checkpoints"
+        raise InputError("ckpt_path", what, "Use auto, last, none or the path of a checkpoint.")
     there = [str(path) for path in Path(wanted).parent.glob("*.ckpt")]
     remedy = nearest(str(wanted), there) if there else "Give an existing one, or auto to resume the run if it can be."
     raise InputError("ckpt_path", f"there is no checkpoint {str(wanted)!r}", remedy)
