@@ -14,6 +14,8 @@ from tulu_lightning import __version__
 __all__ = ["LINEAGE", "chain_behind", "entry", "model_card", "told"]
 
 LINEAGE = "lineage.json"
+ELSEWHERE = ("start weights", "start config", "data rows")
+"""Digests, which are no settings."""
 SETTINGS = 40
 """Rows of settings that the card shows of each stage; `lineage.json` has them all."""
 
@@ -42,7 +44,7 @@ def entry(
         "start": start,
         "start_digest": identity.get("start weights"),
         "data_digest": identity.get("data rows"),
-        "settings": {name: value for name, value in identity.items() if name not in ("start weights", "data rows")},
+        "settings": {name: value for name, value in identity.items() if name not in ELSEWHERE},
         "data": _sources(manifest or {}),
         "scores": dict(scores or {}),
         "code": f"tulu_lightning {__version__}",
