@@ -170,6 +170,22 @@ def test_the_critic_has_what_its_policy_has(tiny):
     assert (plan.networks["policy"].arch.layers, plan.networks["critic"].arch.layers) == (2, 4)
 
 
+@pytest.mark.parametrize(
+    ("name", "options", "there"),
+    [
+        ("ppo_tiny", ("--model.kl=null",), True),  # the default β is the paper's 0.05
+        ("ppo_tiny", ("--model.kl.coefficient=0",), False),
+        ("ppo_tiny", ("--model.kl=null", "--model.backbone.lora.r=8"), False),
+        ("dpo_tiny", (), False),
+        ("dpo_tiny", ("--model.reference=live",), True),
+        ("dpo_tiny", ("--model.reference.mode=live",), True),
+        ("dpo_tiny", ("--model.reference.mode=cached",), False),
+    ],
+)
+def test_a_reference_is_counted_where_the_run_keeps_one(name, options, there):
+    assert ("reference" in planned(name, *options).networks) == there
+
+
 def test_steps_are_those_of_the_run():
     """The last step of each epoch may be short: 5 rows, 2 a step, 2 epochs are 6 steps, not 5."""
     for rows, epochs in ((5, 2), (4, 3), (1, 2)):

@@ -189,21 +189,21 @@ def read_plan(config: Any, device: str, devices: int, rows: int | None) -> Plann
             own, arch = _network(model.backbone, _get(model, "critic", "optimizer"), True), find_architecture(path)
             layers = _get(model, "critic", "layers") or arch.layers
             networks["critic"] = own._replace(arch=arch._replace(layers=layers))
-        if (_get(model, "kl", "coefficient") or 0) > 0 and not policy.lora:
+        from tulu_lightning.core.kl import Kl
+
+        if (model.kl or Kl()).coefficient > 0 and not policy.lora:  # left out, it is the paper's
             networks["reference"] = policy._replace(trained=False)
         engine_bytes, engine_cache = _engine(model, policy.arch, data)
-    if kind == "DPO" and str(getattr(model, "reference", "cached")) == "live" and not policy.lora:
+    live = "live" in (_get(model, "reference"), _get(model, "reference", "mode"))
+    if kind == "DPO" and live and not policy.lora:
         networks["reference"] = policy._replace(trained=False)
-    low = model.backbone.compute_dtype == "bfloat16"
+    low, backbone = model.backbone.compute_dtype == "bfloat16", model.backbone
+    recompute = {"layers": backbone.activation_checkpointing, "mlps": backbone.recompute_mlps, "none": True}
     return Planned(
         stage=kind,
         networks=networks,
         compute_bytes=2 if low else 4,
-        recompute="layers"
-        if model.backbone.activation_checkpointing
-        else "mlps"
-        if model.backbone.recompute_mlps
-        else "none",
+        recompute=next(kind for kind, is_on in recompute.items() if is_on),
         layout=_layout(config.trainer, devices),
         sizes=_sizes(kind, model, data, rows),
         device=device,
