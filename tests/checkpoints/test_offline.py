@@ -33,6 +33,15 @@ RUNS = {
     "lora": ("sft", ["--model.backbone.lora.r=4", "--model.backbone.lora.rslora=true"]),
     "low": ("sft", ["--model.backbone.weights_dtype=bfloat16", "--model.backbone.compute_dtype=bfloat16"]),
     "qlora": ("sft", ["--model.backbone.lora.r=4", "--model.backbone.quantize.blocksize=64"]),
+    "low qlora": (
+        "sft",
+        [
+            "--model.backbone.lora.r=4",
+            "--model.backbone.quantize.blocksize=64",
+            "--model.backbone.weights_dtype=bfloat16",
+            "--model.backbone.compute_dtype=bfloat16",
+        ],
+    ),
     "reward": ("reward", []),
     "cut": ("sft", ["--model.backbone.layers=2"]),
 }
