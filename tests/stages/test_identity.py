@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import stage_runs as runs
@@ -244,6 +245,9 @@ def test_the_digest_of_the_data_is_of_the_rows_alone(tmp_path):
 
 def test_a_setting_is_flat_and_says_its_class():
     assert flat("loss", DPOLoss(2.0)) == {"loss": "DPO", "loss.beta": 2.0, "loss.length_normalised": True}
+    own = SimpleNamespace(beta=2.0, name="mine", _cache=3)  # of a class that is no dataclass
+    assert flat("loss", own) == {"loss": "SimpleNamespace", "loss.beta": 2.0, "loss.name": "mine"}
+    assert flat("weights", {"b": 1, "a": 0.5}) == {"weights": '{"a": 0.5, "b": 1}'}
     check_identity("here", {"loss": "DPO", "loss.old": 1}, {"loss": "DPO", "loss.new": 1})
     with pytest.raises(InputError, match="loss was DPO and is Other"):
         check_identity("here", {"loss": "DPO"}, {"loss": "Other"})

@@ -69,8 +69,13 @@ def _flat(name: str, value: Any) -> Iterator[tuple[str, Value]]:
         yield name, value
     elif isinstance(value, list | tuple):
         yield name, json.dumps(value)
-    else:
+    elif isinstance(value, Mapping):
+        yield name, json.dumps(value, sort_keys=True, default=repr)
+    else:  # a user's own class that is no dataclass has its settings in attributes
         yield name, type(value).__qualname__
+        for attribute, item in sorted(getattr(value, "__dict__", {}).items()):
+            if not attribute.startswith("_") and (item is None or isinstance(item, str | int | float | bool)):
+                yield f"{name}.{attribute}", item
 
 
 DATA = "data rows"
