@@ -123,6 +123,20 @@ def test_the_command_gives_the_records_as_json(recipe, capsys):
     assert found["links"][2]["record"]["parent"]["weights"] == found["links"][1]["weights"]
 
 
+def test_an_export_without_a_record_is_no_base_model(recipe, tmp_path, capsys):
+    """`tulu export` writes what it knows into lineage.json; nobody decided on it, and it started from something."""
+    out = weights(tmp_path / "out", 5)
+    entries = [{"stage": "SFT", "step": 10, "start": "org/base-model"}, {"stage": "DPO", "step": 20, "start": "x"}]
+    (out / "lineage.json").write_text(json.dumps(entries))
+    assert cli.main(["lineage", str(out)]) == 2
+    said = "its lineage.json says org/base-model → SFT (10 steps) → DPO (20 steps)"
+    assert said in capsys.readouterr().err
+    stage(tmp_path / "run", out, 3, 4)
+    found = chain(tmp_path / "run")
+    assert names(found) == [(str(out), None), ("run", 3)]
+    assert said in found.broken
+
+
 def test_a_start_that_is_gone_is_named(recipe, capsys):
     shutil.rmtree(recipe / "sft")
     assert cli.main(["lineage", str(recipe / "dpo")]) == 2

@@ -8,6 +8,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from tulu_lightning import cli
 from tulu_lightning.assets.models import load_tokenizer, resolve_model
 from tulu_lightning.checkpoints.card import LINEAGE
+from tulu_lightning.checkpoints.promoted import record_path, write_record
 from tulu_lightning.checkpoints.reading import TrainingCheckpoint, newest_checkpoint
 from tulu_lightning.errors import InputError
 from tulu_lightning.models.safe_reader import SafeReader, load_plain
@@ -31,6 +33,15 @@ RUNS = {
     "lora": ("sft", ["--model.backbone.lora.r=4", "--model.backbone.lora.rslora=true"]),
     "low": ("sft", ["--model.backbone.weights_dtype=bfloat16", "--model.backbone.compute_dtype=bfloat16"]),
     "qlora": ("sft", ["--model.backbone.lora.r=4", "--model.backbone.quantize.blocksize=64"]),
+    "low qlora": (
+        "sft",
+        [
+            "--model.backbone.lora.r=4",
+            "--model.backbone.quantize.blocksize=64",
+            "--model.backbone.weights_dtype=bfloat16",
+            "--model.backbone.compute_dtype=bfloat16",
+        ],
+    ),
     "reward": ("reward", []),
     "cut": ("sft", ["--model.backbone.layers=2"]),
 }
@@ -152,6 +163,39 @@ def test_the_card_and_the_chain_say_where_it_comes_from(run, tmp_path):
     assert manifest["digest"][:12] in card
 
 
+def test_the_card_has_the_scores_of_these_weights_alone(run, tmp_path):
+    """A run's last decision says nothing of an earlier checkpoint, nor of one on which nobody decided."""
+    folder = shutil.copytree(run("whole"), tmp_path / "run", symlinks=True)
+    path = record_path(folder, 2)
+    record = json.loads(path.read_text())
+    record["scores"]["after"] = {"held-out": {"score": 0.25, "low": 0.1, "high": 0.4, "n": 60}}
+    record["decision"] |= {"difference": 0.05, "reason": "the score rose by 0.05"}
+    path.unlink()
+    write_record(path, record)
+    (folder / "summary.json").write_text(json.dumps({"decision": record["decision"]}))
+
+    def scores(out):
+        return json.loads((export(folder, out) / LINEAGE).read_text())[-1]["scores"]
+
+    assert scores(tmp_path / "a") == {"held-out": "25.0 [10.0, 40.0], n = 60"}
+    path.rename(record_path(folder, 7))
+    assert scores(tmp_path / "b") == {}
+
+
+def test_an_export_ends_on_what_the_runs_tokenizer_ends_on(run, tmp_path):
+    """An instruct model's folder, given for its tokenizer, may name more tokens than the base that is trained."""
+    tokens = shutil.copytree(resolve_model("tiny-random-llama"), tmp_path / "instruct")
+    (tokens / "generation_config.json").write_text('{"eos_token_id": [7, 9]}')
+    folder = tmp_path / "run"
+    assert cli.main(fit("sft", folder, f"--data.tokenizer={tokens}")) == 0
+    ends = [
+        json.loads((where / "generation_config.json").read_text())["eos_token_id"]
+        for where in (folder / "promoted", export(folder, tmp_path / "out"))
+    ]
+    assert {7, 9} <= set(ends[0])
+    assert ends[1] == ends[0]
+
+
 # Bad input ----------------------------------------------------------------------------------------------------------
 
 
@@ -188,13 +232,68 @@ def test_outputs_that_are_there_and_runs_that_are_not(run, tmp_path, capsys):
     assert "lies among the run's checkpoints" in capsys.readouterr().err
 
 
+def test_force_replaces_earlier_exports_and_nothing_else(run, tmp_path, capsys):
+    folder = shutil.copytree(run("whole"), tmp_path / "runs" / "a", symlinks=True)
+    start = shutil.copytree(resolve_model("tiny-random-llama"), tmp_path / "start")
+    config = tmp_path / "config.yaml"
+    config.write_text((folder / "config.yaml").read_text().replace("path: tiny-random-llama", f"path: {start}"))
+    (other := tmp_path / "papers").mkdir()
+    (other / "thesis.tex").write_text("mine")
+    (link := tmp_path / "link").symlink_to(folder / "promoted")
+    (file := tmp_path / "file").write_text("mine")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    for out, said in (
+        (folder, "holds the run"),
+        (tmp_path / "runs", "holds the run"),
+        (start, "holds the start"),
+        (other, "holds other things than a model"),
+        (link, "was promoted|is a link"),
+        (folder / "exports" / "step-000002", "was promoted"),
+        (file, "is a file"),
+    ):
+        options = ["--ckpt", str(folder), "--config", str(config), "--out", str(out), "--force"]
+        assert cli.main(["export", *options]) == 2
+        assert re.search(f"--out: {out} ({said})", (heard := capsys.readouterr().err)), heard
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_a_checkpoint_that_has_changed_or_is_newer_is_not_exported(run, tmp_path, capsys):
+    """Tensors of a damaged file load without a word; they would be other weights."""
+    path = newest_checkpoint(run("whole"))
+    with zipfile.ZipFile(path) as archive:
+        largest = max(archive.infolist(), key=lambda entry: entry.file_size)
+        parts = {entry.filename: archive.read(entry) for entry in archive.infolist()}
+    flipped, newer = tmp_path / "flipped.ckpt", tmp_path / "newer.ckpt"
+    data = bytearray(path.read_bytes())
+    data[largest.header_offset + largest.file_size // 2] ^= 1
+    flipped.write_bytes(data)
+    with zipfile.ZipFile(newer, "w") as archive:
+        for name, part in parts.items():
+            archive.writestr(
+                name, json.dumps({**json.loads(part), "format": 99}) if name.endswith("tulu.json") else part
+            )
+    TrainingCheckpoint(flipped)  # loads
+    for bad, said in ((flipped, "is damaged: the checksum of its part"), (newer, "is a checkpoint of format 99")):
+        options = ["--config", str(run("whole") / "config.yaml"), "--out", str(tmp_path / "out")]
+        assert cli.main(["export", "--ckpt", str(bad), *options]) == 2
+        assert said in capsys.readouterr().err
+        assert not (tmp_path / "out").exists()
+
+
+def test_the_newest_is_the_one_after_the_most_steps(tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    for name in ("step-999999.ckpt", "step-1000000.ckpt", "step-999999-mine.ckpt", "step-best.ckpt"):
+        (tmp_path / "checkpoints" / name).touch()
+    assert newest_checkpoint(tmp_path).name == "step-1000000.ckpt"
+
+
 def test_a_checkpoint_of_another_model_or_half_of_one_is_refused(run, tmp_path, capsys):
     path = newest_checkpoint(run("whole"))
     half = tmp_path / "step-000002.ckpt"
     half.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     config = ["--config", str(run("whole") / "config.yaml"), "--out", str(tmp_path / "out")]
     assert cli.main(["export", "--ckpt", str(half), *config]) == 2
-    assert "cannot be read" in capsys.readouterr().err
+    assert "is no checkpoint, or half of one" in capsys.readouterr().err
     config[1] = str(run("cut") / "config.yaml")
     text = Path(config[1]).read_text().replace("layers: 2", "layers: null")
     (tmp_path / "config.yaml").write_text(text)

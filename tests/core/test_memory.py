@@ -51,6 +51,8 @@ def test_sixteen_bytes_a_parameter_and_what_changes_that():
     # bf16 weights and gradients, two moments in 8 bits with an fp32 scale for each 256: 2 + 2 + 2 (1 + 4/256).
     low = network_bytes(eight._replace(weight_bytes=2, state_bits=8))
     assert sum(low.values()) == pytest.approx((4 + 2 * (1 + 4 / 256)) * 8_030_261_248)
+    # With 32 bits torch's two moments have the weights' own dtype: 2 + 2 + 2 x 2.
+    assert sum(network_bytes(eight._replace(weight_bytes=2)).values()) == 8 * 8_030_261_248
     assert network_bytes(eight._replace(trained=False)) == {
         "weights": 4 * 8_030_261_248, "gradients": 0, "optimizer": 0,
     }  # fmt: skip
@@ -60,6 +62,10 @@ def test_adapters_and_four_bits():
     # One layer of 8B, r = 1: q and o 4096 + 4096, k and v 4096 + 1024, gate, up and down 4096 + 14336 each.
     a_layer = 2 * 8192 + 2 * 5120 + 3 * 18432
     assert LLAMA["8B"].adapters(16) == 32 * 16 * a_layer == 41_943_040
+    # On q and v alone: 8192 and 5120 a layer.
+    few = Network(LLAMA["8B"], lora=16, targets=("q_proj", "v_proj"))
+    assert few.trainable == LLAMA["8B"].adapters(16, few.targets) == 32 * 16 * (8192 + 5120) == 6_815_744
+    assert network_bytes(few)["weights"] == 4 * (8_030_261_248 + 6_815_744)
     parts = network_bytes(Network(LLAMA["8B"], lora=16, four_bits=0.5, weight_bytes=2))
     quantised = 32 * (2 * 4096 * (4096 + 1024) + 3 * 4096 * 14336)
     assert parts["weights"] == (8_030_261_248 - quantised) * 2 + quantised * 0.5 + 41_943_040 * 4
@@ -139,6 +145,7 @@ def kept(model, tokens):
         ({"recompute_mlps": True}, {}, {"recompute": "mlps"}),
         ({"activation_checkpointing": True}, {}, {"recompute": "layers"}),
         ({"lora": Lora(r=4)}, {"lora": 4}, {}),
+        ({"lora": Lora(r=4, targets=["q_proj", "v_proj"])}, {"lora": 4, "targets": ("q_proj", "v_proj")}, {}),
     ],
 )
 def test_what_a_layer_keeps_is_what_is_counted(folder, settings, network, change):

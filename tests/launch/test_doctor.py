@@ -71,6 +71,15 @@ def test_a_torch_that_does_not_import_is_reported_not_raised(tmp_path):
     assert any("libtorch.so: cannot open shared object file" in reason for reason in found["reasons"])
 
 
+@pytest.mark.parametrize(("printed", "state"), [("0.25.0 cuda", "ok"), ("0.25.0 none", "off")])
+def test_a_vllm_without_a_device_is_not_usable(printed, state, monkeypatch):
+    monkeypatch.setattr(packages, "_version", lambda name: "0.25.0" if name == "vllm" else None)
+    monkeypatch.setattr(packages, "_try", lambda *_: (printed, ""))
+    for finding in (packages._vllm({}), packages._vllm_elsewhere(Path("env/bin/python"))):
+        assert finding.state == state
+        assert ("sees no device" in finding.text) == (state == "off")
+
+
 def test_an_unknown_option_is_refused():
     with pytest.raises(InputError, match="--jsn"):
         doctor.main(["--jsn"])

@@ -10,10 +10,14 @@ import pytest
 
 from tulu_lightning import cli
 from tulu_lightning.checkpoints.space import space_of
+from tulu_lightning.core.step_plan import StepPlan
+from tulu_lightning.launch import machine
 from tulu_lightning.launch.plan import known_rows, plan_of
-from tulu_lightning.launch.planned import peak_parts
+from tulu_lightning.launch.planned import Layout, peak_parts
 from tulu_lightning.launch.reckoned import DEVICES, disk, reckon, remedies
 from tulu_lightning.models.backbone import Backbone
+from tulu_lightning.models.heads import PackedValue
+from tulu_lightning.models.lora import Lora
 from tulu_lightning.stages.optimizer import AdamW
 from tulu_lightning.stages.sft import SFT
 
@@ -99,7 +103,7 @@ def test_the_text_has_every_part_and_names_what_would_fit(capsys):
     status, said = told(capsys, "--config", config, "--device", "4090")
     assert status == 1
     assert "It does not fit" in said.out
-    order = [said.out.index(change) for change in ("engine.kind=server", "state_bits=8", "cpu_offload=true")]
+    order = [said.out.index(change) for change in ("engine.kind=server", "state_bits=8", "cpu_offload")]
     assert order == sorted(order)
 
 
@@ -115,16 +119,101 @@ def test_remedies_add_up_and_stop_when_the_run_fits():
     assert list(remedies(plan, 1.0))[-1][2] > 1.0, "no setting makes nothing of it"
 
 
+def test_a_cpus_memory_is_what_this_process_may_have(monkeypatch):
+    """A container's limit, not the host's memory."""
+    said = {"/sys/fs/cgroup/memory.max": "1000000\n", "/proc/meminfo": "MemTotal: 900000 kB\nMemAvailable: 800000 kB\n"}
+    monkeypatch.setattr(machine, "_read", lambda path: said.get(path, ""))
+    found = reckon(planned("sft_tiny"), "cpu")
+    assert (found["available"], found["fits"]) == (1_000_000, False)
+
+
+def test_processes_on_cpus_share_one_memory():
+    plan = replace(planned("sft_tiny"), layout=Layout(devices=4, sharded=True))
+    one = sum(peak_parts(plan).values())
+    assert reckon(plan, "cpu")["total"] == 4 * one
+    found = list(remedies(plan, 1.5 * one))  # what would do for one process
+    assert found
+    assert all(size > 1.5 * one for _, _, size in found[:-1])
+    assert not any("cpu_offload" in change or "devices" in change for change, _, _ in found), "a CPU cannot"
+
+
+def test_one_device_is_offered_offload_before_more_devices():
+    """8B in fp32 on one H100: whatever is recomputed, weights and gradients alone are 64 GB."""
+    plan = planned("sft_8b", "--trainer.devices=1", "--trainer.num_nodes=1", "--trainer.strategy=auto")
+    *_, (last, _, size) = remedies(plan, DEVICES["H100"].memory)
+    assert size <= DEVICES["H100"].memory
+    option, value = last.split("=", 1)
+    offloaded = planned("sft_8b", f"--{option}", value.strip("'"), "--trainer.devices=1", "--trainer.num_nodes=1")
+    assert offloaded.layout == Layout(devices=1, sharded=True, cpu_offload=True)
+    # Nothing stays there, but a layer is brought there to compute: both of the model's ends, and two layers.
+    parts = peak_parts(offloaded)
+    assert not {"weights", "gradients", "optimizer"} & parts.keys()
+    assert parts["gathered"] > 2 * 2 * 128_256 * 4096
+
+
+def test_a_setting_is_named_for_each_optimiser_that_it_helps(capsys):
+    """The policy's `state_bits` does nothing for the critic's moments."""
+    plan = planned("ppo_8b")
+    alone = planned("ppo_8b", "--model.optimizer.state_bits=8")
+    found = {change: size for change, _, size in remedies(plan, 1.0)}
+    policy, critic = (found[f"model.{key}optimizer.state_bits=8"] for key in ("", "critic."))
+    numbers = plan.networks["critic"].parameters / plan.layout.shards
+    assert (policy - critic) / 1.03 == pytest.approx((8 - 2 * (1 + 4 / 256)) * numbers, rel=0.01)
+    assert alone.networks["critic"].state_bits == 32
+
+
+def test_the_critic_has_what_its_policy_has(tiny):
+    """Adapters, and its own number of layers."""
+    plan = planned("ppo_tiny", "--model.backbone.lora.r=8", "--model.backbone.layers=2", "--model.critic.layers=null")
+    model = PackedValue(Backbone(tiny, lora=Lora(r=8)), tiny)
+    assert plan.networks["critic"].trainable == sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert (plan.networks["policy"].arch.layers, plan.networks["critic"].arch.layers) == (2, 4)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "there"),
+    [
+        ("ppo_tiny", ("--model.kl=null",), True),  # the default β is the paper's 0.05
+        ("ppo_tiny", ("--model.kl.coefficient=0",), False),
+        ("ppo_tiny", ("--model.kl=null", "--model.backbone.lora.r=8"), False),
+        ("dpo_tiny", (), False),
+        ("dpo_tiny", ("--model.reference=live",), True),
+        ("dpo_tiny", ("--model.reference.mode=live",), True),
+        ("dpo_tiny", ("--model.reference.mode=cached",), False),
+    ],
+)
+def test_a_reference_is_counted_where_the_run_keeps_one(name, options, there):
+    assert ("reference" in planned(name, *options).networks) == there
+
+
+def test_steps_are_those_of_the_run():
+    """The last step of each epoch may be short: 5 rows, 2 a step, 2 epochs are 6 steps, not 5."""
+    for rows, epochs in ((5, 2), (4, 3), (1, 2)):
+        sizes = replace(planned("sft_tiny").sizes, rows=rows, epochs=epochs, examples_per_step=2, max_steps=None)
+        assert sizes.steps == StepPlan([1] * rows, 2, 8, epochs=epochs).total_steps
+    options = ("--data.epochs=3", "--data.max_steps=null", "--model.epochs=4")
+    plan = planned("ppo_tiny", *options, rows=50)
+    assert plan.sizes.steps == 3 * -(-50 // plan.sizes.examples_per_step)
+    assert plan.sizes.passes == 4
+
+
 def test_tokens_steps_and_rows(capsys):
     plan = planned("sft_tiny")
     assert plan.sizes.rows == 96
     assert plan.sizes.steps == 6
     assert plan.sizes.tokens_per_step == 16 * plan.sizes.max_tokens
-    # The mixture has 939,343 rows: 128 a step, two epochs, the last step of all short.
-    assert planned("sft_8b").sizes.steps == -(-939_343 * 2 // 128)
-    assert planned("dpo_8b", rows=1000).sizes.steps == -(-1000 * planned("dpo_8b").sizes.epochs // 128)
+    # The mixture has 939,343 rows: 128 a step, two epochs, the last step of each short.
+    assert planned("sft_8b").sizes.steps == 2 * -(-939_343 // 128)
+    assert planned("dpo_8b", rows=1000).sizes.steps == 8 * planned("dpo_8b").sizes.epochs
     assert known_rows([{"name": "x", "path": "rows.jsonl"}]) is None
     assert known_rows([{"name": "x", "args": {"count": 10}, "upsample": 2}, {"name": "y", "cap": 5}]) == 25
+    assert known_rows([{"name": "x", "args": {"count": 10}, "cap": 50}]) == 10
+    assert known_rows([{"name": "x", "args": {"count": 10}, "fraction": 0.5}]) == 5
+    assert known_rows([{"name": "x", "hub": "allenai/tulu-3-sft-mixture", "cap": 10**7}]) == 939_343
+    assert (
+        known_rows([{"name": "x", "hub": "allenai/tulu-3-sft-mixture", "match": {"source": "a"}, "fraction": 0.5}])
+        is None
+    )
     _, said = told(
         capsys, "--config", str(CONFIGS / "dpo_tiny.yaml"), "--data.sources", '[{"name": "x", "path": "no.jsonl"}]'
     )
@@ -146,13 +235,32 @@ def test_time_follows_the_device_and_the_length():
     assert fast[0] == pytest.approx(flops / (plan.layout.devices * 0.45 * 989e12), rel=0.05)
 
 
-def test_disk_is_what_the_run_itself_reserves(tiny):
+BACKBONES = {
+    "whole": ({}, []),
+    "bf16": (
+        {"weights_dtype": "bfloat16", "compute_dtype": "bfloat16"},
+        ["--model.backbone.weights_dtype=bfloat16", "--model.backbone.compute_dtype=bfloat16"],
+    ),
+    "lora": ({"lora": Lora(r=8)}, ["--model.backbone.lora.r=8"]),
+    "some layers": (
+        {"lora": Lora(r=8, targets=["q_proj", "down_proj"])},
+        ["--model.backbone.lora.r=8", '--model.backbone.lora.targets=["q_proj","down_proj"]'],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BACKBONES)
+def test_disk_is_what_the_run_itself_reserves(tiny, case):
     """Against the callback that refuses to start on a full disk, which reads the model's files."""
-    stage = SFT(Backbone("tiny-random-llama"), AdamW(lr=1e-3))
+    settings, options = BACKBONES[case]
+    stage = SFT(Backbone("tiny-random-llama", **settings), AdamW(lr=1e-3))
     stage.folder = tiny
-    space, reckoned = space_of(stage), disk(planned("sft_tiny"))
+    space, reckoned = space_of(stage), disk(planned("sft_tiny", *options))
     assert reckoned["checkpoint"] == space.checkpoint
     assert reckoned["export"] == space.export
+
+
+MESH = '{"class_path": "tulu_lightning.models.sharding.Fsdp2", "init_args": {"tensor_parallel": 3}}'
 
 
 @pytest.mark.parametrize(
@@ -163,6 +271,7 @@ def test_disk_is_what_the_run_itself_reserves(tiny):
         (["--tokens_per_row", "-3"], "--tokens_per_row: is -3"),
         (["--model.backbone.path", "nobody/no-model"], "its shapes are not known"),
         (["--model.optimizer.lrr", "3"], "lrr"),
+        ([f"--trainer.strategy={MESH}"], "tensor_parallel 3 and replicas 1, and 32 ranks are not a multiple of 3"),
     ],
 )
 def test_bad_input(options, said, capsys):

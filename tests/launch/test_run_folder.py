@@ -1,10 +1,12 @@
 import errno
 import tempfile
+from pathlib import Path
 
 import pytest
 
 from tulu_lightning.errors import InputError
-from tulu_lightning.launch.run_folder import ensure_writable, latest_checkpoint, resolve_checkpoint, step_of
+from tulu_lightning.launch.run_folder import ensure_writable, latest_checkpoint, resolve_checkpoint
+from tulu_lightning.models.saved import step_of
 
 
 def test_the_newest_complete_checkpoint_is_the_one_with_the_most_steps(tmp_path):
@@ -23,8 +25,14 @@ def test_a_run_that_has_not_started_has_nothing_to_resume(tmp_path):
     assert resolve_checkpoint(None, tmp_path) is None
 
 
-def test_lightnings_own_names_are_left_to_it(tmp_path):
-    assert resolve_checkpoint("best", tmp_path) == "best"
+@pytest.mark.parametrize("name", ["best", "hpc", "registry"])
+def test_lightnings_own_names_are_refused(name, tmp_path, monkeypatch):
+    """They ended in a traceback: no ModelCheckpoint is configured, no HPC checkpoint was found."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match=rf"ckpt_path: is {name}, .*Use auto, last, none or the path"):
+        resolve_checkpoint(name, tmp_path)
+    Path(name).touch()
+    assert resolve_checkpoint(name, tmp_path) == name
 
 
 def test_a_checkpoint_that_does_not_exist_is_refused_with_the_nearest(tmp_path):

@@ -91,7 +91,7 @@ def reward(**optimizer):
     return RewardModel(Backbone(TINY), AdamW(**{"lr": 1e-3, **optimizer}))
 
 
-def ppo(kind=PPO, **changes):
+def ppo(kind=PPO, path=TINY, **changes):
     common = {
         "optimizer": AdamW(lr=1e-4),
         "critic": Critic(AdamW(lr=1e-3), layers=2),
@@ -99,7 +99,7 @@ def ppo(kind=PPO, **changes):
         "epochs": 2,
         "micro_tokens": 256,
     }
-    return kind(Backbone(TINY), **{**common, **changes})
+    return kind(Backbone(path), **{**common, **changes})
 
 
 def grpo(kind=PPO, **changes):

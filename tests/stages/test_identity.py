@@ -2,7 +2,9 @@
 
 import json
 import os
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import stage_runs as runs
@@ -96,6 +98,35 @@ def test_other_start_weights_are_refused(stopped, tmp_path_factory):
     folder = other_weights(tmp_path_factory.mktemp("other") / "model")
     with pytest.raises(InputError, match=r"start weights was .*… and is .*…"):
         go_on(stopped, SFT(Backbone(folder), AdamW(lr=1e-3)), runs.sft_data(max_steps=STEPS))
+
+
+def edited(folder, name, **values):
+    """A copy of the tiny model with entries of a JSON file of it changed."""
+    shutil.copytree(resolve_model(runs.TINY), folder, dirs_exist_ok=True)
+    file = folder / name
+    file.write_text(json.dumps({**(json.loads(file.read_text()) if file.exists() else {}), **values}))
+    return str(folder)
+
+
+def test_the_same_weights_under_another_config_are_refused(tmp_path):
+    start = tmp_path / "model"
+    build = lambda: SFT(Backbone(edited(start, "config.json")), AdamW(lr=1e-3))  # noqa: E731
+    runs.fit(build(), runs.sft_data(max_steps=STEPS), tmp_path / "run", callbacks=[Interrupt(STOP)])
+    edited(start, "config.json", rms_norm_eps=0.1)
+    with pytest.raises(InputError, match=r"other settings: start config was \S+… and is \S+…\. Set it back"):
+        go_on(tmp_path / "run", SFT(Backbone(str(start)), AdamW(lr=1e-3)), runs.sft_data(max_steps=STEPS))
+    shutil.rmtree(start)
+    edited(start, "config.json", transformers_version="9.9", use_cache=False)  # says nothing of the network
+    go_on(tmp_path / "run", SFT(Backbone(str(start)), AdamW(lr=1e-3)), runs.sft_data(max_steps=STEPS))
+
+
+def test_ppos_samples_must_go_on_ending_where_they_did(tmp_path):
+    start = tmp_path / "model"
+    edited(start, "generation_config.json", eos_token_id=[3, 258])
+    runs.fit(runs.ppo(path=str(start)), runs.prompt_data(max_steps=2), tmp_path / "run", callbacks=[Interrupt(STOP)])
+    edited(start, "generation_config.json", eos_token_id=[258])
+    with pytest.raises(InputError, match=r"other settings: stop ids was \[3, 258\] and is \[258\]\."):
+        go_on(tmp_path / "run", runs.ppo(path=str(start)), runs.prompt_data(max_steps=2))
 
 
 def test_what_only_sets_speed_may_change(stopped):
@@ -214,6 +245,9 @@ def test_the_digest_of_the_data_is_of_the_rows_alone(tmp_path):
 
 def test_a_setting_is_flat_and_says_its_class():
     assert flat("loss", DPOLoss(2.0)) == {"loss": "DPO", "loss.beta": 2.0, "loss.length_normalised": True}
+    own = SimpleNamespace(beta=2.0, name="mine", _cache=3)  # of a class that is no dataclass
+    assert flat("loss", own) == {"loss": "SimpleNamespace", "loss.beta": 2.0, "loss.name": "mine"}
+    assert flat("weights", {"b": 1, "a": 0.5}) == {"weights": '{"a": 0.5, "b": 1}'}
     check_identity("here", {"loss": "DPO", "loss.old": 1}, {"loss": "DPO", "loss.new": 1})
     with pytest.raises(InputError, match="loss was DPO and is Other"):
         check_identity("here", {"loss": "DPO"}, {"loss": "Other"})

@@ -9,6 +9,7 @@ import shutil
 import signal
 import threading
 import zipfile
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,7 +21,8 @@ from test_resume import assert_same
 
 from tulu_lightning import __version__, cli
 from tulu_lightning.callbacks.checkpoints import Checkpoints, checkpoint_path
-from tulu_lightning.checkpoints.space import space_of
+from tulu_lightning.checkpoints import space
+from tulu_lightning.checkpoints.space import Space, check_space, space_of
 from tulu_lightning.errors import InputError
 from tulu_lightning.models import single_file
 from tulu_lightning.models.backbone import Backbone
@@ -166,6 +168,19 @@ def test_a_damaged_checkpoint_is_refused_by_name_before_weights_load(copied, cap
         assert f"Remove {path}; ckpt_path: auto then goes on from step-000001.ckpt." in error
 
 
+@pytest.mark.parametrize("given", ["run", "model", "config.yaml", "run/metrics.jsonl"])
+def test_what_is_no_checkpoint_is_not_advised_to_be_removed(copied, tiny, capsys, given):
+    """A run folder, a model or a file given by mistake: removing it would be the loss."""
+    shutil.copytree(tiny, copied / "model")
+    path = copied / given
+    assert cli.main(command(copied, f"--ckpt_path={path}")) == 2
+    error = capsys.readouterr().err
+    assert f"tulu: error: {path}: is no checkpoint, or half of one" in error
+    assert "Remove" not in error
+    inside = checkpoint_path(copied / "run", 2) if given == "run" else "RUN/checkpoints/step-….ckpt"
+    assert f"Give a checkpoint of tulu fit{':' if given == 'run' else ','} {inside}." in error
+
+
 def test_another_stages_checkpoint_is_refused_before_weights_load(stopped, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(Backbone, "load", lambda *_: pytest.fail("weights were loaded"))
     path = checkpoint_path(stopped[0] / "run", 2)
@@ -260,8 +275,17 @@ def test_training_beside_a_save_does_not_alter_what_is_saved(tmp_path, monkeypat
         one, other = (torch.load(checkpoint_path(tmp_path / name, step)) for name in ("plain", "beside"))
         for part in ("state_dict", "optimizer_states", "tulu_random"):
             assert_same(one[part], other[part])
-    two, three = (torch.load(checkpoint_path(tmp_path / "plain", step))["state_dict"] for step in (2, 3))
-    assert not any(torch.equal(two[name], three[name]) for name in two), "all weights moved meanwhile"
+        sizes = [checkpoint_path(tmp_path / name, step).stat().st_size for name in ("plain", "beside")]
+        assert abs(sizes[1] - sizes[0]) < 100_000, "tied weights, 270 kB, lie there once"
+
+
+def test_older_checkpoints_go_and_files_of_the_users_own_stay(tmp_path):
+    mine = {"step-best.ckpt", "step-000002-mine.ckpt", "best.ckpt"}
+    for name in (*mine, "step-000003.ckpt", "step-999999.ckpt", "step-1000000.ckpt", "step-1000001.ckpt"):
+        (tmp_path / name).touch()
+    Checkpoints(1, keep=1)._drop_older(tmp_path / "step-1000000.ckpt")
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == {*mine, "step-1000000.ckpt", "step-1000001.ckpt"}
 
 
 @pytest.fixture
@@ -300,6 +324,21 @@ def test_a_run_that_the_disk_has_no_room_for_is_refused_with_the_numbers(tmp_pat
         InputError, match=r"the run takes up to [\d.e+]+ TB \(1000000000 checkpoints of [\d.]+ MB: weights .*has"
     ):
         trainer.fit(runs.sft(), data)
+
+
+def test_half_a_save_of_a_kill_is_room_for_the_next_one(tmp_path, monkeypatch):
+    """The first save removes it; the same command again must not be refused for it."""
+    stage = SimpleNamespace(total_steps=4)
+    monkeypatch.setattr(space, "space_of", lambda _: Space(weights=1000, moments=2000, engine=0, export=1000))
+    monkeypatch.setattr(space.shutil, "disk_usage", lambda _: SimpleNamespace(free=2000))
+    (tmp_path / "checkpoints").mkdir()
+    checkpoint_path(tmp_path, 1).write_bytes(bytes(3000))
+    with pytest.raises(InputError, match=r"the run takes up to 7 kB .* and the disk has 5 kB"):
+        check_space(tmp_path, stage, 1, 1)
+    half = tmp_path / "checkpoints" / ".step-000002.ckpt.tmp"
+    half.mkdir()
+    (half / "__0_0.distcp").write_bytes(bytes(2500))
+    check_space(tmp_path, stage, 1, 1)
 
 
 NETWORKS = {

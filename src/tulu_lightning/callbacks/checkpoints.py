@@ -24,7 +24,7 @@ from tulu_lightning.checkpoints.space import check_space
 from tulu_lightning.data.base import StepData
 from tulu_lightning.errors import InputError
 from tulu_lightning.files import remove, remove_whole, write_whole
-from tulu_lightning.models.saved import FORMAT, KEY, Header, check_ranks
+from tulu_lightning.models.saved import FORMAT, KEY, Header, check_ranks, step_of
 from tulu_lightning.models.sharding import Fsdp2
 from tulu_lightning.models.single_file import SingleFile
 
@@ -209,15 +209,13 @@ class Checkpoints(L.Callback):
 
     def _drop_older(self, path: Path) -> None:
         """Keep the newest, the one that was just published among them."""
-        saved = sorted(path.parent.glob("step-*.ckpt"), key=_order)
-        for old in [other for other in saved if _order(other) <= _order(path)][: -self.keep]:
-            remove_whole(old)  # later ones are of a run that was taken back to an earlier step: not ours to remove
+        last = step_of(path) or 0
+        saved = {other: step for other in path.parent.glob("step-*.ckpt") if (step := step_of(other)) is not None}
+        # Later ones are of a run that was taken back to an earlier step, other names a user's: not ours to remove.
+        for old in sorted((other for other in saved if saved[other] <= last), key=saved.__getitem__)[: -self.keep]:
+            remove_whole(old)
 
 
 def _left(run: Path, *patterns: str) -> str:
     """The first thing found, by its name in the folder; nothing is the empty text."""
     return next((str(path.relative_to(run)) for pattern in patterns for path in sorted(run.glob(pattern))), "")
-
-
-def _order(checkpoint: Path) -> tuple[int, str]:
-    return len(checkpoint.name), checkpoint.name  # by step, also beyond six digits

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from tulu_lightning.callbacks.suite import Scored, paired, read_moment
-from tulu_lightning.checkpoints.card import LINEAGE, chain_behind, entry, model_card
+from tulu_lightning.checkpoints.card import LINEAGE, chain_behind, entry, model_card, told
 from tulu_lightning.checkpoints.identity import read_identity, weights_digest
 from tulu_lightning.checkpoints.promoted import code_version, export_folder
 from tulu_lightning.core.gain import Look
@@ -120,13 +120,9 @@ def write_card(folder: Path, run: Path, stage: Any, moment: str) -> None:
     """
     manifest = run / "data_manifest.json"
     data = json.loads(manifest.read_text(encoding="utf-8")) if manifest.exists() else {}
-    scores = {name: _told(one) for name, one in read_moment(run, moment).items()}
+    scores = {name: told(one._asdict()) for name, one in read_moment(run, moment).items()}
     identity = read_identity(run) or stage.identity()
     own = entry(type(stage).__name__, stage.step, stage.start, identity, data, scores)
     chain = [*chain_behind(stage.folder), own]
     (folder / LINEAGE).write_text(json.dumps(chain, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     (folder / "README.md").write_text(model_card(chain, chain[0]["start"]), encoding="utf-8")
-
-
-def _told(one: Scored) -> str:
-    return f"{100 * one.score:.1f} [{100 * one.low:.1f}, {100 * one.high:.1f}], n = {one.n}"

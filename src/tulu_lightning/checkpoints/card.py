@@ -11,9 +11,11 @@ from typing import Any
 
 from tulu_lightning import __version__
 
-__all__ = ["LINEAGE", "chain_behind", "entry", "model_card"]
+__all__ = ["LINEAGE", "chain_behind", "entry", "model_card", "told"]
 
 LINEAGE = "lineage.json"
+ELSEWHERE = ("start weights", "start config", "data rows")
+"""Digests, which are no settings."""
 SETTINGS = 40
 """Rows of settings that the card shows of each stage; `lineage.json` has them all."""
 
@@ -42,7 +44,7 @@ def entry(
         "start": start,
         "start_digest": identity.get("start weights"),
         "data_digest": identity.get("data rows"),
-        "settings": {name: value for name, value in identity.items() if name not in ("start weights", "data rows")},
+        "settings": {name: value for name, value in identity.items() if name not in ELSEWHERE},
         "data": _sources(manifest or {}),
         "scores": dict(scores or {}),
         "code": f"tulu_lightning {__version__}",
@@ -53,6 +55,16 @@ def _sources(manifest: Mapping[str, Any]) -> list[dict[str, Any]]:
     rows = manifest.get("sources", [])
     pairs = rows.items() if isinstance(rows, Mapping) else ((row.get("name"), row) for row in rows)
     return [{"name": name, **{k: v for k, v in row.items() if isinstance(v, str | int | float)}} for name, row in pairs]
+
+
+def told(score: Mapping[str, Any]) -> str:
+    """A score with its interval, for `entry`.
+
+    Args:
+        score: with `score`, `low` and `high` as shares, and `n`.
+    """
+    low, high = 100 * score["low"], 100 * score["high"]
+    return f"{100 * score['score']:.1f} [{low:.1f}, {high:.1f}], n = {score['n']}"
 
 
 def chain_behind(start: str | Path) -> list[dict[str, Any]]:

@@ -5,6 +5,7 @@ sets speed (packing, ranks, saving, logging) is not in it.
 """
 
 import dataclasses
+import hashlib
 import importlib.metadata
 import json
 from collections.abc import Collection, Iterator, Mapping
@@ -21,6 +22,7 @@ __all__ = [
     "Value",
     "check_identity",
     "check_run",
+    "config_digest",
     "flat",
     "read_identity",
     "versions",
@@ -30,6 +32,8 @@ __all__ = [
 
 Value = str | int | float | bool | None
 NAME = "identity.json"
+NAMES_ONLY = ("_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "use_cache")
+"""Entries of a model's config.json that change no log-prob."""
 
 
 def weights_digest(folder: str | Path) -> str:
@@ -39,6 +43,13 @@ def weights_digest(folder: str | Path) -> str:
         Hexadecimal; of no files, too: whether there are weights is `resolve_model`'s to say.
     """
     return content_digest(sorted(Path(folder).glob("*.safetensors")))
+
+
+def config_digest(folder: str | Path) -> str:
+    """Hash of what a model folder's config.json says of its computation; hexadecimal."""
+    config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
+    kept = {name: value for name, value in config.items() if name not in NAMES_ONLY}
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
 
 
 def flat(name: str, value: Any) -> dict[str, Value]:
@@ -58,8 +69,13 @@ def _flat(name: str, value: Any) -> Iterator[tuple[str, Value]]:
         yield name, value
     elif isinstance(value, list | tuple):
         yield name, json.dumps(value)
-    else:
+    elif isinstance(value, Mapping):
+        yield name, json.dumps(value, sort_keys=True, default=repr)
+    else:  # a user's own class that is no dataclass has its settings in attributes
         yield name, type(value).__qualname__
+        for attribute, item in sorted(getattr(value, "__dict__", {}).items()):
+            if not attribute.startswith("_") and (item is None or isinstance(item, str | int | float | bool)):
+                yield f"{name}.{attribute}", item
 
 
 DATA = "data rows"

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from tulu_lightning.checkpoints.card import LINEAGE, chain_behind
 from tulu_lightning.checkpoints.identity import weights_digest
 from tulu_lightning.checkpoints.promoted import COPY, read_record, read_records
 from tulu_lightning.errors import InputError
@@ -97,11 +98,20 @@ def _record_of(folder: Path) -> tuple[dict[str, Any] | None, str]:
     if (folder / COPY).exists():
         return read_record(folder / COPY), ""
     if folder.parent.name != "exports" or not (folder.parents[1] / "metrics.jsonl").exists():
-        return None, ""
+        return None, _told_by_card(folder)
     path = folder.parents[1] / "promotions" / f"{folder.name}.json"
     if path.exists():
         return read_record(path), ""
     return None, f"there is no record of how {folder} was made: {path} is missing"
+
+
+def _told_by_card(folder: Path) -> str:
+    """Of what `tulu export` wrote: that nobody decided on it, and what it says of itself; empty of a base model."""
+    entries = chain_behind(folder)
+    if not entries:
+        return ""
+    said = " → ".join([str(entries[0].get("start")), *(f"{e.get('stage')} ({e.get('step')} steps)" for e in entries)])
+    return f"there is no record of how {folder} was made: it is an export without a {COPY}; its {LINEAGE} says {said}"
 
 
 def _parent_of(folder: Path, record: Mapping[str, Any]) -> tuple[Path | None, str]:

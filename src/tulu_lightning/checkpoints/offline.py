@@ -242,4 +242,4 @@ def _from_start(layout: Layout, lm: PreTrainedModel, name: str) -> Tensor:
         linear = nn.Linear(whole.shape[1], whole.shape[0], bias=False)
         linear.weight = nn.Parameter(whole, requires_grad=False)
         return Linear4bit(linear, layout.quantize).matrix(torch.float32)
-    return whole
+    return whole.to(getattr(torch, layout.weights_dtype)).float()  # as the run kept it

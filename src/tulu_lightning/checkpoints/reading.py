@@ -12,6 +12,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 
 from tulu_lightning.errors import InputError
 from tulu_lightning.models.safe_reader import SafeReader, load_plain
+from tulu_lightning.models.saved import newest_in
 
 __all__ = ["TrainingCheckpoint", "newest_checkpoint"]
 
@@ -87,8 +88,8 @@ def newest_checkpoint(run: Path) -> Path:
     Raises:
         InputError: it has none.
     """
-    found = sorted((run / "checkpoints").glob("step-*.ckpt"))
-    if not found:
+    newest = newest_in(run / "checkpoints")
+    if newest is None:
         what = "has no checkpoint (checkpoints/step-*.ckpt)"
         raise InputError(str(run), what, "Give the folder of a run of tulu fit that has saved, or a checkpoint.")
-    return found[-1]
+    return newest

@@ -130,8 +130,8 @@ def check_space(run: Path, stage: Any, every_n_steps: int, keep: int) -> None:
     space = space_of(stage)
     saves = -(-stage.total_steps // every_n_steps) if every_n_steps else 1
     count = min(keep + 1, saves)
-    there = sum(p.stat().st_size for p in run.glob("checkpoints/step-*.ckpt/*") if p.is_file())
-    there += sum(p.stat().st_size for p in run.glob("checkpoints/step-*.ckpt") if p.is_file())
+    # Half a save of a kill is among them: the first save removes it.
+    there = sum(_held(path) for name in ("step-*.ckpt", ".step-*.tmp") for path in run.glob(f"checkpoints/{name}"))
     needed = count * space.checkpoint + space.export
     free = shutil.disk_usage(next(p for p in (run, *run.absolute().parents) if p.exists())).free + there
     said = (
@@ -144,3 +144,8 @@ def check_space(run: Path, stage: Any, every_n_steps: int, keep: int) -> None:
         raise InputError(str(run), said, f"{remedy} Checkpoints.check_disk: false does not ask.")
     if needed * TIGHT > free:
         rank_zero_warn(f"{run}: {said}, which is little more")
+
+
+def _held(path: Path) -> int:
+    """Bytes of a file, or of a folder's files."""
+    return sum(each.stat().st_size for each in (path, *path.rglob("*")) if each.is_file())

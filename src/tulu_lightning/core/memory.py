@@ -5,6 +5,7 @@ fp32 the four widths of its two norms and residuals, queries and attention's out
 of the gated MLP; with bf16 products the same in 2 bytes, but for the residual stream.
 """
 
+from collections.abc import Collection
 from typing import NamedTuple
 
 __all__ = [
@@ -19,10 +20,12 @@ __all__ = [
 ]
 
 FP32 = 4
-ADAM = 2 * FP32
 ADAM_8BIT = 2 * (1 + FP32 / 256)
 """Two moments of one byte, and a scale for each 256 of them (torchao)."""
 NF4_CODE = 0.5
+MLP = ("gate_proj", "up_proj", "down_proj")
+LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", *MLP)
+"""A decoder layer's linear layers, as Llama calls them."""
 LOSS_CHUNK = {"cpu": 64 << 20, "cuda": 256 << 20}
 """Logits alive at once (`core.nll`)."""
 LOGIT_COPIES = 2
@@ -70,10 +73,11 @@ class Architecture(NamedTuple):
         """
         return self.decoder + (0 if self.tied else self.head)
 
-    def adapters(self, rank: int) -> int:
-        """Parameters of LoRA on every linear layer."""
-        ends = 2 * (self.width + self.query) + 2 * (self.width + self.kv) + 3 * (self.width + self.mlp)
-        return self.layers * rank * ends
+    def adapters(self, rank: int, targets: Collection[str] | None = None) -> int:
+        """Parameters of LoRA on the linear layers of these names, as Llama calls them; None is every one."""
+        query, kv, mlp = (self.width + end for end in (self.query, self.kv, self.mlp))
+        ends = dict(zip(LINEAR, (query, kv, kv, query, mlp, mlp, mlp), strict=True))
+        return self.layers * rank * sum(end for name, end in ends.items() if targets is None or name in targets)
 
 
 class Network(NamedTuple):
@@ -85,6 +89,8 @@ class Network(NamedTuple):
     """A reward model or critic: no output head."""
     lora: int = 0
     """Rank; 0 trains all."""
+    targets: tuple[str, ...] | None = None
+    """Names of the layers that have adapters; None is every linear one."""
     four_bits: float = 0.0
     """Bytes of a matrix's weight in 4 bits, scales included; 0 for none."""
     weight_bytes: int = FP32
@@ -103,7 +109,7 @@ class Network(NamedTuple):
             return 0
         if not self.lora:
             return self.parameters
-        return self.arch.adapters(self.lora) + (self.arch.width if self.scalar_head else 0)
+        return self.arch.adapters(self.lora, self.targets) + (self.arch.width if self.scalar_head else 0)
 
 
 def network_bytes(network: Network, shards: int = 1) -> dict[str, float]:
@@ -114,10 +120,10 @@ def network_bytes(network: Network, shards: int = 1) -> dict[str, float]:
     arch, quantised = network.arch, network.arch.matrices if network.four_bits else 0
     weights = (network.parameters - quantised) * network.weight_bytes + quantised * network.four_bits
     if network.lora and network.trained:
-        weights += arch.adapters(network.lora) * FP32
+        weights += arch.adapters(network.lora, network.targets) * FP32
     trained = network.trainable
     gradient = FP32 if network.lora else network.weight_bytes
-    moments = ADAM if network.state_bits == 32 else ADAM_8BIT
+    moments = 2 * gradient if network.state_bits == 32 else ADAM_8BIT  # torch keeps them as the weights are
     parts = {"weights": weights, "gradients": trained * gradient, "optimizer": trained * moments}
     return {name: value / shards for name, value in parts.items()}
 
@@ -164,7 +170,8 @@ def _layer_bytes(network: Network, this: Pass, keep_mlp: bool) -> float:
     attention = (2 * arch.query + 2 * arch.kv) * c / tp
     mlp = 2 * arch.mlp * c / tp if keep_mlp else 0.0
     if network.lora:  # adapters take the MLP apart: its activation and product are kept too, and A's outputs
-        mlp += (3 if low else 2) * arch.mlp * c / tp + 7 * network.lora * FP32
+        names = {*(network.targets or LINEAR)}
+        mlp += (3 if low else 2) * arch.mlp * c / tp * bool(names & {*MLP}) + len(names) * network.lora * FP32
         normed += 4 * arch.width * c if low else 0
     return residual + normed + attention + mlp + 2 * FP32
 

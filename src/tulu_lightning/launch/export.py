@@ -2,7 +2,7 @@
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,10 @@ __all__ = ["main", "parser"]
 
 DTYPES = ("float32", "bfloat16", "float16")
 STAGES = ("SFT", "DPO", "PPO", "RewardModel")
+CONFIGS = ("config.json", "adapter_config.json")
+"""What an export has one of."""
+PROMOTION = "promotion.json"
+"""What lies beside weights that a run promoted."""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -46,6 +50,7 @@ def main(argv: Sequence[str]) -> int:
         raise InputError("--dtype", "is given with --adapter, which is written as trained", "Leave one of them out.")
     from tulu_lightning.checkpoints.reading import TrainingCheckpoint, newest_checkpoint
     from tulu_lightning.checkpoints.shards import parse_size
+    from tulu_lightning.models.saved import header_of
 
     size = parse_size("--max_shard_size", options.max_shard_size)
     given, out = Path(options.ckpt), Path(options.out)
@@ -54,19 +59,33 @@ def main(argv: Sequence[str]) -> int:
     is_run = given.is_dir() and not given.name.endswith(".ckpt")
     path = newest_checkpoint(given) if is_run else given
     run = given if is_run else path.parent.parent
-    _check_out(out, run, options.force)
+    _check_out(out, options.force, {"the run": run, "the checkpoint": path})
     config = _read_config(Path(options.config) if options.config else run / "config.yaml")
+    header_of(path)  # also of a file whose tensors would load: what it holds may have changed since
     checkpoint = TrainingCheckpoint(path)
     folder = _write(checkpoint, config, run, out, options, size)
     print(f"{checkpoint.stage['class']} after {checkpoint.stage['step']:,} steps: {folder}")
     return 0
 
 
-def _check_out(out: Path, run: Path, force: bool) -> None:
-    if out.resolve().is_relative_to((run / "checkpoints").resolve()):
+def _check_out(out: Path, force: bool, kept: Mapping[str, Path]) -> None:
+    """Refuse to write over anything but an earlier export, and over what the export is made of even then."""
+    place, run = out.resolve(), kept.get("the run")
+    if run is not None and place.is_relative_to((run / "checkpoints").resolve()):
         raise InputError("--out", f"{out} lies among the run's checkpoints", "Give a folder elsewhere.")
     if out.exists() and not force:
         raise InputError("--out", f"{out} is there already", "Give another folder, or --force to replace it.")
+    for name, folder in kept.items():
+        if folder.resolve().is_relative_to(place):
+            raise InputError("--out", f"{out} holds {name}, which --force would remove", "Give a folder elsewhere.")
+    if out.is_symlink() or (out.exists() and not out.is_dir()):
+        what = f"{out} is {'a link' if out.is_symlink() else 'a file'}, and --force replaces folders"
+        raise InputError("--out", what, "Give another folder.")
+    if (out / PROMOTION).is_file():
+        raise InputError("--out", f"{out} was promoted, and records name it", "Give another folder.")
+    if out.exists() and any(out.iterdir()) and not any((out / name).is_file() for name in CONFIGS):
+        what = f"{out} holds other things than a model (no {' and no '.join(CONFIGS)})"
+        raise InputError("--out", what, "Give another folder; --force replaces earlier exports.")
 
 
 def _read_config(file: Path) -> dict[str, Any]:
@@ -94,12 +113,14 @@ def _write(checkpoint: Any, config: dict[str, Any], run: Path, out: Path, option
         raise InputError(str(checkpoint.path), f"is of a {kind}", f"Give one of {', '.join(STAGES)}.")
     backbone = config["model"]["init_args"]["backbone"]
     start = str(resolve_model(backbone["path"]))
+    _check_out(out, options.force, {"the start": Path(start)})
     _check_start(checkpoint, start, backbone["path"])
     layout = _layout(Layout, backbone, start, kind)
     data = config.get("data", {}).get("init_args", {})
-    tokenizer = load_tokenizer(data.get("tokenizer") or start)
+    texts = str(data.get("tokenizer") or start)
+    tokenizer = load_tokenizer(texts)
     template = chat.chat_template(data.get("template", "chatml"), tokenizer)
-    stops = chat.stop_ids(tokenizer, template, generation_eos(start))
+    stops = chat.stop_ids(tokenizer, template, (*generation_eos(texts), *generation_eos(start)))
     chain = [*chain_behind(start), _entry(checkpoint, backbone["path"], run)]
     base = chain[0]["start"]
 
@@ -144,16 +165,18 @@ def _check_start(checkpoint: Any, start: str, named: str) -> None:
 
 
 def _entry(checkpoint: Any, start: str, run: Path) -> dict[str, Any]:
-    from tulu_lightning.checkpoints.card import entry
+    from tulu_lightning.checkpoints.card import entry, told
+    from tulu_lightning.checkpoints.promoted import read_record, record_path
 
     def read(name: str) -> dict[str, Any]:
         path = run / name
         return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
     stage = checkpoint.stage
-    decision = read("summary.json").get("decision") or {}
-    scores = {"held-out, difference to the start": decision["reason"]} if decision.get("difference") is not None else {}
-    return entry(stage["class"], stage["step"], start, stage.get("identity", {}), read("data_manifest.json"), scores)
+    record = record_path(run, stage["step"])  # of these weights: the run's last decision may be about others
+    scores = read_record(record)["scores"]["after"] if record.is_file() else {}
+    texts = {name: told(score) for name, score in scores.items()}
+    return entry(stage["class"], stage["step"], start, stage.get("identity", {}), read("data_manifest.json"), texts)
 
 
 def _note(options: Any, layout: Any) -> str:

@@ -14,7 +14,7 @@ from packaging.specifiers import SpecifierSet
 from tulu_lightning.assets.cache import cache_dir
 from tulu_lightning.launch.findings import Finding
 
-__all__ = ["GIB", "look"]
+__all__ = ["GIB", "look", "memory_bytes"]
 
 PART = "machine"
 GIB = 1 << 30
@@ -95,7 +95,7 @@ def _cpu() -> tuple[str, set[str]]:
 
 
 def _memory() -> Finding:
-    total, free = _memory_bytes()
+    total, free = memory_bytes()
     if not total:
         return Finding(PART, "memory", "warn", f"unknown here; the demo needs {MEMORY / GIB:.0f} GiB")
     text = f"{total / GIB:.1f} GiB, {free / GIB:.1f} GiB free; the demo needs {MEMORY / GIB:.0f}"
@@ -107,7 +107,7 @@ def _memory() -> Finding:
     return Finding(PART, "memory", "ok", text)
 
 
-def _memory_bytes() -> tuple[int, int]:
+def memory_bytes() -> tuple[int, int]:
     """Total and free, within the limits of this process's control group; (0, 0) where the system does not say."""
     fields = dict(line.split(":", 1) for line in _read("/proc/meminfo").splitlines() if ":" in line)
     if "MemTotal" not in fields:

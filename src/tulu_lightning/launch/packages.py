@@ -66,8 +66,9 @@ PROBE = """
 import sys
 from vllm.platforms import current_platform
 import vllm
-print(vllm.__version__, current_platform.device_type or "no device")
+print(vllm.__version__, current_platform.device_type or "none")
 """
+NO_DEVICE = "sees no device that this build of it runs on"
 
 
 def ranges() -> dict[str, tuple[Requirement, str]]:
@@ -167,11 +168,15 @@ def _vllm(asked: dict[str, tuple[Requirement, str]]) -> Finding:
     if fault:
         text = f"because {name} {version} does not import ({fault}); for {VLLM_USE}"
         return Finding(OPTIONAL_PART, "vllm", "off", text, VLLM_REMEDY)
+    device = said.split()[-1]
+    if device == "none":
+        text = f"because {name} {version} {NO_DEVICE}; for {VLLM_USE}"
+        return Finding(OPTIONAL_PART, "vllm", "off", text, VLLM_REMEDY)
     specifier = asked[name][0].specifier if name in asked else None
     if specifier is not None and not specifier.contains(version, prereleases=True):
         text = f"{name} {version}, outside the range {specifier}: refreshing its weights is not tested"
         return Finding(OPTIONAL_PART, "vllm", "warn", text, VLLM_REMEDY)
-    return Finding(OPTIONAL_PART, "vllm", "ok", f"{name} {version}, on {said.split()[-1]}")
+    return Finding(OPTIONAL_PART, "vllm", "ok", f"{name} {version}, on {device}")
 
 
 def _vllm_elsewhere(python: Path) -> Finding:
@@ -180,6 +185,8 @@ def _vllm_elsewhere(python: Path) -> Finding:
     if fault:
         return Finding(OPTIONAL_PART, name, "off", f"because it does not import ({fault})", VLLM_REMEDY)
     version, device = said.split()[-2:]
+    if device == "none":
+        return Finding(OPTIONAL_PART, name, "off", f"because {version} {NO_DEVICE}", VLLM_REMEDY)
     return Finding(OPTIONAL_PART, name, "ok", f"{version}, on {device}; for the server engine ({python})")
 
 

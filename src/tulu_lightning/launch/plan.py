@@ -91,7 +91,12 @@ def plan_of(argv: Sequence[str], device: str | None = None, rows: int | None = N
     device = device or _default_device(config)
     count = processes(config.trainer.accelerator, config.trainer.devices, config.trainer.num_nodes)
     rows = rows or known_rows(config.data.init_args.sources)
-    return read_plan(config, "cpu" if device == "cpu" else "cuda", count, rows), device
+    plan = read_plan(config, "cpu" if device == "cpu" else "cuda", count, rows)
+    if plan.layout.sharded:
+        from tulu_lightning.models.mesh import mesh_sizes
+
+        mesh_sizes(count, plan.layout.tensor_parallel, plan.layout.replicas)  # refuses what does not divide
+    return plan, device
 
 
 def _default_device(config: Any) -> str:
@@ -106,10 +111,12 @@ def known_rows(sources: Any) -> int | None:
     for source in sources:
         settings = source if isinstance(source, dict) else vars(source)
         args = settings.get("args") or {}
-        size = settings.get("count") or settings.get("cap") or settings.get("limit") or args.get("count")
-        if not size and not settings.get("match") and settings.get("subset") is None:
-            size = ROWS.get(str(settings.get("hub")))
-            size = size and size * (settings.get("fraction") or 1)
+        known = [args.get("count"), settings.get("limit")]
+        if not settings.get("match") and settings.get("subset") is None:
+            known.append(ROWS.get(str(settings.get("hub"))))
+        there = min((number for number in known if number), default=None)
+        wanted = [number for number in (settings.get("count") or settings.get("cap"), there) if number]
+        size = there and there * settings["fraction"] if settings.get("fraction") else min(wanted, default=None)
         if not size:
             return None
         total += size * (settings.get("upsample") or 1)

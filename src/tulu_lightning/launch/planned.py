@@ -58,7 +58,9 @@ class Sizes:
     """Of PPO: responses of a prompt."""
     max_new_tokens: int = 0
     epochs: int = 1
-    """Of the data; of PPO, passes over a batch of rollouts."""
+    """Of the data."""
+    passes: int = 1
+    """Of PPO, over a batch of rollouts."""
     rows: int | None = None
     """Of the data; None where it is not known without reading them."""
     max_steps: int | None = None
@@ -77,8 +79,7 @@ class Sizes:
             return self.max_steps
         if self.rows is None:
             return None
-        epochs = 1 if self.samples else self.epochs
-        return -(-self.rows * epochs // self.examples_per_step)
+        return -(-self.rows // self.examples_per_step) * self.epochs  # each epoch's last step may be short
 
 
 @dataclass(frozen=True)
@@ -154,7 +155,7 @@ def _pass(plan: Planned) -> dict[str, float]:
     """What the largest pass adds."""
     moments = {name: pass_bytes(plan.networks[name], this) for name, this in plan.passes().items()}
     parts = max(moments.values(), key=lambda each: sum(each.values()))
-    if plan.layout.sharded and plan.layout.shards > 1:
+    if plan.layout.sharded and (plan.layout.shards > 1 or plan.layout.cpu_offload):
         parts["gathered"] = max(
             gathered_bytes(network, plan.compute_bytes, plan.layout.tensor_parallel)
             for network in plan.networks.values()
@@ -185,24 +186,24 @@ def read_plan(config: Any, device: str, devices: int, rows: int | None) -> Plann
     if kind == "PPO":
         if "GAE" in str(_get(model, "advantage", "class_path") or "GAE"):
             path = _get(model, "critic", "path") or model.backbone.path
-            own = _network(model.backbone, _get(model, "critic", "optimizer"), scalar=True, path=path)
-            layers = _get(model, "critic", "layers") or own.arch.layers
-            networks["critic"] = own._replace(arch=own.arch._replace(layers=layers), lora=0, four_bits=0.0)
-        if (_get(model, "kl", "coefficient") or 0) > 0 and not policy.lora:
+            own, arch = _network(model.backbone, _get(model, "critic", "optimizer"), True), find_architecture(path)
+            layers = _get(model, "critic", "layers") or arch.layers
+            networks["critic"] = own._replace(arch=arch._replace(layers=layers))
+        from tulu_lightning.core.kl import Kl
+
+        if (model.kl or Kl()).coefficient > 0 and not policy.lora:  # left out, it is the paper's
             networks["reference"] = policy._replace(trained=False)
         engine_bytes, engine_cache = _engine(model, policy.arch, data)
-    if kind == "DPO" and str(getattr(model, "reference", "cached")) == "live" and not policy.lora:
+    live = "live" in (_get(model, "reference"), _get(model, "reference", "mode"))
+    if kind == "DPO" and live and not policy.lora:
         networks["reference"] = policy._replace(trained=False)
-    low = model.backbone.compute_dtype == "bfloat16"
+    low, backbone = model.backbone.compute_dtype == "bfloat16", model.backbone
+    recompute = {"layers": backbone.activation_checkpointing, "mlps": backbone.recompute_mlps, "none": True}
     return Planned(
         stage=kind,
         networks=networks,
         compute_bytes=2 if low else 4,
-        recompute="layers"
-        if model.backbone.activation_checkpointing
-        else "mlps"
-        if model.backbone.recompute_mlps
-        else "none",
+        recompute=next(kind for kind, is_on in recompute.items() if is_on),
         layout=_layout(config.trainer, devices),
         sizes=_sizes(kind, model, data, rows),
         device=device,
@@ -222,8 +223,8 @@ def _get(value: Any, *names: str) -> Any:
     return value
 
 
-def _network(backbone: Any, optimizer: Any, scalar: bool, path: str | None = None) -> Network:
-    arch = find_architecture(path or backbone.path)
+def _network(backbone: Any, optimizer: Any, scalar: bool) -> Network:
+    arch = find_architecture(backbone.path)
     if backbone.layers:
         arch = arch._replace(layers=backbone.layers)
     four = 0.0
@@ -234,6 +235,7 @@ def _network(backbone: Any, optimizer: Any, scalar: bool, path: str | None = Non
         arch,
         scalar_head=scalar,
         lora=backbone.lora.r if backbone.lora else 0,
+        targets=tuple(backbone.lora.targets) if backbone.lora and backbone.lora.targets else None,
         four_bits=four,
         weight_bytes=2 if backbone.weights_dtype == "bfloat16" else 4,
         state_bits=_get(optimizer, "state_bits") or 32,
@@ -287,7 +289,7 @@ def _sizes(kind: str, model: Any, data: Any, rows: int | None) -> Sizes:
         micro_tokens=model.micro_tokens,
         samples=model.rollout.samples_per_prompt,
         max_new_tokens=model.rollout.max_new_tokens,
-        epochs=model.epochs,
+        passes=model.epochs,
     )
 
 

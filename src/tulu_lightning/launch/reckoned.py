@@ -1,15 +1,16 @@
 """What a planned run takes: memory against a device's, time of a step, disk, and the settings that would make it fit."""
 
-import os
+import json
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any, NamedTuple
 
 from tulu_lightning.core.flops import Shape, Work, training_flops
-from tulu_lightning.core.memory import network_bytes
+from tulu_lightning.core.memory import Network, network_bytes
+from tulu_lightning.launch.machine import memory_bytes
 from tulu_lightning.launch.planned import Planned, peak_parts
 
-__all__ = ["DEVICES", "Device", "disk", "reckon", "remedies", "seconds_per_step"]
+__all__ = ["DEVICES", "Device", "disk", "reckon", "remedies", "seconds_per_step", "whole"]
 
 
 class Device(NamedTuple):
@@ -41,9 +42,9 @@ DECODE = 0.6
 
 def reckon(plan: Planned, device: str, tokens_per_row: int | None = None) -> dict[str, Any]:
     """Everything that is told of a run, as plain data; sizes in bytes, times in seconds."""
-    memory = _cpu_memory() if device == "cpu" else DEVICES[device].memory
+    memory = memory_bytes()[0] if device == "cpu" else DEVICES[device].memory
     parts = peak_parts(plan)
-    total = sum(parts.values()) * (plan.layout.devices if device == "cpu" else 1)
+    total = whole(plan)
     return {
         "stage": plan.stage,
         "device": device,
@@ -65,11 +66,16 @@ def reckon(plan: Planned, device: str, tokens_per_row: int | None = None) -> dic
     }  # fmt: skip
 
 
+def whole(plan: Planned) -> float:
+    """Bytes that are held against the memory: a device's own; of processes on CPUs, which share one, all together."""
+    return sum(peak_parts(plan).values()) * (plan.layout.devices if plan.device == "cpu" else 1)
+
+
 def remedies(plan: Planned, memory: float) -> Iterator[tuple[str, str, float]]:
     """Changes that help, each on top of those before it, until the run fits: (setting, what it costs, bytes then)."""
-    before = sum(peak_parts(plan).values())
+    before = whole(plan)
     for change, cost, changed in _changes(plan):
-        size = sum(peak_parts(changed(plan)).values())
+        size = whole(changed(plan))
         if size > HELPS * before:
             continue
         plan, before = changed(plan), size
@@ -99,23 +105,24 @@ def _changes(plan: Planned) -> Iterator[tuple[str, str, Any]]:
             "smaller products",
             lambda p: replace(p, sizes=replace(p.sizes, micro_tokens=least)),
         )
-    if any(network.trained and network.state_bits == 32 for network in plan.networks.values()):
-        yield (
-            "model.optimizer.state_bits=8",
-            "moments in 8 bits: steps that are slightly others",
-            lambda p: replace(p, networks={n: w._replace(state_bits=8) for n, w in p.networks.items()}),
-        )
-    if plan.layout.sharded and not plan.layout.cpu_offload:
-        yield (
-            "trainer.strategy.init_args.cpu_offload=true",
-            "weights travel over the bus in each pass, and the update runs on the CPU",
-            lambda p: replace(p, layout=replace(p.layout, cpu_offload=True)),
-        )
-    else:
+    for name, key in (("policy", "model.optimizer"), ("critic", "model.critic.optimizer")):
+        if name in plan.networks and plan.networks[name].state_bits == 32:
+            yield (
+                f"{key}.state_bits=8",
+                "moments in 8 bits: steps that are slightly others",
+                lambda p, name=name: _with(p, name, p.networks[name]._replace(state_bits=8)),
+            )
+    if not plan.layout.sharded:
         yield (
             "trainer.strategy=fsdp2",
             "gathering of weights",
             lambda p: replace(p, layout=replace(p.layout, sharded=True)),
+        )
+    if plan.device == "cuda" and not plan.layout.cpu_offload:  # a CPU has nowhere to offload to
+        yield (
+            f"trainer.strategy='{_offloaded(plan)}'",
+            "weights travel over the bus in each pass, and the update runs on the CPU",
+            lambda p: replace(p, layout=replace(p.layout, cpu_offload=True, sharded=True)),
         )
     count = plan.layout.devices
     for factor in (2, 4, 8, 16, 32):
@@ -124,6 +131,17 @@ def _changes(plan: Planned) -> Iterator[tuple[str, str, Any]]:
             "more machines",
             lambda p, factor=factor: replace(p, layout=replace(p.layout, devices=count * factor, sharded=True)),
         )
+
+
+def _with(plan: Planned, name: str, network: Network) -> Planned:
+    return replace(plan, networks={**plan.networks, name: network})
+
+
+def _offloaded(plan: Planned) -> str:
+    """The strategy as one option: its short name `fsdp2` takes no settings."""
+    sizes = {"tensor_parallel": plan.layout.tensor_parallel, "replicas": plan.layout.replicas}
+    settings = {**{name: size for name, size in sizes.items() if size > 1}, "cpu_offload": True}
+    return json.dumps({"class_path": "tulu_lightning.models.sharding.Fsdp2", "init_args": settings})
 
 
 def seconds_per_step(plan: Planned, device: Device, tokens_per_row: int | None) -> tuple[float, float]:
@@ -144,7 +162,7 @@ def seconds_per_step(plan: Planned, device: Device, tokens_per_row: int | None) 
         if not network.trained:
             flops += (2 * (arch.matrices + arch.head)) * work.tokens
             continue
-        flops += once * (4 / 3 if plan.recompute == "layers" else 1) * (sizes.epochs if sizes.samples else 1)
+        flops += once * (4 / 3 if plan.recompute == "layers" else 1) * sizes.passes
         if sizes.samples and name in ("policy", "critic"):
             flops += once / 3  # log-probs or values before the first epoch
     fastest, slowest = (flops / (device.peak * plan.layout.devices * mfu) for mfu in reversed(MFU))
@@ -171,7 +189,3 @@ def disk(plan: Planned) -> dict[str, float]:
     policy = plan.networks["policy"]
     export = float(policy.parameters * (2 if policy.weight_bytes == 2 and not policy.lora else 4))
     return {"checkpoint": one, "export": export, "total": one * (plan.keep + 1) + export if plan.keep else export}
-
-
-def _cpu_memory() -> float:
-    return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))

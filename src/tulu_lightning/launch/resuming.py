@@ -7,8 +7,7 @@ from typing import Any
 
 from tulu_lightning.callbacks.checkpoints import Checkpoints
 from tulu_lightning.errors import InputError
-from tulu_lightning.launch.run_folder import step_of
-from tulu_lightning.models.saved import Header, header_of
+from tulu_lightning.models.saved import Header, header_of, step_of
 
 __all__ = ["ACCEPT_HELP", "CKPT_HELP", "changes", "header_for", "start_line", "tell_checkpoints"]
 

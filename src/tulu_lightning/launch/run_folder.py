@@ -1,17 +1,16 @@
 """The folder of a run: where it is, whether it can be written, and what to resume from."""
 
 import os
-import re
 import tempfile
 from pathlib import Path
 
 from tulu_lightning.errors import InputError, nearest
+from tulu_lightning.models.saved import newest_in
 
-__all__ = ["ensure_writable", "latest_checkpoint", "resolve_checkpoint", "step_of"]
+__all__ = ["ensure_writable", "latest_checkpoint", "resolve_checkpoint"]
 
-STEP = re.compile(r"step-(\d+)\.ckpt")
 LIGHTNING_NAMES = ("best", "hpc", "registry")
-"""Values of `ckpt_path` that Lightning itself resolves."""
+"""Values of `ckpt_path` that Lightning resolves by callbacks and services of its own, which have no checkpoints of ours."""
 
 
 def ensure_writable(folder: str | Path) -> Path:
@@ -33,21 +32,13 @@ def ensure_writable(folder: str | Path) -> Path:
     return folder
 
 
-def step_of(checkpoint: str | Path) -> int | None:
-    """Finished steps, from a checkpoint's name `step-<n>.ckpt`."""
-    match = STEP.fullmatch(Path(checkpoint).name)
-    return int(match[1]) if match else None
-
-
 def latest_checkpoint(folder: str | Path) -> Path | None:
     """The newest complete checkpoint of a run, by step, or None.
 
     Checkpoints (files, or folders when sharded) are written as `.step-<n>.ckpt.tmp` and renamed, so one that has its
     name is complete.
     """
-    found = Path(folder, "checkpoints").glob("step-*.ckpt")
-    steps = {step: path for path in found if (step := step_of(path)) is not None}
-    return steps[max(steps)] if steps else None
+    return newest_in(Path(folder, "checkpoints"))
 
 
 def resolve_checkpoint(wanted: str | Path | None, folder: str | Path) -> str | None:
@@ -69,8 +60,11 @@ def resolve_checkpoint(wanted: str | Path | None, folder: str | Path) -> str | N
             what = f"is last, and {Path(folder, 'checkpoints')} holds no checkpoint"
             raise InputError("ckpt_path", what, "Use auto, which starts where there is nothing to go on with.")
         return None if newest is None else str(newest)
-    if str(wanted) in LIGHTNING_NAMES or "://" in str(wanted) or Path(wanted).exists():
+    if "://" in str(wanted) or Path(wanted).exists():
         return str(wanted)
+    if str(wanted) in LIGHTNING_NAMES:
+        what = f"is {wanted}, which Lightning's own ModelCheckpoint and the like would know, not Checkpoints"
+        raise InputError("ckpt_path", what, "Use auto, last, none or the path of a checkpoint.")
     there = [str(path) for path in Path(wanted).parent.glob("*.ckpt")]
     remedy = nearest(str(wanted), there) if there else "Give an existing one, or auto to resume the run if it can be."
     raise InputError("ckpt_path", f"there is no checkpoint {str(wanted)!r}", remedy)

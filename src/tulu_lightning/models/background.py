@@ -54,14 +54,30 @@ class Background:
 
 
 def snapshot(value: Any) -> Any:
-    """A copy on the CPU of all tensors in nested dicts, lists and tuples: what training changes next is not in it."""
+    """A copy on the CPU of all tensors in nested dicts, lists and tuples: what training changes next is not in it.
+
+    A tensor that is there twice, as tied weights are, is copied once and stays one.
+    """
+    return _copy(value, {})
+
+
+def _copy(value: Any, known: dict[Any, Tensor]) -> Any:
     if isinstance(value, Tensor):  # sharded ones, too: of those it is this rank's part
         own = value.detach()
-        return own.clone() if own.device.type == "cpu" else own.to("cpu")
+        if type(own) is not Tensor:
+            return _on_cpu(own)
+        key = (own.device, own.data_ptr(), own.shape, own.stride(), own.dtype)
+        if not own.numel() or key not in known:
+            known[key] = _on_cpu(own)
+        return known[key]
     if isinstance(value, dict):
-        return type(value)((key, snapshot(item)) for key, item in value.items()) if value else value
+        return type(value)((key, _copy(item, known)) for key, item in value.items()) if value else value
     if isinstance(value, list):
-        return [snapshot(item) for item in value]
+        return [_copy(item, known) for item in value]
     if type(value) is tuple:
-        return tuple(snapshot(item) for item in value)
+        return tuple(_copy(item, known) for item in value)
     return value
+
+
+def _on_cpu(own: Tensor) -> Tensor:
+    return own.clone() if own.device.type == "cpu" else own.to("cpu")

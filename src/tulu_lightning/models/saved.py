@@ -6,6 +6,7 @@ identity and config, and in a folder the size and a digest of each file. A file 
 """
 
 import json
+import re
 import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -22,7 +23,9 @@ __all__ = [
     "check_ranks",
     "check_whole",
     "header_of",
+    "newest_in",
     "read_header",
+    "step_of",
     "write_header",
 ]
 
@@ -31,6 +34,7 @@ FORMAT = 1
 KEY = "tulu_header"
 """Where a checkpoint in memory holds what becomes its header."""
 NAME = "tulu.json"
+STEP = re.compile(r"step-(\d+)\.ckpt")
 FOLDER = (".metadata", "meta.pt")
 """What a folder of `torch.distributed.checkpoint`, and of Lightning, has when it was written to its end."""
 
@@ -50,6 +54,24 @@ class Header(NamedTuple):
     """The command's config; None where the run was started from Python."""
     files: dict[str, tuple[int, str]] | None = None
     """Size and digest of each file of a folder."""
+
+
+def step_of(checkpoint: str | Path) -> int | None:
+    """Finished steps, from a checkpoint's name `step-<n>.ckpt`; None of any other name."""
+    match = STEP.fullmatch(Path(checkpoint).name)
+    return int(match[1]) if match else None
+
+
+def newest_in(folder: Path, without: str = "") -> Path | None:
+    """Of the checkpoints that lie in a folder, the one after the most steps; None where there is none.
+
+    Args:
+        folder: of checkpoints.
+        without: the name of one that does not count.
+    """
+    found = (path for path in folder.glob("step-*.ckpt") if path.name != without)
+    steps = {step: path for path in found if (step := step_of(path)) is not None}
+    return steps[max(steps)] if steps else None
 
 
 def write_header(at: Path, header: Mapping[str, Any], digests: Mapping[str, str] | None = None) -> None:
@@ -158,12 +180,14 @@ def _file_header(path: Path) -> str | None:
 
 
 def remedy_for(path: Path) -> str:
-    """What to do about a checkpoint that cannot be read."""
-    others = [other.name for other in path.parent.glob("step-*.ckpt") if other.name != path.name]
-    if not others:
+    """What to do about a checkpoint that cannot be read; only what has the name of one is there to be removed."""
+    if step_of(path) is None:
+        inside = newest_in(path / "checkpoints")
+        return f"Give a checkpoint of tulu fit{f': {inside}' if inside else ', RUN/checkpoints/step-….ckpt'}."
+    newest = newest_in(path.parent, without=path.name)
+    if newest is None:
         return f"Remove {path}, and run the same command again: it starts anew."
-    newest = max(others, key=lambda name: (len(name), name))
-    return f"Remove {path}; ckpt_path: auto then goes on from {newest}."
+    return f"Remove {path}; ckpt_path: auto then goes on from {newest.name}."
 
 
 def check_ranks(path: Path, header: Header | None, ranks: int, sharded: bool) -> None:

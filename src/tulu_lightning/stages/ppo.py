@@ -9,6 +9,7 @@ from typing import Any
 from lightning.pytorch.utilities import rank_zero_info
 
 from tulu_lightning.assets.models import load_tokenizer, resolve_model
+from tulu_lightning.checkpoints.identity import config_digest
 from tulu_lightning.core.aggregate import Aggregation
 from tulu_lightning.core.correction import Correction
 from tulu_lightning.core.estimators import GAE, Advantage, needs_critic
@@ -140,23 +141,17 @@ class PPO(Learner, EngineHolder):
 
     def settings(self) -> dict[str, Any]:
         """Everything but what only cuts (`micro_tokens`), what samples (`rollout.engine`), and when to stop."""
-        names = (
-            "advantage",
-            "reward",
-            "overlong",
-            "kl",
-            "policy_loss",
-            "aggregation",
-            "correction",
-            "dynamic_sampling",
-        )
-        own = {name: getattr(self, name) for name in (*names, "entropy_coefficient", "epochs", "mini_batches")}
+        names = ("advantage", "reward", "overlong", "kl", "policy_loss", "aggregation", "correction")
+        names += ("dynamic_sampling", "entropy_coefficient", "epochs", "mini_batches")
+        own: dict[str, Any] = {name: getattr(self, name) for name in names}
         own["rollout"] = replace(self.rollout, engine=EngineSettings(), engines="per_rank", wait_seconds=3600.0)
         own["refresh every_n_steps"] = self._refresh_interval()
+        own["stop ids"] = self.stop_ids()
         if self.critic_config is not None:
             own |= {"value_loss": self.value_loss, "value_coefficient": self.value_coefficient}
             own["critic"] = replace(self.critic_config, path=None)  # a path says nothing of the weights behind it
             own["critic start weights"] = self.digest_of(self.critic_folder)
+            own["critic start config"] = config_digest(self.critic_folder)
         return own
 
     def _refresh_interval(self) -> int:

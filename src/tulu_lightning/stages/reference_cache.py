@@ -4,13 +4,10 @@ Each rank computes its share of a chunk of rows, in packs like those of training
 each. Only the first rank touches the disk.
 """
 
-import hashlib
-import json
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,7 +15,7 @@ import torch
 import transformers
 from torch import Tensor
 
-from tulu_lightning.checkpoints.identity import Value, flat
+from tulu_lightning.checkpoints.identity import Value, config_digest, flat
 from tulu_lightning.core.packing import filler, pack
 from tulu_lightning.core.preference import Pair
 from tulu_lightning.core.step_plan import cut
@@ -34,8 +31,6 @@ __all__ = ["LogpCache"]
 
 CHUNK = 128
 """Rows that each rank computes between two writes: what a kill can cost."""
-NAMES_ONLY = ("_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "use_cache")
-"""Entries of a model's config.json that change no log-prob."""
 
 
 class _Refusal(NamedTuple):
@@ -194,7 +189,7 @@ class LogpCache:
         sharded = isinstance(self._strategy, Fsdp2) and backbone.compute_dtype != "float32"
         return {
             "start weights": self.stage.start_digest,
-            "start config": _config_digest(self.stage.folder),
+            "start config": config_digest(self.stage.folder),
             "compute_dtype": backbone.compute_dtype,
             "weights_dtype": backbone.weights_dtype,
             "layers": backbone.layers,
@@ -243,10 +238,3 @@ class LogpCache:
                 told = True
                 time.sleep(1)
             yield
-
-
-def _config_digest(folder: str) -> str:
-    """Hash of what a model's config says of its computation."""
-    config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
-    kept = {name: value for name, value in config.items() if name not in NAMES_ONLY}
-    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 
 from tulu_lightning.assets.models import generation_eos, resolve_model
-from tulu_lightning.checkpoints.identity import Value, flat, weights_digest
+from tulu_lightning.checkpoints.identity import Value, config_digest, flat, weights_digest
 from tulu_lightning.data import chat
 from tulu_lightning.data.base import StepData
 from tulu_lightning.data.packed import PackedData
@@ -259,6 +259,7 @@ class Stage(L.LightningModule):
         """
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
         result: dict[str, Value] = {"stage": type(self).__name__, "start weights": self.start_digest}
+        result["start config"] = config_digest(self.folder)  # the same weights under another one are another network
         for name in ("compute_dtype", "weights_dtype", "layers", "lora", "quantize"):  # what else it has sets speed
             result |= flat(f"backbone.{name}", getattr(self.backbone, name))
         result |= flat("optimizer", self.optimizer)
