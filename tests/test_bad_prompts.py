@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from transformers import AutoTokenizer
 
 from tulu_lightning import cli
 from tulu_lightning.models.backbone import PackedLM
@@ -178,6 +179,27 @@ def test_a_prompt_longer_than_the_context(refused, stage, tiny):
     assert said.endswith(
         "has 40 positions. Lower data.init_args.max_tokens (longer rows are dropped), or give another model."
     )
+
+
+def test_a_prompt_longer_than_the_engines_room(refused):
+    """38 tokens of prompt, as above, and 8 new ones: 46 fit, and would do so until that prompt is drawn."""
+    engine = {"kind": "server", "url": "http://127.0.0.1:9", "max_model_len": 45}
+    rollout = {"max_new_tokens": 8, "samples_per_prompt": 2, "engine": engine}
+    said = refused(GOOD, model={"rollout": rollout})
+    assert said == (
+        "rollout.engine.max_model_len: gives 45 positions, and the longest prompt has 38 tokens with 8 new ones. Raise "
+        "it, or lower data.init_args.max_tokens (longer prompts are dropped) or rollout.max_new_tokens."
+    )
+
+
+@pytest.mark.parametrize("stage", ["ppo", "grpo"])
+def test_prompts_of_another_tokenizer(refused, stage, tiny):
+    tokenizer = AutoTokenizer.from_pretrained(shutil.copytree(tiny, "other"))
+    tokenizer.add_tokens(["<extra>"])
+    tokenizer.save_pretrained("other")
+    said = refused(GOOD, stage=stage, tokenizer="other")
+    assert said.startswith("data.tokenizer: the rows were tokenised with that of other, and the start checkpoint ")
+    assert said.endswith("has another one. Leave it out, and the rows are read with the start checkpoint's.")
 
 
 def test_a_prompt_longer_than_the_limit(refused):

@@ -476,6 +476,23 @@ def test_vllm_in_this_process_needs_vllm_here(monkeypatch):
         stage.check_engine()
 
 
+def test_an_engine_that_is_found_to_have_too_little_room_is_refused_before_the_first_step(tmp_path):
+    class Short(LocalEngine):
+        positions = 20  # as a server that somebody started may have
+
+    class Given(PPO):
+        def build_engine(self):
+            return Short.from_folder(self.folder)
+
+    stage, data = grpo(Given), even_data(max_steps=2)
+    longest = max(len(prompt.ids) for prompt in data.prompts)
+    said = rf"max_model_len: gives 20 positions, and the longest prompt has {longest} tokens with 6 new ones\. Raise it"
+    with pytest.raises(InputError, match=said):
+        fit(stage, data, tmp_path)
+    assert stage.step == 0
+    assert not list(tmp_path.glob("metrics.jsonl"))
+
+
 def test_dual_clip_and_every_option_together_run(tmp_path):
     stage = grpo(
         policy_loss=ClippedPolicy(clip_low=0.2, clip_high=0.28, dual_clip=3.0),

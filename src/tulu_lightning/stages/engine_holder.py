@@ -42,20 +42,45 @@ class EngineHolder(Stage):
     _own_engine = False
     _kept: tuple[int, dict[str, Tensor]] | None = None
 
-    def check_engine(self) -> None:
-        """Refuse an engine that cannot hold the policy.
+    def check_engine(self, longest_prompt: int = 0) -> None:
+        """Refuse an engine that cannot hold the policy, or a prompt and its response.
+
+        Args:
+            longest_prompt: tokens of the run's longest prompt.
 
         Raises:
-            InputError: vLLM reads the model's folder, and the policy has only some of its layers.
+            InputError: vLLM reads the model's folder, and the policy has only some of its layers; or it is given too
+                few positions.
         """
         if self.backbone.layers is not None and self.rollout.engine.kind != "local":
             what = f"is {self.rollout.engine.kind}, which loads whole models, and backbone.layers cuts the policy"
             raise InputError("rollout.engine.kind", what, "Use local, or leave backbone.layers out.")
+        if self.rollout.engine.max_model_len is not None:
+            self._check_room(self.rollout.engine.max_model_len, longest_prompt)
 
-    def start_engine(self) -> None:
-        """Build the engine, unless one was given; the `RolloutRefresh` callback keeps it current."""
+    def _check_room(self, positions: int, longest_prompt: int) -> None:
+        """Before the first step: later it would be the step that happens to draw the longest prompt."""
+        new = self.rollout.max_new_tokens
+        if longest_prompt + new > positions:
+            what = (
+                f"gives {positions} positions, and the longest prompt has {longest_prompt} tokens with {new} new ones"
+            )
+            remedy = (
+                "Raise it, or lower data.init_args.max_tokens (longer prompts are dropped) or rollout.max_new_tokens."
+            )
+            raise InputError("rollout.engine.max_model_len", what, remedy)
+
+    def start_engine(self, longest_prompt: int = 0) -> None:
+        """Build the engine, unless one was given; the `RolloutRefresh` callback keeps it current.
+
+        Args:
+            longest_prompt: as for `check_engine`; a server that runs already has a limit of its own.
+        """
         if self.engine is None:
             self.engine, self._own_engine = self._engine_of_this_rank(), True
+        positions = getattr(self.engine, "positions", None)
+        check = lambda: None if positions is None else self._check_room(positions, longest_prompt)  # noqa: E731
+        self.together.run(check, "room for prompts and responses")
 
     def build_engine(self) -> Engine:
         """A new engine by `rollout.engine`; a subclass may build another."""
