@@ -181,14 +181,18 @@ class EngineHolder(Stage):
         """Keep a copy of the engine's weights on the host where the present ones will not do for long.
 
         With a refresh every n steps a resumed run needs those of up to n - 1 steps ago, and a batch that is sampled
-        ahead may have to be sampled again after the update.
+        ahead may have to be sampled again after the update. A rank whose engine is on another one keeps none: it only
+        takes part in gathering.
         """
         assert self.engine is not None
         assert self.rollouts is not None
         ages = self.rollouts.every_n_steps > 1 or self.rollout.staleness
         if ages and self.engine.version == self.step and (self._kept is None or self._kept[0] != self.step):
-            weights = ((name, tensor.cpu().clone()) for name, tensor in self._whole(plain_weights(self.model.lm)))
-            self._kept = (self.step, dict(weights))
+            keeps, weights = not isinstance(self.engine, Elsewhere), dict[str, Tensor]()
+            for name, tensor in self._whole(plain_weights(self.model.lm)):
+                if keeps:
+                    weights[name] = tensor.cpu().clone()
+            self._kept = (self.step, weights)
 
     @torch.no_grad()
     def canary_logprobs(self, sequences: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[Tensor]:
