@@ -192,6 +192,21 @@ def test_a_prompt_longer_than_the_engines_room(refused):
     )
 
 
+def test_an_engine_without_memory_for_one_sample(refused, tiny):
+    """Of each of 2^15 tokens every layer keeps keys and values, 4 bytes a number: more than the megabyte that there is."""
+    folder = Path(shutil.copytree(tiny, "model"))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 32768}))
+    kv = config["num_key_value_heads"] * config.get("head_dim", config["hidden_size"] // config["num_attention_heads"])
+    needed = -(-2 * config["num_hidden_layers"] * kv * 4 * 32768 // 2**20)
+    rollout = {"samples_per_prompt": 2, "engine": {"kind": "server", "kv_cache_mb": needed - 1}}
+    said = refused(GOOD, model={"backbone": {"path": str(folder)}, "rollout": rollout})
+    assert said == (
+        f"rollout.engine.kv_cache_mb: is {needed - 1}, and the keys and values of one sample of 32,768 tokens take "
+        f"{needed}. Raise it, or lower rollout.engine.max_model_len."
+    )
+
+
 @pytest.mark.parametrize("stage", ["ppo", "grpo"])
 def test_prompts_of_another_tokenizer(refused, stage, tiny):
     tokenizer = AutoTokenizer.from_pretrained(shutil.copytree(tiny, "other"))

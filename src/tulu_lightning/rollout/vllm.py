@@ -18,7 +18,7 @@ from tulu_lightning.rollout.delivered import DeliveredEngine
 from tulu_lightning.rollout.delivery import Contents, Delivery, contents_of, dtype_of
 from tulu_lightning.rollout.engine import Health, Made, Progress
 from tulu_lightning.rollout.guard import ProcessGroup, guarded, quiet_seed
-from tulu_lightning.rollout.requests import check_prompts, check_sequences, completion, reporter, seeds
+from tulu_lightning.rollout.requests import START_SHARE, check_prompts, check_sequences, completion, reporter, seeds
 from tulu_lightning.rollout.stop_texts import StopTexts
 from tulu_lightning.types import Completion, Sampling
 
@@ -77,7 +77,7 @@ class VLLMEngine(DeliveredEngine):
             max_model_len: prompt and new tokens of one sample at most; the model's own limit if left out.
             version: of the weights.
             kv_cache_mb: memory for keys and values, in MB. If left out, 1024 on a CPU; on a GPU vLLM takes what it finds
-                (its `gpu_memory_utilization`, which is a setting, too).
+                (its `gpu_memory_utilization`, which is a setting, too), and does not start beside a trainer.
             proof_columns: see the class.
             seed: vLLM's own; no sample depends on it.
             settings: further arguments of `vllm.LLM`, e.g. `max_num_seqs`.
@@ -90,12 +90,14 @@ class VLLMEngine(DeliveredEngine):
         on_gpu = torch.cuda.is_available()
         if kv_cache_mb is None and not on_gpu:
             kv_cache_mb = 1024
+        beside = {"gpu_memory_utilization": START_SHARE} if on_gpu and kv_cache_mb is not None else {}
         chosen = {
             "dtype": str(kind).removeprefix("torch."),
             "max_model_len": max_model_len,
             "kv_cache_memory_bytes": None if kv_cache_mb is None else kv_cache_mb << 20,
             "seed": seed,
             "enforce_eager": not on_gpu,
+            **beside,
             **settings,
         }
         with guarded():

@@ -15,7 +15,7 @@ from tulu_lightning.errors import InputError, RunStopped
 from tulu_lightning.models.weights import full, plain_weights
 from tulu_lightning.rollout.elsewhere import Elsewhere
 from tulu_lightning.rollout.engine import Engine, EngineError
-from tulu_lightning.rollout.engines import build_engine
+from tulu_lightning.rollout.engines import build_engine, check_cache
 from tulu_lightning.rollout.together import ALONE, Together
 from tulu_lightning.stages.ppo_settings import Rollout
 from tulu_lightning.stages.rollouts import Rollouts, expected_version
@@ -50,13 +50,14 @@ class EngineHolder(Stage):
 
         Raises:
             InputError: vLLM reads the model's folder, and the policy has only some of its layers; or it is given too
-                few positions.
+                few positions, or too little memory for their keys and values.
         """
         if self.backbone.layers is not None and self.rollout.engine.kind != "local":
             what = f"is {self.rollout.engine.kind}, which loads whole models, and backbone.layers cuts the policy"
             raise InputError("rollout.engine.kind", what, "Use local, or leave backbone.layers out.")
         if self.rollout.engine.max_model_len is not None:
             self._check_room(self.rollout.engine.max_model_len, longest_prompt)
+        check_cache(self.rollout.engine, self.folder)
 
     def _check_room(self, positions: int, longest_prompt: int) -> None:
         """Before the first step: later it would be the step that happens to draw the longest prompt."""
