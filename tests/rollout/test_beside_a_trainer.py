@@ -1,5 +1,6 @@
 """How vLLM is started on a GPU that a trainer shares. None is needed here: only what it is asked for is looked at."""
 
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -58,6 +59,19 @@ def test_a_share_that_is_asked_for_is_kept(gpu, monkeypatch, tiny):
     assert (
         asked_in_process(monkeypatch, tiny, kv_cache_mb=9, gpu_memory_utilization=0.5)["gpu_memory_utilization"] == 0.5
     )
+
+
+def test_each_process_has_it_on_its_own_gpu(gpu, monkeypatch):
+    class UniProcExecutor:
+        def _distributed_args(self):
+            return "tcp://127.0.0.1:1", 0, 0
+
+    module = SimpleNamespace(UniProcExecutor=UniProcExecutor)
+    monkeypatch.setitem(sys.modules, "vllm.v1.executor.uniproc_executor", module)
+    for device in (3, 5):  # a second engine is built like the first
+        monkeypatch.setattr(torch.cuda, "current_device", lambda device=device: device)
+        vllm._take_this_gpu()
+        assert UniProcExecutor()._distributed_args() == ("tcp://127.0.0.1:1", 0, device)
 
 
 def test_on_a_cpu_nothing_is_asked_of_a_gpu(monkeypatch, tiny):

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -473,6 +474,18 @@ def test_vllm_in_this_process_needs_vllm_here(monkeypatch):
     stage = ppo(rollout=Rollout(max_new_tokens=4, engine=EngineSettings("server")))
     stage.backbone = replace(stage.backbone, layers=2)
     with pytest.raises(InputError, match=r"loads whole models, and backbone\.layers cuts the policy"):
+        stage.check_engine()
+
+
+def test_vllm_within_one_of_several_ranks_is_refused():
+    """Its start makes process groups over all ranks: the first would wait for the others, and they for it."""
+    stage = ppo(rollout=Rollout(max_new_tokens=4, engine=EngineSettings("vllm"), engines="one"))
+    stage._trainer = SimpleNamespace(world_size=1)
+    stage.check_engine()
+    stage._trainer = SimpleNamespace(world_size=2)
+    with pytest.raises(
+        InputError, match=r"rollout\.engines: is one, and vLLM within the first rank .*Use per_rank, or"
+    ):
         stage.check_engine()
 
 

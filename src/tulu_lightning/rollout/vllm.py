@@ -225,6 +225,19 @@ def _vllm() -> Any:
     return importlib.import_module("vllm")
 
 
+def _take_this_gpu() -> None:
+    """Have vLLM run on the GPU of this process: with one worker it takes the first of the machine, on every rank.
+
+    Read in vLLM's code (`UniProcExecutor._distributed_args`); not run on several GPUs.
+    """
+    if not torch.cuda.is_available():
+        return
+    executor: Any = importlib.import_module("vllm.v1.executor.uniproc_executor").UniProcExecutor
+    if not hasattr(executor, "_tulu_arguments"):
+        executor._tulu_arguments = executor._distributed_args
+        executor._distributed_args = lambda self: (*self._tulu_arguments()[:2], torch.cuda.current_device())
+
+
 def _build(folder: str, settings: dict[str, Any]) -> Any:
     """An `LLM` in this process, without its log lines. The caller guards."""
     if importlib.util.find_spec("vllm") is None:
@@ -242,6 +255,7 @@ def _build(folder: str, settings: dict[str, Any]) -> Any:
         core._tulu_cleanup = cleanup = core.cleanup_dist_env_and_memory
         core.cleanup_dist_env_and_memory = lambda *_, **__: _group.clean(cleanup)
     _group.join()
+    _take_this_gpu()
     try:
         return _vllm().LLM(
             folder,

@@ -49,9 +49,13 @@ class EngineHolder(Stage):
             longest_prompt: tokens of the run's longest prompt.
 
         Raises:
-            InputError: vLLM reads the model's folder, and the policy has only some of its layers; or it is given too
-                few positions, or too little memory for their keys and values.
+            InputError: vLLM reads the model's folder, and the policy has only some of its layers; it is to be in the
+                first rank's process alone; or it is given too few positions, or too little memory for their keys and
+                values.
         """
+        if (self.rollout.engine.kind, self.rollout.engines) == ("vllm", "one") and self.trainer.world_size > 1:
+            what = "is one, and vLLM within the first rank makes process groups in which it waits for all others"
+            raise InputError("rollout.engines", what, "Use per_rank, or rollout.engine.kind: server.")
         if self.backbone.layers is not None and self.rollout.engine.kind != "local":
             what = f"is {self.rollout.engine.kind}, which loads whole models, and backbone.layers cuts the policy"
             raise InputError("rollout.engine.kind", what, "Use local, or leave backbone.layers out.")
