@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from transformers import AutoTokenizer
 
 from tulu_lightning import cli
 from tulu_lightning.models.backbone import PackedLM
@@ -178,6 +179,42 @@ def test_a_prompt_longer_than_the_context(refused, stage, tiny):
     assert said.endswith(
         "has 40 positions. Lower data.init_args.max_tokens (longer rows are dropped), or give another model."
     )
+
+
+def test_a_prompt_longer_than_the_engines_room(refused):
+    """38 tokens of prompt, as above, and 8 new ones: 46 fit, and would do so until that prompt is drawn."""
+    engine = {"kind": "server", "url": "http://127.0.0.1:9", "max_model_len": 45}
+    rollout = {"max_new_tokens": 8, "samples_per_prompt": 2, "engine": engine}
+    said = refused(GOOD, model={"rollout": rollout})
+    assert said == (
+        "rollout.engine.max_model_len: gives 45 positions, and the longest prompt has 38 tokens with 8 new ones. Raise "
+        "it, or lower data.init_args.max_tokens (longer prompts are dropped) or rollout.max_new_tokens."
+    )
+
+
+def test_an_engine_without_memory_for_one_sample(refused, tiny):
+    """Of each of 2^15 tokens every layer keeps keys and values, 4 bytes a number: more than the megabyte that there is."""
+    folder = Path(shutil.copytree(tiny, "model"))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 32768}))
+    kv = config["num_key_value_heads"] * config.get("head_dim", config["hidden_size"] // config["num_attention_heads"])
+    needed = -(-2 * config["num_hidden_layers"] * kv * 4 * 32768 // 2**20)
+    rollout = {"samples_per_prompt": 2, "engine": {"kind": "server", "kv_cache_mb": needed - 1}}
+    said = refused(GOOD, model={"backbone": {"path": str(folder)}, "rollout": rollout})
+    assert said == (
+        f"rollout.engine.kv_cache_mb: is {needed - 1}, and the keys and values of one sample of 32,768 tokens take "
+        f"{needed}. Raise it, or lower rollout.engine.max_model_len."
+    )
+
+
+@pytest.mark.parametrize("stage", ["ppo", "grpo"])
+def test_prompts_of_another_tokenizer(refused, stage, tiny):
+    tokenizer = AutoTokenizer.from_pretrained(shutil.copytree(tiny, "other"))
+    tokenizer.add_tokens(["<extra>"])
+    tokenizer.save_pretrained("other")
+    said = refused(GOOD, stage=stage, tokenizer="other")
+    assert said.startswith("data.tokenizer: the rows were tokenised with that of other, and the start checkpoint ")
+    assert said.endswith("has another one. Leave it out, and the rows are read with the start checkpoint's.")
 
 
 def test_a_prompt_longer_than_the_limit(refused):

@@ -159,6 +159,13 @@ def test_a_server_of_that_length_holds_every_prompt_with_its_response(name):
     assert room == init_arg(config, "data.max_tokens") + init_arg(config, "model.rollout.max_new_tokens")
 
 
+@pytest.mark.parametrize("name", ["ppo_8b", "grpo_8b"])
+def test_the_engine_beside_an_8b_policy_has_room_for_samples(name):
+    """Keys and values of a token: two a layer, 32 layers, 8 heads of 128, 2 bytes: 128 KB, so 512 MB for 4,096 tokens."""
+    room = init_arg(composed(f"{name}.yaml"), "model.rollout.engine.kv_cache_mb")
+    assert room >= 16 * 4096 * 2 * 32 * 8 * 128 * 2 / 2**20 == 16 * 512
+
+
 @pytest.mark.parametrize("name", ["ppo_8b", "ppo_70b", "grpo_8b"])
 def test_all_prompts_of_the_papers_set_are_used(name):
     assert init_arg(composed(f"{name}.yaml"), "data.sources") == [{"name": "tulu3-rlvr", "hub": RLVR}]

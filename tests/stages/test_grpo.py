@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -474,6 +475,35 @@ def test_vllm_in_this_process_needs_vllm_here(monkeypatch):
     stage.backbone = replace(stage.backbone, layers=2)
     with pytest.raises(InputError, match=r"loads whole models, and backbone\.layers cuts the policy"):
         stage.check_engine()
+
+
+def test_vllm_within_one_of_several_ranks_is_refused():
+    """Its start makes process groups over all ranks: the first would wait for the others, and they for it."""
+    stage = ppo(rollout=Rollout(max_new_tokens=4, engine=EngineSettings("vllm"), engines="one"))
+    stage._trainer = SimpleNamespace(world_size=1)
+    stage.check_engine()
+    stage._trainer = SimpleNamespace(world_size=2)
+    with pytest.raises(
+        InputError, match=r"rollout\.engines: is one, and vLLM within the first rank .*Use per_rank, or"
+    ):
+        stage.check_engine()
+
+
+def test_an_engine_that_is_found_to_have_too_little_room_is_refused_before_the_first_step(tmp_path):
+    class Short(LocalEngine):
+        positions = 20  # as a server that somebody started may have
+
+    class Given(PPO):
+        def build_engine(self):
+            return Short.from_folder(self.folder)
+
+    stage, data = grpo(Given), even_data(max_steps=2)
+    longest = max(len(prompt.ids) for prompt in data.prompts)
+    said = rf"max_model_len: gives 20 positions, and the longest prompt has {longest} tokens with 6 new ones\. Raise it"
+    with pytest.raises(InputError, match=said):
+        fit(stage, data, tmp_path)
+    assert stage.step == 0
+    assert not list(tmp_path.glob("metrics.jsonl"))
 
 
 def test_dual_clip_and_every_option_together_run(tmp_path):

@@ -73,6 +73,16 @@ def test_only_steps_in_a_row_count():
     assert "wrong 4; 50% of its responses stopped" in said
 
 
+def test_one_response_a_step_is_held_against_the_step_before_also_over_a_stop():
+    watchman = Watchman(Guards(equal_rewards=2))
+    assert [watchman.after(i, metrics(0.0), (reward,)) for i, reward in enumerate([0.0, 10.0, 0.0, 10.0, 10.0])] == [
+        ""
+    ] * 5
+    again = Watchman(Guards(equal_rewards=2))
+    again.restore(watchman.state())
+    assert "equal (10) for 2 steps in a row, up to step 5" in again.after(5, metrics(0.0), (10.0,))
+
+
 def test_equal_rewards_stop_the_run_and_it_can_be_gone_on_with(tmp_path):
     whole = grpo(guards=Guards(equal_rewards=None))
     watch = fit(whole, prompt_data(max_steps=3), tmp_path / "whole")

@@ -3,12 +3,15 @@
 import pytest
 import torch
 from stage_faults import Interrupt
-from stage_runs import even_data, fit, grpo, ppo, prompt_data, weights
+from stage_runs import TINY, even_data, fit, grpo, ppo, prompt_data, weights
 from test_resume import assert_same, records
+from transformers import AutoModelForCausalLM
 
+from tulu_lightning.assets.models import resolve_model
 from tulu_lightning.callbacks.checkpoints import checkpoint_path
 from tulu_lightning.callbacks.refresh import RolloutRefresh
 from tulu_lightning.errors import InputError, RunStopped
+from tulu_lightning.rollout.elsewhere import Elsewhere
 from tulu_lightning.rollout.engine import EngineError
 from tulu_lightning.stages.collect import pack_up, unpack
 from tulu_lightning.stages.ppo import PPO, Rollout
@@ -88,6 +91,32 @@ def test_stopped_between_two_refreshes_and_resumed_is_never_stopped(tmp_path):
     saved = resumed_equals_whole(stale, even_data, tmp_path, every=3, stop=2)
     assert saved["ahead"]["version"] == 0
     assert saved["engine"][0] == 0, "the engine still holds the weights of step 0 there"
+
+
+def test_only_a_rank_with_an_engine_keeps_a_copy_of_its_weights(tmp_path):
+    """A copy of a large policy on each rank of a machine is more than its memory holds."""
+    kept = {}
+
+    class Both(PPO):
+        def keep_weights(self):
+            super().keep_weights()
+            kept["engine here"] = self._kept
+            own, self.engine, self._kept = self.engine, Elsewhere(self.step), None
+            super().keep_weights()
+            kept["engine elsewhere"], self._kept = self._kept, kept["engine here"]
+            self._push(self.engine, self.step)
+            self.step += 1
+            self._kept = kept["engine elsewhere"]
+            self._push(self.engine, self.step - 1)  # after an update, as when an engine died over a batch ahead
+            assert self.engine.version == self.step - 1
+            self.step -= 1
+            self.engine, self._kept = own, kept["engine here"]
+
+    fit(stale(kind=Both), even_data(max_steps=1), tmp_path)
+    names = {name for name, _ in AutoModelForCausalLM.from_pretrained(resolve_model(TINY)).named_parameters()}
+    assert kept["engine here"][0] == kept["engine elsewhere"][0] == 0
+    assert set(kept["engine here"][1]) >= names
+    assert kept["engine elsewhere"][1] == {}
 
 
 def test_a_run_with_another_interval_is_another_run(tmp_path):

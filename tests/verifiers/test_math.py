@@ -153,6 +153,24 @@ def test_a_decimal_stands_for_a_fraction_from_six_significant_digits_on(answer, 
 
 
 @pytest.mark.parametrize(
+    ("answer", "label", "same"),
+    [
+        (r"1.6 \cdot 10^{-19}", r"1.6 \times 10^{-19}", True),
+        (r"1.6 \times 10^{-20}", r"1.6 \times 10^{-19}", False),
+        ("0.00000017", r"1.6 \times 10^{-7}", False),
+        ("0.00000016", r"1.6 \times 10^{-7}", True),
+        (r"1.7 \times 10^{-7} x", r"1.6 \times 10^{-7} x", False),
+        (r"(x + 1)^2 - x^2 - 2x - 1", "0", True),  # at a point it is a rounding error, not 0
+        (r"\sqrt{3 + 2\sqrt{2}} - \sqrt{2} - 1", "0", True),
+        (r"1.41421 \times 10^{0}", r"\sqrt{2} \cdot 1.0", False),  # as before: six decimals decide
+    ],
+)
+def test_small_numbers_are_not_rounded_to_one(answer, label, same):
+    assert equal(answer, label) is same
+    assert equal(label, answer) is same
+
+
+@pytest.mark.parametrize(
     ("text", "left"),
     [
         (r"5\text{ cm}^2", "5"),

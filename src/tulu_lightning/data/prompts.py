@@ -165,6 +165,11 @@ class PromptData(StepData[Prompt]):
         self.setup()
         return tuple(self._items)
 
+    @property
+    def longest_prompt(self) -> int:
+        """Tokens of the longest one, template included."""
+        return max((len(prompt.ids) for prompt in self.prompts), default=0)
+
     def _token_settings(self) -> dict[str, Any]:
         own = {name: _described(verifier) for name, verifier in self.own_verifiers.items()}
         return {**super()._token_settings(), **({"verifiers": own} if own else {})}

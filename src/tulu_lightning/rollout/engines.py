@@ -1,5 +1,6 @@
 """Which engine samples, as settings, and how each is started."""
 
+import math
 import socket
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,12 +10,15 @@ from urllib.parse import urlsplit
 
 import torch
 
+from tulu_lightning.core.memory import cache_bytes
 from tulu_lightning.core.settings import require, require_kind
 from tulu_lightning.errors import InputError
+from tulu_lightning.models.architectures import find_architecture
+from tulu_lightning.models.limits import read_limits
 from tulu_lightning.rollout.engine import Engine
 from tulu_lightning.rollout.transport import Broadcast, Files, Transport
 
-__all__ = ["EngineSettings", "build_engine"]
+__all__ = ["EngineSettings", "build_engine", "check_cache"]
 
 
 @dataclass(frozen=True)
@@ -37,7 +41,7 @@ class EngineSettings:
     max_model_len: int | None = None
     """Longest prompt and response together that vLLM makes room for, in tokens; the model's own limit if null."""
     kv_cache_mb: int | None = 256
-    """Memory that vLLM has for keys and values; null lets it take what it finds, as it should on a GPU."""
+    """Memory that vLLM has for keys and values; null lets it take what it finds, as it should on a GPU of its own."""
     broadcast_workers: int | None = None
     """Of `server` with a url on other machines: how many workers (GPUs) it has. Weights are broadcast to them, from this
     rank's device; null: they travel as files in the shared memory of this machine, where the server runs then."""
@@ -109,6 +113,30 @@ def build_engine(settings: EngineSettings, local: Callable[[torch.dtype], Engine
         url, dtype, seconds = settings.url, settings.dtype, settings.seconds
         return ServerEngine(url, folder, dtype, max_model_len=longest, seconds=seconds, transport=way)
     return ServerEngine.started(folder, settings.dtype, seconds=settings.seconds, python=settings.python, **room)
+
+
+def check_cache(settings: EngineSettings, folder: str) -> None:
+    """Refuse memory in which not one sample's keys and values have room: vLLM would not start.
+
+    Args:
+        settings: of the engine.
+        folder: the model folder; of an architecture that is not Llama's, vLLM itself has to say it.
+
+    Raises:
+        InputError: says how much one sample needs.
+    """
+    if settings.kind == "local" or settings.url is not None or settings.kv_cache_mb is None:
+        return
+    limits = read_limits(folder)
+    tokens = min(settings.max_model_len or limits.positions or 0, limits.positions or settings.max_model_len or 0)
+    try:
+        shapes = find_architecture(folder)
+    except InputError:
+        return
+    needed = math.ceil(cache_bytes(shapes, tokens, 2 if settings.dtype == "bfloat16" else 4) / (1 << 20))
+    if limits.window is None and needed > settings.kv_cache_mb:
+        what = f"is {settings.kv_cache_mb}, and the keys and values of one sample of {tokens:,} tokens take {needed}"
+        raise InputError("rollout.engine.kv_cache_mb", what, "Raise it, or lower rollout.engine.max_model_len.")
 
 
 def _transport(settings: EngineSettings) -> Transport:

@@ -13,9 +13,12 @@ from tulu_lightning.rollout.delivery import Contents
 from tulu_lightning.rollout.engine import Progress
 from tulu_lightning.types import Completion, Finish, Sampling
 
-__all__ = ["check_prompts", "check_sequences", "completion", "reporter", "seeds"]
+__all__ = ["START_SHARE", "check_prompts", "check_sequences", "completion", "reporter", "seeds"]
 
 HOTTEST = 2.0
+START_SHARE = 0.01
+"""Share of a GPU that has to be free for vLLM to start, where `kv_cache_memory_bytes` says what it takes. Its own 0.92
+would refuse to start beside a trainer, though nothing else is made of it then (`request_memory` of its worker)."""
 
 
 def check_prompts(

@@ -19,6 +19,7 @@ import torch
 import tulu_lightning
 from tulu_lightning.rollout.client import Client
 from tulu_lightning.rollout.engine import EngineError
+from tulu_lightning.rollout.requests import START_SHARE
 
 __all__ = ["Server", "start_server"]
 
@@ -97,8 +98,10 @@ def start_server(
     if not torch.cuda.is_available():
         command.append("--enforce-eager")
         kv_cache_mb = kv_cache_mb or 1024
+    beside = kv_cache_mb is not None and torch.cuda.is_available()
     for option, value in (
         ("--max-model-len", max_model_len),
+        ("--gpu-memory-utilization", START_SHARE if beside else None),
         ("--kv-cache-memory-bytes", kv_cache_mb and kv_cache_mb << 20),
     ):
         command += [] if value is None else [option, str(value)]

@@ -18,7 +18,7 @@ from tulu_lightning.rollout.delivered import DeliveredEngine
 from tulu_lightning.rollout.delivery import Contents, Delivery, contents_of, dtype_of
 from tulu_lightning.rollout.engine import Health, Made, Progress
 from tulu_lightning.rollout.guard import ProcessGroup, guarded, quiet_seed
-from tulu_lightning.rollout.requests import check_prompts, check_sequences, completion, reporter, seeds
+from tulu_lightning.rollout.requests import START_SHARE, check_prompts, check_sequences, completion, reporter, seeds
 from tulu_lightning.rollout.stop_texts import StopTexts
 from tulu_lightning.types import Completion, Sampling
 
@@ -77,7 +77,7 @@ class VLLMEngine(DeliveredEngine):
             max_model_len: prompt and new tokens of one sample at most; the model's own limit if left out.
             version: of the weights.
             kv_cache_mb: memory for keys and values, in MB. If left out, 1024 on a CPU; on a GPU vLLM takes what it finds
-                (its `gpu_memory_utilization`, which is a setting, too).
+                (its `gpu_memory_utilization`, which is a setting, too), and does not start beside a trainer.
             proof_columns: see the class.
             seed: vLLM's own; no sample depends on it.
             settings: further arguments of `vllm.LLM`, e.g. `max_num_seqs`.
@@ -90,12 +90,14 @@ class VLLMEngine(DeliveredEngine):
         on_gpu = torch.cuda.is_available()
         if kv_cache_mb is None and not on_gpu:
             kv_cache_mb = 1024
+        beside = {"gpu_memory_utilization": START_SHARE} if on_gpu and kv_cache_mb is not None else {}
         chosen = {
             "dtype": str(kind).removeprefix("torch."),
             "max_model_len": max_model_len,
             "kv_cache_memory_bytes": None if kv_cache_mb is None else kv_cache_mb << 20,
             "seed": seed,
             "enforce_eager": not on_gpu,
+            **beside,
             **settings,
         }
         with guarded():
@@ -223,6 +225,19 @@ def _vllm() -> Any:
     return importlib.import_module("vllm")
 
 
+def _take_this_gpu() -> None:
+    """Have vLLM run on the GPU of this process: with one worker it takes the first of the machine, on every rank.
+
+    Read in vLLM's code (`UniProcExecutor._distributed_args`); not run on several GPUs.
+    """
+    if not torch.cuda.is_available():
+        return
+    executor: Any = importlib.import_module("vllm.v1.executor.uniproc_executor").UniProcExecutor
+    if not hasattr(executor, "_tulu_arguments"):
+        executor._tulu_arguments = executor._distributed_args
+        executor._distributed_args = lambda self: (*self._tulu_arguments()[:2], torch.cuda.current_device())
+
+
 def _build(folder: str, settings: dict[str, Any]) -> Any:
     """An `LLM` in this process, without its log lines. The caller guards."""
     if importlib.util.find_spec("vllm") is None:
@@ -240,6 +255,7 @@ def _build(folder: str, settings: dict[str, Any]) -> Any:
         core._tulu_cleanup = cleanup = core.cleanup_dist_env_and_memory
         core.cleanup_dist_env_and_memory = lambda *_, **__: _group.clean(cleanup)
     _group.join()
+    _take_this_gpu()
     try:
         return _vllm().LLM(
             folder,

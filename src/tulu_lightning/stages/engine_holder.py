@@ -15,7 +15,7 @@ from tulu_lightning.errors import InputError, RunStopped
 from tulu_lightning.models.weights import full, plain_weights
 from tulu_lightning.rollout.elsewhere import Elsewhere
 from tulu_lightning.rollout.engine import Engine, EngineError
-from tulu_lightning.rollout.engines import build_engine
+from tulu_lightning.rollout.engines import build_engine, check_cache
 from tulu_lightning.rollout.together import ALONE, Together
 from tulu_lightning.stages.ppo_settings import Rollout
 from tulu_lightning.stages.rollouts import Rollouts, expected_version
@@ -42,20 +42,50 @@ class EngineHolder(Stage):
     _own_engine = False
     _kept: tuple[int, dict[str, Tensor]] | None = None
 
-    def check_engine(self) -> None:
-        """Refuse an engine that cannot hold the policy.
+    def check_engine(self, longest_prompt: int = 0) -> None:
+        """Refuse an engine that cannot hold the policy, or a prompt and its response.
+
+        Args:
+            longest_prompt: tokens of the run's longest prompt.
 
         Raises:
-            InputError: vLLM reads the model's folder, and the policy has only some of its layers.
+            InputError: vLLM reads the model's folder, and the policy has only some of its layers; it is to be in the
+                first rank's process alone; or it is given too few positions, or too little memory for their keys and
+                values.
         """
+        if (self.rollout.engine.kind, self.rollout.engines) == ("vllm", "one") and self.trainer.world_size > 1:
+            what = "is one, and vLLM within the first rank makes process groups in which it waits for all others"
+            raise InputError("rollout.engines", what, "Use per_rank, or rollout.engine.kind: server.")
         if self.backbone.layers is not None and self.rollout.engine.kind != "local":
             what = f"is {self.rollout.engine.kind}, which loads whole models, and backbone.layers cuts the policy"
             raise InputError("rollout.engine.kind", what, "Use local, or leave backbone.layers out.")
+        if self.rollout.engine.max_model_len is not None:
+            self._check_room(self.rollout.engine.max_model_len, longest_prompt)
+        check_cache(self.rollout.engine, self.folder)
 
-    def start_engine(self) -> None:
-        """Build the engine, unless one was given; the `RolloutRefresh` callback keeps it current."""
+    def _check_room(self, positions: int, longest_prompt: int) -> None:
+        """Before the first step: later it would be the step that happens to draw the longest prompt."""
+        new = self.rollout.max_new_tokens
+        if longest_prompt + new > positions:
+            what = (
+                f"gives {positions} positions, and the longest prompt has {longest_prompt} tokens with {new} new ones"
+            )
+            remedy = (
+                "Raise it, or lower data.init_args.max_tokens (longer prompts are dropped) or rollout.max_new_tokens."
+            )
+            raise InputError("rollout.engine.max_model_len", what, remedy)
+
+    def start_engine(self, longest_prompt: int = 0) -> None:
+        """Build the engine, unless one was given; the `RolloutRefresh` callback keeps it current.
+
+        Args:
+            longest_prompt: as for `check_engine`; a server that runs already has a limit of its own.
+        """
         if self.engine is None:
             self.engine, self._own_engine = self._engine_of_this_rank(), True
+        positions = getattr(self.engine, "positions", None)
+        check = lambda: None if positions is None else self._check_room(positions, longest_prompt)  # noqa: E731
+        self.together.run(check, "room for prompts and responses")
 
     def build_engine(self) -> Engine:
         """A new engine by `rollout.engine`; a subclass may build another."""
@@ -156,14 +186,18 @@ class EngineHolder(Stage):
         """Keep a copy of the engine's weights on the host where the present ones will not do for long.
 
         With a refresh every n steps a resumed run needs those of up to n - 1 steps ago, and a batch that is sampled
-        ahead may have to be sampled again after the update.
+        ahead may have to be sampled again after the update. A rank whose engine is on another one keeps none: it only
+        takes part in gathering.
         """
         assert self.engine is not None
         assert self.rollouts is not None
         ages = self.rollouts.every_n_steps > 1 or self.rollout.staleness
         if ages and self.engine.version == self.step and (self._kept is None or self._kept[0] != self.step):
-            weights = ((name, tensor.cpu().clone()) for name, tensor in self._whole(plain_weights(self.model.lm)))
-            self._kept = (self.step, dict(weights))
+            keeps, weights = not isinstance(self.engine, Elsewhere), dict[str, Tensor]()
+            for name, tensor in self._whole(plain_weights(self.model.lm)):
+                if keeps:
+                    weights[name] = tensor.cpu().clone()
+            self._kept = (self.step, weights)
 
     @torch.no_grad()
     def canary_logprobs(self, sequences: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[Tensor]:

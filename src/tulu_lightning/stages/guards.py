@@ -1,6 +1,7 @@
 """When a PPO run stops itself: the sampler drifted away from the trainer, or there is nothing to learn from."""
 
 from collections.abc import Mapping
+from typing import Any
 
 from tulu_lightning.stages.ppo_settings import Guards
 
@@ -23,6 +24,7 @@ class Watchman:
     def __init__(self, guards: Guards) -> None:
         self.guards = guards
         self.apart = self.equal = 0
+        self.alone: float | None = None
 
     def after(self, step: int, metrics: Mapping[str, float], rewards: tuple[float, ...]) -> str:
         """Why the run has to stop after this step; empty if it need not.
@@ -35,22 +37,26 @@ class Watchman:
         guards = self.guards
         if guards.mismatch_kl is not None and "mismatch_kl" in metrics:
             self.apart = self.apart + 1 if not metrics["mismatch_kl"] <= guards.mismatch_kl else 0  # nan is apart, too
-        self.equal = self.equal + 1 if len(set(rewards)) <= 1 else 0
+        # A lone reward equals itself: it is held against that of the step before.
+        changed = len(rewards) == 1 and rewards[0] != self.alone
+        self.alone = rewards[0] if len(rewards) == 1 else None
+        self.equal = self.equal + 1 if len(set(rewards)) <= 1 and not changed else 0
         if self.apart >= guards.mismatch_patience:
             return self._apart(step, metrics)
         if guards.equal_rewards is not None and self.equal >= guards.equal_rewards:
             return self._equal(step, metrics, rewards)
         return ""
 
-    def state(self) -> dict[str, int]:
+    def state(self) -> dict[str, Any]:
         """The counts, for a checkpoint."""
-        return {"apart": self.apart, "equal": self.equal}
+        return {"apart": self.apart, "equal": self.equal, "alone": self.alone}
 
-    def restore(self, state: Mapping[str, int]) -> None:
+    def restore(self, state: Mapping[str, Any]) -> None:
         """Go on with what `state` gave. A count that has stopped a run starts anew: the user has seen it, and goes on."""
         limits = {"apart": self.guards.mismatch_patience, "equal": self.guards.equal_rewards}
         for name, limit in limits.items():
             setattr(self, name, 0 if limit is not None and state[name] >= limit else state[name])
+        self.alone = state.get("alone")
 
     def _apart(self, step: int, metrics: Mapping[str, float]) -> str:
         names = ("mismatch_kl", "mismatch_mean", "mismatch_max", "ess", "correction_clipped")

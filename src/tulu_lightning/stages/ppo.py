@@ -26,7 +26,7 @@ from tulu_lightning.rollout.engines import EngineSettings
 from tulu_lightning.rollout.pool import PoolLimits
 from tulu_lightning.rollout.scoring import Scorer
 from tulu_lightning.rollout.together import ALONE, Together
-from tulu_lightning.stages.checks import warn_of_bf16_weights
+from tulu_lightning.stages.checks import check_tokenizer, warn_of_bf16_weights
 from tulu_lightning.stages.collect import Collector
 from tulu_lightning.stages.engine_holder import EngineHolder
 from tulu_lightning.stages.guards import Watchman
@@ -141,8 +141,8 @@ class PPO(Learner, EngineHolder):
 
     def settings(self) -> dict[str, Any]:
         """Everything but what only cuts (`micro_tokens`), what samples (`rollout.engine`), and when to stop."""
-        names = ("advantage", "reward", "overlong", "kl", "policy_loss", "aggregation", "correction")
-        names += ("dynamic_sampling", "entropy_coefficient", "epochs", "mini_batches")
+        losses = ("overlong", "kl", "policy_loss", "aggregation", "correction")
+        names = ("advantage", "reward", *losses, "dynamic_sampling", "entropy_coefficient", "epochs", "mini_batches")
         own: dict[str, Any] = {name: getattr(self, name) for name in names}
         own["rollout"] = replace(self.rollout, engine=EngineSettings(), engines="per_rank", wait_seconds=3600.0)
         own["refresh every_n_steps"] = self._refresh_interval()
@@ -172,12 +172,13 @@ class PPO(Learner, EngineHolder):
             warn_of_bf16_weights(self.backbone, self.critic_config.optimizer.lr)
 
     def check_data(self, data: Any) -> None:
-        """Prompts and their responses must fit the policy and the critic, too."""
+        """Prompts must be the policy's own tokens, and fit it, the critic and the engine together with their responses."""
         if not isinstance(data, PromptData):
             raise InputError("data", f"is {type(data).__name__}", "PPO samples from prompts: use PromptData.")
+        check_tokenizer(data, self.start)
         for folder in dict.fromkeys((self.folder, self.critic_folder)):
             check_prompts(data.prompts, self.rollout.max_new_tokens, folder)
-        self.check_engine()
+        self.check_engine(data.longest_prompt)
 
     def on_fit_start(self) -> None:
         """Start what samples and scores."""
@@ -185,8 +186,8 @@ class PPO(Learner, EngineHolder):
             for reference in self._reference:
                 reference.to(self.device)
         self.together = Together.of(self.trainer, self.rollout.wait_seconds)
-        self.start_engine()
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+        self.start_engine(data.longest_prompt)
         self.scorer = Scorer(data.verifiers, self.scoring)
         self.rollouts = Rollouts(
             # Ranks of its own: a batch that is sampled ahead is gathered while the step's metrics are.

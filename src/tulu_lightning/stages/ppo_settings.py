@@ -119,7 +119,8 @@ class Guards:
     mismatch_patience: int = 5
     """So many steps in a row above the limit stop the run."""
     equal_rewards: int | None = 50
-    """So many steps in a row in which all rewards are equal stop the run: it learns nothing."""
+    """So many steps in a row in which all rewards are equal stop the run: it learns nothing. Where a step has one response,
+    its reward is held against that of the step before."""
 
     def __post_init__(self) -> None:
         if self.mismatch_kl is not None:

@@ -16,6 +16,10 @@ POINT, STRIDE = 0.7310585786, 0.1732050808
 them are real, and between 0 and 1 mostly, so that large powers do not drown the rest."""
 ABSOLUTE, RELATIVE = 1e-5, 1e-9
 """What two values must differ by: ten times math-verify's rounding (six decimals), and far over 15 digits' error."""
+SMALL = 1e-3
+"""Small values differ by this share of the larger one: to math-verify's six decimals 1.6e-19 and 0.17e-19 are both 0."""
+NOISE, CONSTANT_NOISE = 1e-12, 1e-60
+"""Below it a value may be a rounding error of 0: with symbols, at a point of 15 digits; of constants, by sympy's 100."""
 
 
 def symbolically_equal(answer: str, label: str) -> bool:
@@ -60,6 +64,8 @@ def _differ(one: Any, other: Any) -> bool:
     point: Any = {symbol: POINT + STRIDE * index for index, symbol in enumerate(symbols)}
     try:
         a, b = (complex(side.evalf(15, subs=point)) for side in (one, other))
-        return abs(a - b) > ABSOLUTE + RELATIVE * (abs(a) + abs(b))  # false for nan
+        gap, larger = abs(a - b), max(abs(a), abs(b))
+        far = gap > SMALL * larger and larger > (NOISE if symbols else CONSTANT_NOISE)
+        return far or gap > ABSOLUTE + RELATIVE * (abs(a) + abs(b))  # false for nan
     except (TypeError, ValueError, ArithmeticError, AttributeError, RecursionError):
         return False
