@@ -320,6 +320,15 @@ def test_an_adaptive_coefficient_moves_and_goes_on_where_it_was(tmp_path):
     assert saved["kl_coefficient"] == used[3]
 
 
+def test_while_only_the_critic_learns_beta_stays(tmp_path):
+    kl = Kl(coefficient=0.1, target=1e-3, horizon=100)
+    critic = Critic(AdamW(lr=1e-3), layers=2, warmup_steps=2)
+    fit(ppo(kl=kl, critic=critic), prompt_data(max_steps=4), tmp_path)
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    # The third step is the policy's first: its KL of 0 is below the target.
+    assert [json.loads(line)["kl_coefficient"] for line in lines] == [0.1, 0.1, 0.1, pytest.approx(0.0976)]
+
+
 # The sampler is the trainer's ----------------------------------------------------------------------------------------
 
 

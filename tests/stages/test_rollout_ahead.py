@@ -1,5 +1,8 @@
 """Sampling one step ahead, refreshing every n steps, engines that die: which weights sample which step."""
 
+import threading
+from types import SimpleNamespace
+
 import pytest
 import torch
 from stage_faults import Interrupt
@@ -15,7 +18,7 @@ from tulu_lightning.rollout.elsewhere import Elsewhere
 from tulu_lightning.rollout.engine import EngineError
 from tulu_lightning.stages.collect import pack_up, unpack
 from tulu_lightning.stages.ppo import PPO, Rollout
-from tulu_lightning.stages.rollouts import expected_version
+from tulu_lightning.stages.rollouts import Rollouts, expected_version
 
 
 @pytest.mark.parametrize(
@@ -290,3 +293,15 @@ def test_waiting_costs_are_told(tmp_path):
         assert {"seconds_wait", "seconds_sync", "seconds_generate", "seconds_score", "seconds_update"} <= step.keys()
         assert step["seconds"] >= step["seconds_wait"] + step["seconds_sync"] + step["seconds_update"]
     assert watch.history[0]["seconds_wait"] == 0
+
+
+def test_an_engine_that_does_not_end_a_batch_ahead_is_named():
+    """The trainer waits `rollout.wait_seconds` for it, and then says for which step's rollouts."""
+    never = threading.Event()
+    collector = SimpleNamespace(collect=lambda engine, batch, version: never.wait(60))
+    rollouts = Rollouts(collector, lambda: None, lambda version: None, staleness=1, seconds=0.05)
+    rollouts.begin(SimpleNamespace(step=7))
+    with pytest.raises(RunStopped, match=r"has waited 0s for the rollouts of step 7.* rollout\.wait_seconds"):
+        rollouts.wait()
+    never.set()
+    rollouts.wait()  # nothing is under way any more

@@ -2,17 +2,29 @@
 
 import threading
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any
 
 from torch import Tensor
 
-__all__ = ["Background", "snapshot"]
+from tulu_lightning.errors import RunStopped
+from tulu_lightning.progress import duration
+
+__all__ = ["WRITING", "Background", "snapshot"]
+
+WRITING = timedelta(hours=2)
+"""What a checkpoint may take in the background before nobody waits for it any more."""
 
 
 class Background:
-    """Runs one piece of work in a thread, and hands on what goes wrong in it to whoever waits."""
+    """Runs one piece of work in a thread, and hands on what goes wrong in it to whoever waits.
 
-    def __init__(self) -> None:
+    Args:
+        seconds: longest wait for one piece.
+    """
+
+    def __init__(self, seconds: float = WRITING.total_seconds()) -> None:
+        self.seconds = seconds
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
         self._what = ""
@@ -25,11 +37,12 @@ class Background:
             what: it, for the messages, e.g. "checkpoint step-000004.ckpt".
 
         Raises:
-            BaseException: what went wrong with the work before.
+            BaseException: what went wrong with the work before, as `wait` says.
         """
         self.wait()
         self._what = what
-        self._thread = threading.Thread(target=self._run, args=(work,), name=what)
+        # A daemon: who ends in order has waited, and work that never ends must not keep the process.
+        self._thread = threading.Thread(target=self._run, args=(work,), name=what, daemon=True)
         self._thread.start()
 
     def _run(self, work: Callable[[], None]) -> None:
@@ -44,10 +57,16 @@ class Background:
 
         Raises:
             BaseException: what went wrong.
+            RunStopped: the work has not ended in time, and is given up.
         """
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
+        thread, self._thread = self._thread, None
+        if thread is not None:
+            thread.join(self.seconds)
+            if thread.is_alive():
+                raise RunStopped(
+                    f"{self._what} has not been written in {duration(self.seconds)}: its disk does not answer. The "
+                    "checkpoints before it are whole; the same command goes on from the last one."
+                )
         error, self._error = self._error, None
         if error is not None:
             raise error

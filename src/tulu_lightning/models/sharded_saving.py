@@ -4,7 +4,6 @@ A save that is killed halfway over an older one would load without error as a mi
 """
 
 from collections.abc import Callable
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -25,15 +24,12 @@ from torch.optim import Optimizer
 
 from tulu_lightning.errors import InputError
 from tulu_lightning.files import content_digest, of_the_disk, put_in_place, remove
-from tulu_lightning.models.background import Background, snapshot
+from tulu_lightning.models.background import WRITING, Background, snapshot
 from tulu_lightning.models.safe_reader import SafeReader
 from tulu_lightning.models.saved import KEY, check_names, check_ranks, read_header, write_header
 from tulu_lightning.models.watched import WatchedRanks
 
 __all__ = ["ShardedSaving"]
-
-WRITING = timedelta(hours=2)
-"""What a checkpoint may take in the background before ranks stop waiting for each other."""
 
 
 class ShardedSaving(WatchedRanks):

@@ -197,6 +197,7 @@ class PPO(Learner, EngineHolder):
             lambda: self.engine,  # type: ignore[arg-type, return-value]
             self.restart_engine,
             self.rollout.staleness,
+            self.rollout.wait_seconds,
         )
         self.rollouts.every_n_steps = self._refresh_interval()
         self.restore_engine(self._restored)
@@ -265,7 +266,9 @@ class PPO(Learner, EngineHolder):
             "advantage_std": self.advantage_std,
             "kl_coefficient": self.kl_coefficient,
         }
-        measured = metrics.get("kl_response", float("nan"))
+        # While only the critic learns the KL is 0 whatever β is.
+        learns = self.critic_config is None or self.step >= self.critic_config.warmup_steps
+        measured = metrics.get("kl_response", float("nan")) if learns else float("nan")
         self.kl_coefficient = adapted(self.kl_coefficient, measured, int(metrics["trained_responses"]), self.kl)
         self.finish_step(metrics)
         rewards = tuple(reward for group in collected.raw for reward in group.rewards)

@@ -58,7 +58,7 @@ class Rollout:
     """On several ranks: an engine on each, which samples its share of a step's prompts, or `one` on the first rank for
     all. Which of them changes no rollout."""
     wait_seconds: float = 3600.0
-    """On several ranks: longest wait for the others' shares."""
+    """Longest wait for a batch that is sampled ahead and, on several ranks, for the others' shares."""
 
     def __post_init__(self) -> None:
         for name in ("max_new_tokens", "samples_per_prompt"):

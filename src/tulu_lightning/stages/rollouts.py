@@ -8,6 +8,7 @@ from typing import Any
 from lightning.pytorch.utilities import rank_zero_warn
 
 from tulu_lightning.errors import RunStopped
+from tulu_lightning.progress import duration
 from tulu_lightning.rollout.engine import Engine, EngineError
 from tulu_lightning.stages.collect import Collected, Collector, pack_up, unpack
 from tulu_lightning.types import PromptBatch
@@ -51,6 +52,7 @@ class Rollouts:
         engine: gives the present engine.
         restart: gives a new one in its place that holds the weights of a version.
         staleness: 0 or 1.
+        seconds: longest wait for a batch that is sampled ahead.
     """
 
     def __init__(
@@ -59,9 +61,10 @@ class Rollouts:
         engine: Callable[[], Engine],
         restart: Callable[[int], Engine],
         staleness: int = 0,
+        seconds: float = 3600.0,
     ) -> None:
         self.collector, self.staleness, self.every_n_steps = collector, staleness, 1
-        self.seconds_wait = 0.0
+        self.seconds, self.seconds_wait = seconds, 0.0
         self._engine, self._restart = engine, restart
         self._ahead: _Ahead | None = None
         self._ready: Collected | None = None
@@ -96,12 +99,22 @@ class Rollouts:
         self._ahead.start()
 
     def wait(self) -> None:
-        """Wait until no batch is being sampled; the engine may take new weights then."""
+        """Wait until no batch is being sampled; the engine may take new weights then.
+
+        Raises:
+            RunStopped: the engine does not end.
+        """
         if self._ahead is None:
             return
         started = time.perf_counter()
-        self._ahead.join()
         ahead, self._ahead = self._ahead, None
+        ahead.join(self.seconds)
+        if ahead.is_alive():
+            raise RunStopped(
+                f"the trainer has waited {duration(self.seconds)} for the rollouts of step {ahead.batch.step}, which the "
+                "engine samples ahead. Nothing of that step was trained; the same command goes on from the last "
+                "checkpoint. Raise rollout.wait_seconds if they take so long."
+            )
         if isinstance(ahead.error, EngineError):
             self._ready = self._again(ahead.batch, ahead.version, ahead.error)
         elif ahead.error is not None:
