@@ -4,7 +4,6 @@ from typing import Any, ClassVar
 
 from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
-from torchmetrics import MeanMetric
 
 from tulu_lightning.core.pairs import Pair, side_lengths
 from tulu_lightning.core.preference import reward_metrics
@@ -17,6 +16,7 @@ from tulu_lightning.models.backbone import Backbone
 from tulu_lightning.models.heads import PackedReward, has_reward_head
 from tulu_lightning.ranks import over_rows
 from tulu_lightning.stages.checks import check_pairs, check_tokenizer
+from tulu_lightning.stages.mean import Mean
 from tulu_lightning.stages.optimizer import AdamW
 from tulu_lightning.stages.pair_metrics import PairMetrics
 from tulu_lightning.stages.stage import Stage
@@ -53,7 +53,7 @@ class RewardModel(Stage):
         self._goes_on = has_reward_head(self.folder, backbone.layers)
         remedy = f"The head of {self.start} goes on: leave it out."
         require(not (self._goes_on and head_seed), "model.head_seed", head_seed, remedy)
-        self.validated = nn.ModuleDict({name: MeanMetric() for name in BY_SOURCE})
+        self.validated = nn.ModuleDict({name: Mean() for name in BY_SOURCE})
 
     def build(self) -> PackedReward:
         """Decoder and head."""
