@@ -24,7 +24,7 @@ from tulu_lightning.data.sources import Source
 from tulu_lightning.errors import InputError
 from tulu_lightning.models.backbone import Backbone
 from tulu_lightning.models.lora import Lora
-from tulu_lightning.stages.dpo import DPO
+from tulu_lightning.stages.dpo import DPO, KL, METRICS
 from tulu_lightning.stages.optimizer import AdamW
 from tulu_lightning.stages.reference import Reference, pair_logps
 
@@ -192,7 +192,7 @@ def test_padding_and_fillers_count_for_nothing_and_sources_make_up_the_mean(tmp_
         pairs = {name: sum(data.source_of(row) == name for row in rows) for name in data.source_names}
         assert all(pairs.values())
         assert step["pairs"] == 8
-        for name in ("loss", "accuracy", "margin", "length_chosen", "length_rejected"):
+        for name in (*METRICS, *KL):
             mean = sum(step[f"{name}/{source}"] * count for source, count in pairs.items()) / 8
             assert step[name] == pytest.approx(mean, rel=1e-6, abs=1e-6)
 
