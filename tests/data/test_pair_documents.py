@@ -9,6 +9,7 @@ import pytest
 import torch
 from chat_tokenizers import llama3_bytes, turns
 
+from tulu_lightning.assets.models import load_tokenizer
 from tulu_lightning.assets.tiny import byte_tokenizer
 from tulu_lightning.core.reduce import pair_sum
 from tulu_lightning.data import chat, pairs
@@ -294,6 +295,37 @@ def test_keep_empty_keeps_empty_messages_and_never_an_empty_answer(write):
     data = PreferenceData(sources=[replace(write(rows), keep_empty=True)], **SETTINGS)
     assert len(data.documents) == 1
     assert reasons(data) == {"with an empty answer": 1}
+
+
+def test_ids_of_another_vocabulary_are_refused_by_the_texts_beside_them(make, smol):
+    """As `tulu pairs` writes rows: of each answer the ids and what they say. The demo's rows, read by another model."""
+
+    def rows(tokenizer, *answers):
+        end = tokenizer.eos_token_id
+        ids = [tokenizer.encode(answer, add_special_tokens=False) for answer in ("q", *answers)]
+        return {
+            **pair(*answers),
+            **dict(
+                zip(
+                    ("prompt_ids", "chosen_ids", "rejected_ids"),
+                    (ids[0], *([*one, end] for one in ids[1:])),
+                    strict=True,
+                )
+            ),
+        }
+
+    own = [rows(TOKENIZER, "good", "bad"), rows(TOKENIZER, "right", "wrong")]
+    assert len(make(own).documents) == 2
+    other = [rows(load_tokenizer(smol), "good", "bad"), rows(load_tokenizer(smol), "right", "wrong")]
+    said = r"^.*rows\.jsonl, row 1: chosen is 'good', and chosen_ids are '.*' by the tokenizer of .*remove prompt_ids"
+    with pytest.raises(InputError, match=said):
+        make(other).setup()
+    with pytest.raises(InputError, match=said):
+        make(own, tokenizer=smol, template="chatml").setup()
+    assert len(make([{**own[0], "chosen": "edited"}, own[1]]).documents) == 2
+    assert (
+        len(make([{name: ids for name, ids in row.items() if name.endswith("_ids")} for row in other]).documents) == 2
+    )
 
 
 # Long pairs -----------------------------------------------------------------------------------------------------------

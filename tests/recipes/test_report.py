@@ -15,7 +15,7 @@ PAIR_CHARTS = [
     "Margin",
     "Pair accuracy",
     "Pair accuracy by source",
-    "Implicit rewards",
+    "Rewards of the pairs",
     "Lengths of the pairs",
     "Log-probs of the answers",
     "KL on the pairs",
@@ -94,7 +94,7 @@ def test_a_dpo_run_of_an_older_version_has_the_charts_of_what_it_recorded(run_di
     new = ("logp_", "kl_", "accuracy/", "pairs")
     path.write_text("".join(json.dumps({k: v for k, v in r.items() if not k.startswith(new)}) + "\n" for r in rows))
     dpo = Page("".join(stage_charts(read_run(run_dir).stages[2], "s2")[0]))
-    assert charts_of(dpo) == ["Loss", "Margin", "Pair accuracy", "Implicit rewards", "Lengths of the pairs"]
+    assert charts_of(dpo) == ["Loss", "Margin", "Pair accuracy", "Rewards of the pairs", "Lengths of the pairs"]
 
 
 def captions(*metrics: dict[str, float]) -> list[str]:
@@ -107,6 +107,13 @@ def test_a_single_source_that_says_what_the_whole_says_is_not_drawn_twice():
     assert captions(same) == ["Pair accuracy"]
     assert captions(same, {"step": 1.0, "accuracy": 0.5, "accuracy/sums": 0.6})[1:] == ["Pair accuracy by source"]
     assert captions({**same, "accuracy/chat": 0.5})[1:] == ["Pair accuracy by source"]
+
+
+def test_what_else_is_recorded_by_source_shares_a_chart():
+    step = {"step": 0.0, "kl_chosen": 0.1, "kl_chosen/sums": 0.2, "kl_chosen/a/b": 0.0, "kl_rejected/sums": 0.3}
+    assert captions(step) == ["KL on the pairs", "kl_chosen by source", "kl_rejected by source"]
+    alone = {"step": 0.0, "kl_chosen": 0.1, "kl_chosen/sums": 0.1}
+    assert captions(alone) == ["KL on the pairs"]
 
 
 def test_the_trend_of_a_straight_line_is_the_line():

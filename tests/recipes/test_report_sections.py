@@ -279,7 +279,7 @@ def test_two_runs_on_one_page(run_dir, tmp_path, capsys):
 
 def test_a_stage_folder_by_itself_is_a_report(run_dir):
     page = page_of(read_run(run_dir / "dpo"))
-    assert "Implicit rewards" in page.captions
+    assert "Rewards of the pairs" in page.captions
     assert "Held-out score" in page.captions
     links = [attrs["href"] for tag, attrs in page.tags if tag == "a"]
     ids = {attrs.get("id") for _, attrs in page.tags}

@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM
 
 from tulu_lightning import cli
 from tulu_lightning.assets.models import load_tokenizer, resolve_model
-from tulu_lightning.callbacks.checkpoints import checkpoint_path
+from tulu_lightning.callbacks.checkpoints import Checkpoints, checkpoint_path
+from tulu_lightning.callbacks.records import Records
 from tulu_lightning.core.packing import filler, pack
 from tulu_lightning.core.pairs import side_lengths
 from tulu_lightning.core.preference import ConservativeDPO, SimPO
@@ -23,7 +24,7 @@ from tulu_lightning.data.sources import Source
 from tulu_lightning.errors import InputError
 from tulu_lightning.models.backbone import Backbone
 from tulu_lightning.models.lora import Lora
-from tulu_lightning.stages.dpo import DPO
+from tulu_lightning.stages.dpo import DPO, KL, METRICS
 from tulu_lightning.stages.optimizer import AdamW
 from tulu_lightning.stages.reference import Reference, pair_logps
 
@@ -191,7 +192,7 @@ def test_padding_and_fillers_count_for_nothing_and_sources_make_up_the_mean(tmp_
         pairs = {name: sum(data.source_of(row) == name for row in rows) for name in data.source_names}
         assert all(pairs.values())
         assert step["pairs"] == 8
-        for name in ("loss", "accuracy", "margin", "length_chosen", "length_rejected"):
+        for name in (*METRICS, *KL):
             mean = sum(step[f"{name}/{source}"] * count for source, count in pairs.items()) / 8
             assert step[name] == pytest.approx(mean, rel=1e-6, abs=1e-6)
 
@@ -289,6 +290,51 @@ def test_a_trial_of_two_steps_computes_the_reference_of_their_pairs_alone(tmp_pa
     assert "reference: 8 pairs" in capfd.readouterr().err
     fit(dpo(), preference_data(max_steps=2, examples_per_step=4), tmp_path / "again")
     assert "reference: log-probs of 8 pairs found" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "changed"),
+    [
+        ("data.seed", {"seed": 9}),
+        ("total steps", {"max_steps": 5}),
+        ("data.examples_per_step", {"examples_per_step": 16}),
+    ],
+)
+def test_a_resumed_run_that_reaches_other_pairs_is_refused_or_has_their_reference(name, changed, tmp_path, folder):
+    """The checkpoint has the numbers of the first plan's 24 pairs; the weights that made them are gone, but for LoRA's base."""
+
+    def go_on(stage, run):
+        accepting = Checkpoints(0, accept_changes=[name])
+        data = preference_data(**{"max_steps": 3, **changed})
+        trainer = L.Trainer(
+            accelerator="cpu", max_epochs=1, logger=False, enable_checkpointing=False, enable_progress_bar=False,
+            default_root_dir=run, callbacks=[Records(), accepting],
+        )  # fmt: skip
+        trainer.fit(stage, data, ckpt_path=checkpoint_path(run, 1))
+        return stage
+
+    for run, lora in ((tmp_path / "full", None), (tmp_path / "lora", Lora(r=4))):
+        fit(stage(lora), preference_data(max_steps=3), run, callbacks=[Interrupt(1)])
+    with pytest.raises(
+        InputError, match=r"neither it nor the checkpoint has .* 'sums' .*Set model\.init_args\.reference"
+    ):
+        go_on(stage(), tmp_path / "full")
+    for again in (go_on(stage(reference="live"), tmp_path / "full"), go_on(stage(Lora(r=4)), tmp_path / "lora")):
+        assert math.isfinite(again.metrics["loss"])
+        assert again.metrics["skipped_updates"] == 0
+    plan = preference_data(**{"max_steps": 3, **changed})._plan(1)
+    later = sorted({row for step in range(1, plan.total_steps) for row in plan.examples(step)})
+    assert torch.isfinite(table(again)[later]).all()
+
+
+def test_pairs_that_are_trained_on_and_validated_have_a_reference_in_both(tmp_path):
+    """One hash for the two sets, of which the plan reaches 16 pairs and the validation all 40."""
+    rows = Source("sums", rows=ROWS + "pair_rows", args={"count": 40})
+    trained = stage()
+    fit(trained, preference_data(max_steps=2, validation=[rows]), tmp_path)
+    assert torch.isfinite(table(trained, "validation")).all()
+    values = [float(trained.trainer.callback_metrics[f"val_{name}"]) for name in ("loss", "margin")]
+    assert all(map(math.isfinite, values)), values
 
 
 def test_changed_pairs_are_refused_with_advice_that_works(tmp_path):

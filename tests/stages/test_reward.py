@@ -1,6 +1,7 @@
 """The reward model: one step is the textbook's and TRL's, it learns, and what it leaves is anybody's classifier."""
 
 import json
+import math
 import shutil
 
 import lightning as L
@@ -90,6 +91,8 @@ def test_a_steps_record_is_the_mean_over_its_pairs_and_by_source(tmp_path):
         "loss": bradley_terry(found),
         "accuracy": (found.chosen_B > found.rejected_B).float(),
         "margin": found.chosen_B - found.rejected_B,
+        "rewards_chosen": found.chosen_B,
+        "rewards_rejected": found.rejected_B,
     }
     (step,) = watch.history
     sources = [data.source_of(row) for row in watch.rows[0]]
@@ -98,8 +101,6 @@ def test_a_steps_record_is_the_mean_over_its_pairs_and_by_source(tmp_path):
         for source in set(sources):
             mine_B = torch.tensor([other == source for other in sources])
             assert step[f"{name}/{source}"] == pytest.approx(float(value_B[mine_B].mean()), abs=1e-5)
-    assert step["rewards_chosen"] == pytest.approx(float(found.chosen_B.mean()), abs=1e-5)
-    assert step["rewards_rejected"] == pytest.approx(float(found.rejected_B.mean()), abs=1e-5)
     documents = [data.documents[row].segments for row in watch.rows[0]]
     for index, side in ((1, "chosen"), (2, "rejected")):
         scored = sum(float((d[0].weights_L[1:] > 0).sum() + (d[index].weights_L > 0).sum()) for d in documents)
@@ -150,6 +151,20 @@ def test_validation_is_over_all_pairs_of_all_batches(tmp_path):
     assert found.keys() == {"val_loss", "val_accuracy", "val_margin"}
     for name in ("loss", "accuracy", "margin"):
         assert found[f"val_{name}"] == pytest.approx(float(values[name].mean()), rel=1e-5, abs=1e-6)
+
+
+def test_a_reward_that_is_no_number_shows_in_the_validation(tmp_path):
+    class Broken(RewardModel):
+        def rewards(self, pack):
+            chosen_B, rejected_B = super().rewards(pack)
+            chosen_B[torch.tensor([row == 3 for row in pack.rows])] = float("nan")
+            return Pair(chosen_B, rejected_B)
+
+    data = preference_data()
+    data.val_dataloader = data.train_dataloader
+    trainer = L.Trainer(accelerator="cpu", default_root_dir=tmp_path, **QUIET)
+    (found,) = trainer.validate(Broken(Backbone(TINY), AdamW(lr=1e-3)), data, verbose=False)
+    assert [math.isnan(found[f"val_{name}"]) for name in ("loss", "margin", "accuracy")] == [True, True, False]
 
 
 # What it leaves -----------------------------------------------------------------------------------------------------

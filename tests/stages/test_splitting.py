@@ -1,5 +1,7 @@
 """The gradient does not depend on how a step is cut into micro-batches, and it is the textbook one."""
 
+import math
+
 import lightning as L
 import pytest
 import torch
@@ -232,3 +234,24 @@ def test_val_loss_is_the_mean_over_all_tokens_of_all_batches(tmp_path):
         packs = list(data.packs(range(40), 100_000))
         total = sum(float((pack.weight_N * stage.model(pack).logp_N).sum()) for pack in packs)
     assert found["val_loss"] == pytest.approx(-total / sum(float(pack.weight_N.sum()) for pack in packs), rel=1e-5)
+
+
+def test_a_pass_without_a_number_shows_in_the_val_loss(tmp_path):
+    """The third pass of four gives NaN."""
+
+    class Broken(SFT):
+        def validation_step(self, batch, batch_idx):
+            if batch_idx == 2:
+                with torch.no_grad():
+                    self.model.lm.get_output_embeddings().weight[:] = float("nan")
+            super().validation_step(batch, batch_idx)
+            if batch_idx == 2:
+                with torch.no_grad():
+                    self.model.lm.get_output_embeddings().weight[:] = 1.0
+
+    data = sft_data(examples_per_step=12, micro_tokens=100_000)
+    data.val_dataloader = data.train_dataloader
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    trainer = L.Trainer(accelerator="cpu", default_root_dir=tmp_path, enable_model_summary=False, **quiet)
+    (found,) = trainer.validate(Broken(Backbone(TINY), AdamW(lr=1e-3)), data, verbose=False)
+    assert math.isnan(found["val_loss"])

@@ -3,17 +3,22 @@
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
-from tulu_lightning.data import chat, filters, pairs
+from tulu_lightning.data import chat, doctor, filters, pairs
 from tulu_lightning.data.base import Overflow
 from tulu_lightning.data.cache import Kept
 from tulu_lightning.data.chat import Encoded, Message, Train
 from tulu_lightning.data.intake import LeftOut, TooLong
-from tulu_lightning.data.packed import PackedData
+from tulu_lightning.data.packed import EXAMINED, PackedData
 from tulu_lightning.data.pair_formats import EQUAL, IdPair, Pair, to_pair
+from tulu_lightning.data.readers import shown
 from tulu_lightning.data.rows import Documents
-from tulu_lightning.data.sources import PAIR_FORMATS, Row, Source
+from tulu_lightning.data.sources import PAIR_FORMATS, Row, Source, Table
+from tulu_lightning.errors import InputError
 
 __all__ = ["PreferenceData"]
+
+HIGHEST = 2**31
+"""Above any token id; Rust tokenizers take no larger number."""
 
 
 class PreferenceData(PackedData):
@@ -100,6 +105,39 @@ class PreferenceData(PackedData):
             filters.check(source, number, messages, row)
         return pair
 
+    def _conversations(self, source: Source, table: Table) -> list[doctor.Named]:
+        rows = enumerate(table.take(range(min(EXAMINED, len(table)))))
+        self._check_vocabulary(source, [(table.number(index), _said(row), self._words(row)) for index, row in rows])
+        return super()._conversations(source, table)
+
+    def _check_vocabulary(self, source: Source, answers: Sequence[tuple[int, str | None, str | None]]) -> None:
+        """Refuse token ids of another tokenizer, where texts stand beside them.
+
+        A text may have been edited since. That no row's ids say what its text says takes another vocabulary.
+
+        Args:
+            source: where the rows are from.
+            answers: number of a row, its chosen answer, and what its ids say; None for what is not there.
+        """
+        both = [(number, text, words) for number, text, words in answers if text is not None and words is not None]
+        if not both or any(text == words for _, text, words in both):
+            return
+        number, text, words = both[0]
+        what = f"chosen is {shown(text)}, and chosen_ids are {shown(words)} by the tokenizer of {self._tokenizer_path}"
+        remedy = (
+            "Train the model whose ids they are, or remove prompt_ids, chosen_ids and rejected_ids: the texts are then "
+            "read."
+        )
+        raise InputError(source.row_name(number), what, remedy)
+
+    def _words(self, row: Row) -> str | None:
+        """A row's chosen answer by its token ids, as a reader sees it; None where there are none."""
+        ids = row.get("chosen_ids")
+        if not isinstance(ids, list) or not all(type(item) is int and 0 <= item < HIGHEST for item in ids):
+            return None  # reading the row says what is wrong
+        text = self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return str(text).strip()
+
     def _examined(self, row: Pair | IdPair) -> Sequence[Message] | None:
         return row.chosen if isinstance(row, Pair) else None
 
@@ -143,6 +181,11 @@ class PreferenceData(PackedData):
 
     def _denominator(self, documents: Documents, rows: Sequence[int]) -> float:
         return float(len(rows))
+
+
+def _said(row: Row) -> str | None:
+    text = row.get("chosen")
+    return text.strip() if isinstance(text, str) else None
 
 
 def _encoded(prompt: list[int], answer: list[int], stops: Sequence[int]) -> Encoded:

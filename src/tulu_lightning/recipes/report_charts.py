@@ -38,7 +38,8 @@ CHARTS = (
     Chart("Explained variance", "of the returns, by the critic; 1 is perfect, below 0 is harmful", ("explained_variance",)),
     Chart("Margin", "reward of chosen minus rejected", ("margin",)),
     Chart("Pair accuracy", "pairs whose chosen answer has the higher reward", ("accuracy",), share=True),
-    Chart("Implicit rewards", "β times the log-ratio to the reference", ("rewards_chosen", "rewards_rejected"), *SIDES),
+    Chart("Rewards of the pairs", "a reward model's; else implicit: β times the log-ratio to the reference, if there is one",
+          ("rewards_chosen", "rewards_rejected"), *SIDES),
     Chart("Lengths of the pairs", "tokens; where one side stays longer, the loss may teach length",
           ("length_chosen", "length_rejected"), *SIDES),
     Chart("Log-probs of the answers", "nats; chosen may fall too: DPO moves likelihood to other answers (displacement)",
@@ -82,7 +83,7 @@ def stage_charts(stage: StageRecord, prefix: str, other: Other | None = None) ->
             if not _repeats(rows, sources, chart.keys[0]):
                 main += _drawn(_by_source(chart, sources), stage, f"{prefix}-{len(main)}", other)
     claimed.update(f"{HELD}{key}" for key in present)
-    rest = [Chart(key, "", (key,)) for key in present if key not in claimed]
+    rest = _rest(rows, [key for key in present if key not in claimed])
     held = dict.fromkeys(key for row in stage.validation for key in row if key.startswith(HELD) and key not in claimed)
     rest += [Chart(key.removeprefix(HELD), "", (key.removeprefix(HELD),)) for key in held]
     return main, [draw(chart, stage, f"{prefix}-more-{i}", other) for i, chart in enumerate(rest)]
@@ -103,6 +104,19 @@ def _drawn(chart: Chart, stage: StageRecord, name: str, other: Other | None) -> 
 def _by_source(chart: Chart, sources: tuple[str, ...]) -> Chart:
     labels = tuple(key.split("/", 1)[1] for key in sources)
     return Chart(f"{chart.title} by source", "of the data mixture", sources, labels, chart.share)
+
+
+def _rest(rows: Sequence[Mapping[str, float]], keys: Sequence[str]) -> list[Chart]:
+    """A plain chart for each metric; what is recorded by source (`name/source`) shares one."""
+    groups: dict[tuple[str, str], tuple[str, ...]] = {}
+    for key in keys:
+        name, slash, _ = key.partition("/")
+        groups[name, slash] = (*groups.get((name, slash), ()), key)
+    return [
+        _by_source(Chart(name, "", (name,)), own) if slash else Chart(name, "", own)
+        for (name, slash), own in groups.items()
+        if not (slash and _repeats(rows, own, name))
+    ]
 
 
 def _repeats(metrics: Sequence[Mapping[str, float]], sources: Sequence[str], whole: str) -> bool:

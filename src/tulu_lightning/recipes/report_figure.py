@@ -9,10 +9,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import plotly.graph_objects as go
+import plotly.io
 
 __all__ = ["BLUE", "GREEN", "GREY", "ORANGE", "RED", "VIOLET", "layout", "legend", "wrap"]
 
 BLUE, ORANGE, GREEN, VIOLET, RED, GREY = "#3b7dd8", "#d0702a", "#1a9c82", "#8a6ad6", "#d14b62", "#7d8590"
+
+plotly.io.json.config.default_engine = "json"  # orjson, taken where it is installed, refuses half a surrogate pair
 
 
 def layout(height: int) -> dict[str, Any]:

@@ -24,9 +24,8 @@ METRICS = (
     "loss", "rewards_chosen", "rewards_rejected", "margin", "accuracy",
     "logp_chosen", "logp_rejected", "length_chosen", "length_rejected",
 )  # fmt: skip
-"""What `pair_metrics` gives for any loss, and for one with a reference `KL` too."""
+"""What `pair_metrics` gives for any loss, and for one with a reference `KL` too; all of it by source as well."""
 KL = ("kl_chosen", "kl_rejected")
-BY_SOURCE = ("loss", "accuracy", "margin", "length_chosen", "length_rejected")
 VALIDATED = ("loss", "accuracy", "margin")
 
 
@@ -81,7 +80,7 @@ class DPO(Stage):
 
     def _totals(self) -> PairMetrics:
         names = (*METRICS, *(KL if self.reference else ()))
-        return over_rows(PairMetrics(names, self._data.source_names, BY_SOURCE), self._trainer).to(self.device)
+        return over_rows(PairMetrics(names, self._data.source_names, names), self._trainer).to(self.device)
 
     def _count(self, totals: PairMetrics, pack: Pack, values: dict[str, Tensor]) -> None:
         if pack.rows:  # a filler counts for nothing

@@ -52,14 +52,14 @@ def pair_logps(model: PackedLM, pack: Pack) -> Pair:
     return side_sums(model(pack).logp_N, pack)
 
 
-def _reached(data: Any) -> Any:
-    """bool [rows], the training rows that the run's plan reaches; None for all. A trial of few steps needs few of them."""
+def _reached(data: Any, step: int) -> Any:
+    """bool [rows], the training rows that the run's plan reaches from a step on. A trial of few steps needs few of them."""
     plan = data._plan(1)
     if plan.total_steps >= plan.steps_per_epoch:
-        return None
+        return np.ones(len(data.documents), dtype=bool)
     reached = np.zeros(len(data.documents), dtype=bool)
-    for step in range(plan.total_steps):
-        reached[list(plan.examples(step))] = True
+    for later in range(step, plan.total_steps):
+        reached[list(plan.examples(later))] = True
     return reached
 
 
@@ -125,12 +125,25 @@ class StartModel:
             # By the rows' content: numbers that a checkpoint brought are never those of other rows.
             digests = {name: documents.digest() for name, documents in sets.items()}
             for name, documents in sets.items():
-                if digests[name] not in self._known:
-                    needed = _reached(self.stage.trainer.datamodule) if name == "train" else None  # type: ignore[attr-defined]
-                    self._known[digests[name]] = self.cache.load_or_compute(documents, needed)
+                self._known[digests[name]] = self._completed(name, documents, self._known.get(digests[name]))
             self._tables = {name: self._known[digest] for name, digest in digests.items()}
         elif self._copy is not None and not isinstance(self.stage.trainer.strategy, Fsdp2):
             self._copy.to(self.stage.device)
+
+    def _completed(self, name: str, documents: Documents, known: Tensor | None) -> Tensor:
+        """The numbers of a set's rows, with those that are needed and not known yet.
+
+        Known ones may be of fewer rows: of a shorter plan, of another order of rows, or of the same rows as another set.
+        """
+        data: Any = self.stage.trainer.datamodule  # type: ignore[attr-defined]
+        needed = _reached(data, self.stage.step) if name == "train" else np.ones(len(documents), dtype=bool)
+        if known is None:
+            return self.cache.load_or_compute(documents, needed)
+        missing = known.isnan().any(1)
+        needed &= missing.numpy()
+        if not needed.any():
+            return known
+        return torch.where(missing[:, None], self.cache.load_or_compute(documents, needed), known)
 
     def state(self) -> dict[str, Tensor]:
         """What a checkpoint carries: float32 [rows, 2] by the hash of the rows."""

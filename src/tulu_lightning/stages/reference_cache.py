@@ -107,6 +107,8 @@ class LogpCache:
         values = self._shared(entry.read)
         if values is not None:
             return values
+        if not wanted.any():
+            return np.full((len(part.items), 2), np.nan, dtype=np.float32)
         if self.stage.step and self.stage.backbone.lora is None:
             # The weights have moved: their log-probs would make a reference of the policy itself.
             what = (

@@ -4,7 +4,6 @@ from typing import Any, ClassVar
 
 from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
-from torchmetrics import MeanMetric
 
 from tulu_lightning.core.pairs import Pair, side_lengths
 from tulu_lightning.core.preference import reward_metrics
@@ -17,6 +16,7 @@ from tulu_lightning.models.backbone import Backbone
 from tulu_lightning.models.heads import PackedReward, has_reward_head
 from tulu_lightning.ranks import over_rows
 from tulu_lightning.stages.checks import check_pairs, check_tokenizer
+from tulu_lightning.stages.mean import Mean
 from tulu_lightning.stages.optimizer import AdamW
 from tulu_lightning.stages.pair_metrics import PairMetrics
 from tulu_lightning.stages.stage import Stage
@@ -24,9 +24,10 @@ from tulu_lightning.types import Pack, StepBatch
 
 __all__ = ["RewardModel"]
 
-BY_SOURCE = ("loss", "accuracy", "margin")
-"""Means over pairs that are reported for each source as well; in validation they are all there is."""
-NAMES = (*BY_SOURCE, "rewards_chosen", "rewards_rejected", "length_chosen", "length_rejected")
+VALIDATED = ("loss", "accuracy", "margin")
+"""Means over pairs that a validation reports."""
+NAMES = (*VALIDATED, "rewards_chosen", "rewards_rejected", "length_chosen", "length_rejected")
+"""Those that a step reports, of each source as well."""
 
 
 class RewardModel(Stage):
@@ -53,7 +54,7 @@ class RewardModel(Stage):
         self._goes_on = has_reward_head(self.folder, backbone.layers)
         remedy = f"The head of {self.start} goes on: leave it out."
         require(not (self._goes_on and head_seed), "model.head_seed", head_seed, remedy)
-        self.validated = nn.ModuleDict({name: MeanMetric() for name in BY_SOURCE})
+        self.validated = nn.ModuleDict({name: Mean() for name in VALIDATED})
 
     def build(self) -> PackedReward:
         """Decoder and head."""
@@ -82,7 +83,7 @@ class RewardModel(Stage):
     def training_step(self, batch: StepBatch, batch_idx: int) -> None:
         """One global step: every micro-batch forward and backward, then one update."""
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
-        metrics = over_rows(PairMetrics(NAMES, data.source_names, BY_SOURCE), self._trainer).to(self.device)
+        metrics = over_rows(PairMetrics(NAMES, data.source_names, NAMES), self._trainer).to(self.device)
         for pack in batch.packs:
             rewards = self.rewards(pack)
             loss_B = bradley_terry(rewards)
@@ -104,9 +105,9 @@ class RewardModel(Stage):
             rewards = self.rewards(pack)
             if pack.rows:  # else a filler: the pass was for the collectives
                 values = reward_metrics(rewards, bradley_terry(rewards))
-                for name in BY_SOURCE:
+                for name in VALIDATED:
                     self._validated(name).update(values[name])
-        self.log_validation({f"val_{name}": self._validated(name) for name in BY_SOURCE})
+        self.log_validation({f"val_{name}": self._validated(name) for name in VALIDATED})
 
     def _validated(self, name: str) -> Any:
         return self.validated[name]

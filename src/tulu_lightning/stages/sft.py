@@ -4,7 +4,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torchmetrics import MeanMetric
 
 from tulu_lightning.core.noise import embedding_noise
 from tulu_lightning.core.reduce import Reduction, document_of, reduced_weights
@@ -12,6 +11,7 @@ from tulu_lightning.core.settings import require
 from tulu_lightning.errors import InputError
 from tulu_lightning.models.backbone import Backbone
 from tulu_lightning.ranks import over_rows
+from tulu_lightning.stages.mean import Mean
 from tulu_lightning.stages.optimizer import AdamW
 from tulu_lightning.stages.sft_metrics import SourceLoss
 from tulu_lightning.stages.stage import Stage
@@ -56,7 +56,7 @@ class SFT(Stage):
         require(0 <= neftune_alpha < float("inf"), "model.neftune_alpha", neftune_alpha, "Use 0 for none, or more.")
         self.reduction: Reduction = reduction
         self.neftune_alpha = neftune_alpha
-        self.val_loss = MeanMetric()
+        self.val_loss = Mean()
 
     def settings(self) -> dict[str, Any]:
         """Reduction and noise."""
