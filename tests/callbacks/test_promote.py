@@ -269,3 +269,20 @@ def test_names_are_those_of_the_config():
     sums = Source("sums", rows="tulu_lightning.assets.arithmetic.heldout_rows", args={"count": 6})
     assert Evaluate([sums], 4).names == ["held-out"]
     assert Evaluate([sums], 4, suite=Suite(["math", "gsm8k", "math"])).names == ["held-out", "math", "gsm8k"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "every", "interval", "most"),
+    [
+        ({}, 3, 1.0, 1),
+        ({"when": "each"}, 3, 1.0, 4),  # after steps 3, 6, 9 and 10
+        ({"best": "val_loss"}, 0, 4, 3),  # after 4 and 8, and the last
+        ({"best": "val_loss"}, 0, 0.25, 5),
+    ],
+)
+def test_how_many_exports_the_disk_may_have_to_hold(settings, every, interval, most):
+    rows = "tulu_lightning.assets.arithmetic.heldout_rows"
+    evaluate = Evaluate(sources=[Source("sums", rows=rows)], every_n_steps=every, max_new_tokens=8)
+    promote = Promote(**settings)
+    trainer = SimpleNamespace(callbacks=[evaluate, promote], val_check_interval=interval)
+    assert promote.most_exports(SimpleNamespace(trainer=trainer, total_steps=10)) == most

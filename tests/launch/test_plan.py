@@ -11,6 +11,7 @@ import pytest
 from tulu_lightning import cli
 from tulu_lightning.checkpoints.space import space_of
 from tulu_lightning.core.step_plan import StepPlan
+from tulu_lightning.errors import InputError
 from tulu_lightning.launch import machine
 from tulu_lightning.launch.plan import known_rows, plan_of
 from tulu_lightning.launch.planned import Layout, peak_parts
@@ -56,6 +57,15 @@ def test_every_config_has_a_plan(name, capsys):
     assert not list(Path().iterdir()), "nothing is written"
     if not found["fits"]:
         assert found["would_fit"][-1]["total"] <= found["available"]
+
+
+def test_vllm_without_a_limit_does_not_start_beside_a_trainer_on_a_gpu():
+    """It would take 92% of the GPU; on a CPU it has 1,024 MB for keys and values if it is not told."""
+    options = ["--model.rollout.engine.kind=vllm", "--model.rollout.engine.kv_cache_mb=null"]
+    with pytest.raises(InputError, match=r"rollout\.engine\.kv_cache_mb: is null, .*Give a number"):
+        plan_of(["--config", str(CONFIGS / "ppo_8b.yaml"), *options], "H100")
+    plan, _ = plan_of(["--config", str(CONFIGS / "ppo_tiny.yaml"), *options], "cpu")
+    assert (plan.engine_cache, plan.engine_stays) == (1024 * 2**20, True)
 
 
 def test_settings_of_paper_size_fit_the_gpus_that_their_configs_name():

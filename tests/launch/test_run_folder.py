@@ -35,6 +35,11 @@ def test_lightnings_own_names_are_refused(name, tmp_path, monkeypatch):
     assert resolve_checkpoint(name, tmp_path) == name
 
 
+def test_an_address_is_no_checkpoint(tmp_path):
+    with pytest.raises(InputError, match=r"ckpt_path: is https://host/step-4\.ckpt, an address.* Copy it there first"):
+        resolve_checkpoint("https://host/step-4.ckpt", tmp_path)
+
+
 def test_a_checkpoint_that_does_not_exist_is_refused_with_the_nearest(tmp_path):
     with pytest.raises(InputError) as caught:
         resolve_checkpoint(tmp_path / "step-4.ckpt", tmp_path)

@@ -486,12 +486,25 @@ def test_vllm_in_this_process_needs_vllm_here(monkeypatch):
         stage.check_engine()
 
 
+def with_ranks(count, device="cpu"):
+    return SimpleNamespace(world_size=count, strategy=SimpleNamespace(root_device=torch.device(device)))
+
+
+def test_vllm_without_a_limit_on_the_trainers_gpu_is_refused():
+    stage = ppo(rollout=Rollout(max_new_tokens=4, engine=EngineSettings("vllm", kv_cache_mb=None)))
+    stage._trainer = with_ranks(1)
+    stage.check_engine()
+    stage._trainer = with_ranks(1, "cuda")
+    with pytest.raises(InputError, match=r"rollout\.engine\.kv_cache_mb: is null, .*Give a number, or use"):
+        stage.check_engine()
+
+
 def test_vllm_within_one_of_several_ranks_is_refused():
     """Its start makes process groups over all ranks: the first would wait for the others, and they for it."""
     stage = ppo(rollout=Rollout(max_new_tokens=4, engine=EngineSettings("vllm"), engines="one"))
-    stage._trainer = SimpleNamespace(world_size=1)
+    stage._trainer = with_ranks(1)
     stage.check_engine()
-    stage._trainer = SimpleNamespace(world_size=2)
+    stage._trainer = with_ranks(2)
     with pytest.raises(
         InputError, match=r"rollout\.engines: is one, and vLLM within the first rank .*Use per_rank, or"
     ):

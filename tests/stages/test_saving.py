@@ -8,6 +8,7 @@ import resource
 import shutil
 import signal
 import threading
+import warnings
 import zipfile
 from types import SimpleNamespace
 
@@ -339,6 +340,18 @@ def test_half_a_save_of_a_kill_is_room_for_the_next_one(tmp_path, monkeypatch):
     half.mkdir()
     (half / "__0_0.distcp").write_bytes(bytes(2500))
     check_space(tmp_path, stage, 1, 1)
+
+
+def test_exports_that_may_come_on_top_are_warned_of(tmp_path, monkeypatch):
+    """Two checkpoints of 3 kB and an export of 1 kB have room in 9 kB, three more exports have not."""
+    monkeypatch.setattr(space, "space_of", lambda _: Space(weights=1000, moments=2000, engine=0, export=1000))
+    monkeypatch.setattr(space.shutil, "disk_usage", lambda _: SimpleNamespace(free=9000))
+    with warnings.catch_warnings(action="error"):
+        check_space(tmp_path, SimpleNamespace(total_steps=4), 1, 1)
+    with pytest.warns(
+        UserWarning, match=r"takes up to 7 kB .* the disk has 9 kB; 3 more exports.* take 3 kB beside it"
+    ):
+        check_space(tmp_path, SimpleNamespace(total_steps=4), 1, 1, exports=4)
 
 
 NETWORKS = {

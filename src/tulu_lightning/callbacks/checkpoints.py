@@ -108,7 +108,8 @@ class Checkpoints(L.Callback):
         if _left(run, *LEFT, SCORES):
             check_run(str(run), read_identity(run), pl_module)
         if self.check_disk and trainer.is_global_zero:
-            check_space(run, pl_module, self.every_n_steps, self.keep)
+            exports = max(getattr(c, "most_exports", lambda _: 1)(pl_module) for c in trainer.callbacks)  # type: ignore[attr-defined]
+            check_space(run, pl_module, self.every_n_steps, self.keep, exports)
         trainer.strategy.barrier("identity")  # nobody reads what the first rank writes next
         if trainer.is_global_zero:
             write_identity(run, identity)

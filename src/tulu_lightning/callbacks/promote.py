@@ -109,6 +109,15 @@ class Promote(L.Callback):
             remedy = "Set Evaluate.every_n_steps, or leave when at last."
             raise InputError("Promote.when", "is each, and Evaluate scores only before and after the run", remedy)
 
+    def most_exports(self, pl_module: Any) -> int:
+        """How many exports may lie in the run's folder together: of each evaluation, or of each best validation so far."""
+        trainer, total = pl_module.trainer, pl_module.total_steps
+        if self.best is not None:
+            every = trainer.val_check_interval or total  # a share of the run where it is not a number of steps
+            return 1 + (total // every if isinstance(every, int) else int(1 / every))
+        every = getattr(self._evaluate(trainer), "every_n_steps", 0) if self.when == "each" else 0
+        return -(-total // every) if every else 1
+
     @staticmethod
     def _evaluate(trainer: L.Trainer) -> Evaluate | None:
         return next((c for c in trainer.callbacks if isinstance(c, Evaluate)), None)  # type: ignore[attr-defined]

@@ -113,7 +113,7 @@ def space_of(stage: Any) -> Space:
     return Space(weights, moments, engine, stored * policy.numbers)
 
 
-def check_space(run: Path, stage: Any, every_n_steps: int, keep: int) -> None:
+def check_space(run: Path, stage: Any, every_n_steps: int, keep: int, exports: int = 1) -> None:
     """Refuse to start a run whose checkpoints and export the disk has no room for, and warn where it is tight.
 
     While a checkpoint is written, the `keep` before it are still there; what is there of an earlier start counts as room.
@@ -123,6 +123,7 @@ def check_space(run: Path, stage: Any, every_n_steps: int, keep: int) -> None:
         stage: with a trainer, its networks not built.
         every_n_steps: steps between saves; 0 is one save.
         keep: checkpoints that stay.
+        exports: how many may lie there together; one there will be, so more than one is only warned of.
 
     Raises:
         InputError: there is less room than the run takes.
@@ -144,6 +145,9 @@ def check_space(run: Path, stage: Any, every_n_steps: int, keep: int) -> None:
         raise InputError(str(run), said, f"{remedy} Checkpoints.check_disk: false does not ask.")
     if needed * TIGHT > free:
         rank_zero_warn(f"{run}: {said}, which is little more")
+    elif (needed + (exports - 1) * space.export) * TIGHT > free:
+        all_of_them = bytes_text((exports - 1) * space.export)
+        rank_zero_warn(f"{run}: {said}; {exports - 1} more exports, if each is made, take {all_of_them} beside it")
 
 
 def _held(path: Path) -> int:

@@ -13,6 +13,7 @@ from tulu_lightning.core.memory import (
     pass_bytes,
 )
 from tulu_lightning.models.architectures import find_architecture
+from tulu_lightning.rollout.engines import check_shared
 
 __all__ = ["Layout", "Planned", "Sizes", "peak_parts", "read_plan"]
 
@@ -176,7 +177,7 @@ def read_plan(config: Any, device: str, devices: int, rows: int | None) -> Plann
         rows: of the data, where it is known.
 
     Raises:
-        InputError: the model's shapes are not known.
+        InputError: the model's shapes are not known, or its vLLM would not start.
     """
     kind = config.model.class_path.rpartition(".")[2]
     model, data = config.model.init_args, config.data.init_args
@@ -193,6 +194,7 @@ def read_plan(config: Any, device: str, devices: int, rows: int | None) -> Plann
 
         if (model.kl or Kl()).coefficient > 0 and not policy.lora:  # left out, it is the paper's
             networks["reference"] = policy._replace(trained=False)
+        check_shared(model.rollout.engine, device == "cuda")
         engine_bytes, engine_cache = _engine(model, policy.arch, data)
     live = "live" in (_get(model, "reference"), _get(model, "reference", "mode"))
     if kind == "DPO" and live and not policy.lora:
@@ -249,9 +251,7 @@ def _engine(model: Any, arch: Architecture, data: Any) -> tuple[int, float]:
         return 0, 0.0  # it has a device of its own
     value = 2 if engine.dtype == "bfloat16" else 4
     if engine.kind == "vllm":
-        if engine.kv_cache_mb:
-            return value, engine.kv_cache_mb * 1e6
-        return value, 0.0
+        return value, (engine.kv_cache_mb or 1024) * 2.0**20  # what it has on a CPU if it is not told
     tokens = min(
         16384, data.examples_per_step * rollout.samples_per_prompt * (data.max_tokens + rollout.max_new_tokens)
     )

@@ -60,8 +60,11 @@ def resolve_checkpoint(wanted: str | Path | None, folder: str | Path) -> str | N
             what = f"is last, and {Path(folder, 'checkpoints')} holds no checkpoint"
             raise InputError("ckpt_path", what, "Use auto, which starts where there is nothing to go on with.")
         return None if newest is None else str(newest)
-    if "://" in str(wanted) or Path(wanted).exists():
+    if Path(wanted).exists():
         return str(wanted)
+    if "://" in str(wanted):
+        what = f"is {wanted}, an address, and checkpoints are read from a disk"
+        raise InputError("ckpt_path", what, "Copy it there first, and give its path.")
     if str(wanted) in LIGHTNING_NAMES:
         what = f"is {wanted}, which Lightning's own ModelCheckpoint and the like would know, not Checkpoints"
         raise InputError("ckpt_path", what, "Use auto, last, none or the path of a checkpoint.")

@@ -18,7 +18,7 @@ from tulu_lightning.models.limits import read_limits
 from tulu_lightning.rollout.engine import Engine
 from tulu_lightning.rollout.transport import Broadcast, Files, Transport
 
-__all__ = ["EngineSettings", "build_engine", "check_cache"]
+__all__ = ["EngineSettings", "build_engine", "check_cache", "check_shared"]
 
 
 @dataclass(frozen=True)
@@ -113,6 +113,21 @@ def build_engine(settings: EngineSettings, local: Callable[[torch.dtype], Engine
         url, dtype, seconds = settings.url, settings.dtype, settings.seconds
         return ServerEngine(url, folder, dtype, max_model_len=longest, seconds=seconds, transport=way)
     return ServerEngine.started(folder, settings.dtype, seconds=settings.seconds, python=settings.python, **room)
+
+
+def check_shared(settings: EngineSettings, on_gpu: bool) -> None:
+    """Refuse vLLM without a limit on the GPU of a trainer: it would not start.
+
+    Args:
+        settings: of the engine.
+        on_gpu: whether the trainer computes on one.
+
+    Raises:
+        InputError: it has none.
+    """
+    if settings.kind == "vllm" and settings.kv_cache_mb is None and on_gpu:
+        what = "is null, and vLLM then asks for nearly all of the GPU, which the trainer's own process is on"
+        raise InputError("rollout.engine.kv_cache_mb", what, "Give a number, or use rollout.engine.kind: server.")
 
 
 def check_cache(settings: EngineSettings, folder: str) -> None:

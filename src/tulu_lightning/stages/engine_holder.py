@@ -15,7 +15,7 @@ from tulu_lightning.errors import InputError, RunStopped
 from tulu_lightning.models.weights import full, plain_weights
 from tulu_lightning.rollout.elsewhere import Elsewhere
 from tulu_lightning.rollout.engine import Engine, EngineError
-from tulu_lightning.rollout.engines import build_engine, check_cache
+from tulu_lightning.rollout.engines import build_engine, check_cache, check_shared
 from tulu_lightning.rollout.together import ALONE, Together
 from tulu_lightning.stages.ppo_settings import Rollout
 from tulu_lightning.stages.rollouts import Rollouts, expected_version
@@ -61,6 +61,7 @@ class EngineHolder(Stage):
             raise InputError("rollout.engine.kind", what, "Use local, or leave backbone.layers out.")
         if self.rollout.engine.max_model_len is not None:
             self._check_room(self.rollout.engine.max_model_len, longest_prompt)
+        check_shared(self.rollout.engine, self.trainer.strategy.root_device.type == "cuda")
         check_cache(self.rollout.engine, self.folder)
 
     def _check_room(self, positions: int, longest_prompt: int) -> None:
