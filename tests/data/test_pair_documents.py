@@ -264,6 +264,8 @@ def test_when_every_pair_has_two_equal_answers_the_error_says_so(make):
         make([pair("same", "same")] * 3).setup()
     with pytest.raises(InputError, match=r"\(2 with a tie\)\. Give pairs of which one answer was judged better"):
         make([{**pair("a", "b"), "score_chosen": 1, "score_rejected": 1}] * 2).setup()
+    with pytest.raises(InputError, match=r"\(2 whose rejected answer has the higher score\)\. Swap the columns"):
+        make([{**pair("a", "b"), "score_chosen": 1, "score_rejected": 2}] * 2).setup()
 
 
 def test_a_bad_row_is_named_with_its_file(make):

@@ -149,6 +149,8 @@ def test_the_binarised_form_of_ultrafeedback_is_messages_and_a_tie_is_left_out()
     row = {"prompt": "q", "prompt_id": "ab", "chosen": [Q, GOOD], "rejected": [Q, BAD], "messages": [Q, GOOD]}
     assert read({**row, "score_chosen": 8.5, "score_rejected": 7}) == PAIR
     assert reason({**row, "score_chosen": 7.0, "score_rejected": 7}) == "with a tie"
+    swapped = "whose rejected answer has the higher score"
+    assert reason({**row, "score_chosen": 7.0, "score_rejected": 8.5}) == swapped
     assert read({**row, "score_chosen": 7.0}) == PAIR
 
 

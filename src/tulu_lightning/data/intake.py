@@ -15,6 +15,7 @@ Item = TypeVar("Item")
 
 REMEDIES = {
     "with equal answers": "Give pairs whose two answers differ; look whether columns takes both from one field.",
+    "whose rejected answer has the higher score": "Swap the columns (columns: {chosen: ..., rejected: ...}), or leave the scores out.",
     "with a tie": "Give pairs of which one answer was judged better, or leave the scores out.",
 }
 REMEDY = "Raise the limit or correct the rows, or leave the source out."

@@ -18,6 +18,7 @@ __all__ = ["IdPair", "Pair", "to_pair"]
 SIDES = ("chosen", "rejected")
 IDS = ("prompt_ids", "chosen_ids", "rejected_ids")
 EQUAL, EMPTY, TIE = "with equal answers", "with an empty answer", "with a tie"
+REVERSED = "whose rejected answer has the higher score"
 """Reasons for which a pair is left out."""
 
 
@@ -51,7 +52,8 @@ def to_pair(source: Source, number: int, row: Row) -> Pair | IdPair:
     Raises:
         InputError: a field is missing or malformed, the sides do not begin with the same messages, or the user's own
             reader fails.
-        LeftOut: an answer is empty, both sides are equal, their scores are a tie, or the user's own reader says so.
+        LeftOut: an answer is empty, both sides are equal, their scores are a tie or say the opposite, or the user's own
+            reader says so.
     """
     where = source.row_name(number)
     if "." in source.read:
@@ -60,8 +62,7 @@ def to_pair(source: Source, number: int, row: Row) -> Pair | IdPair:
         row = READERS[source.read](where, row)
     ids = any(name in row for name in IDS)
     pair = _id_pair(where, row, with_texts=bool(source.filters)) if ids else _pair(where, row)
-    if _is_tie(where, row):
-        raise LeftOut(TIE)
+    _compare_scores(where, row)
     return pair
 
 
@@ -162,15 +163,16 @@ def _leave_out(pair: Pair) -> None:
         raise LeftOut(EQUAL)
 
 
-def _is_tie(where: str, row: Row) -> bool:
-    """Whether both sides have scores (`score_chosen`, `score_rejected`), the same."""
+def _compare_scores(where: str, row: Row) -> None:
+    """Leave a pair out whose sides have scores (`score_chosen`, `score_rejected`) that do not say what it says."""
     given = {name: row[name] for name in ("score_chosen", "score_rejected") if name in row}
     for name, value in given.items():
         if not _is_score(value):
             raise InputError(
                 where, f"{name} is {shown(value)}, not a number", "Give a number, or leave the scores out."
             )
-    return len(given) == 2 and given["score_chosen"] == given["score_rejected"]
+    if len(given) == 2 and given["score_chosen"] <= given["score_rejected"]:
+        raise LeftOut(TIE if given["score_chosen"] == given["score_rejected"] else REVERSED)
 
 
 # Token ids --------------------------------------------------------------------------------------------------------
