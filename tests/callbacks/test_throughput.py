@@ -15,6 +15,11 @@ import stage_runs as runs
 from tulu_lightning.callbacks.records import Records
 from tulu_lightning.callbacks.throughput import Throughput, device_peak, measured_peak, model_shape
 from tulu_lightning.errors import InputError
+from tulu_lightning.models.backbone import Backbone
+from tulu_lightning.models.lora import Lora
+from tulu_lightning.models.quantize import Quantize
+from tulu_lightning.stages.optimizer import AdamW
+from tulu_lightning.stages.sft import SFT
 
 QUIET = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
 
@@ -84,3 +89,16 @@ def test_a_frozen_base_is_seen_in_the_shape():
     frozen = model_shape(stage.model)
     assert shape.trained == shape.matrices > 0
     assert frozen == shape._replace(trained=0, head_trained=False)
+
+
+@pytest.mark.parametrize("storage", ["uint8", "bfloat16"])
+def test_a_base_in_4_bits_costs_what_its_matrices_do(storage):
+    """Their tensors hold two codes an item, or four."""
+    pytest.importorskip("bitsandbytes")
+    stage = SFT(Backbone(runs.TINY, lora=Lora(r=4), quantize=Quantize(storage=storage)), AdamW(lr=1e-3))
+    stage.configure_model()
+    shape = model_shape(stage.model)
+    adapters = sum(p.numel() for p in stage.model.parameters() if p.requires_grad)
+    # 4 layers of width 256: queries 256², keys and values 128 · 256 each, output 256², three of 256 · 512
+    assert shape.matrices == 4 * (2 * 256**2 + 2 * 128 * 256 + 3 * 256 * 512) + adapters
+    assert shape.trained == adapters > 0
