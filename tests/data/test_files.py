@@ -129,6 +129,39 @@ def test_a_pattern_takes_all_its_files_in_order_of_their_names(tmp_path):
     assert load(Source("s", path=str(tmp_path / "set" / "train-*.parquet"))) == CHAT
 
 
+SHARDS = (
+    ["train-00000-of-00002.parquet", "train-00001-of-00002-0a1b2c.parquet", "test-00000-of-00001.parquet"],
+    ["chat-train-00000-of-00002.arrow", "chat-train-00001-of-00002.arrow", "chat-test.arrow"],
+)
+
+
+@pytest.mark.parametrize("names", SHARDS)
+def test_a_folder_whose_files_are_of_several_splits_gives_one(tmp_path, names):
+    """As a clone of a hub set has them, and the folder where `datasets` keeps one."""
+    for name, part in zip(names, (CHAT[:15], CHAT[15:], CHAT[:3]), strict=True):
+        (parquet if name.endswith("parquet") else arrow_stream)(tmp_path / name, part)
+    path = str(tmp_path)
+    assert load(Source("s", path=path)) == CHAT
+    assert load(Source("s", path=path, split="test")) == CHAT[:3]
+    with pytest.raises(InputError, match=r"of the splits test, train, not 'tset'\. Did you mean 'test'"):
+        load(Source("s", path=path, split="tset"))
+    for name in names[:2]:
+        (tmp_path / name).unlink()
+    assert load(Source("s", path=path)) == load(Source("s", path=path, split="test")) == CHAT[:3]
+    with pytest.raises(InputError, match="split is 'train', and the folder has none"):
+        load(Source("s", path=path, split="train"))
+
+
+def test_what_datasets_keeps_beside_the_rows_is_no_row(tmp_path):
+    arrow_folder(tmp_path / "set", CHAT)
+    arrow_stream(tmp_path / "set" / "cache-2d81f60c1c60f125.arrow", CHAT[:3])
+    assert load(Source("s", path=str(tmp_path / "set"))) == CHAT
+    saved(tmp_path / "saved", CHAT)
+    before = open_source(Source("s", path=str(tmp_path / "saved"))).fingerprint
+    datasets.load_from_disk(str(tmp_path / "saved")).map(lambda row: {"more": 1})
+    assert open_source(Source("s", path=str(tmp_path / "saved"))).fingerprint == before
+
+
 def test_a_saved_dict_gives_the_split_that_is_asked_for(tmp_path):
     parts = {"train": datasets.Dataset.from_list(CHAT), "test": datasets.Dataset.from_list(CHAT[:3])}
     datasets.DatasetDict(parts).save_to_disk(tmp_path / "set")

@@ -11,6 +11,7 @@ import glob
 import hashlib
 import logging
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -34,6 +35,10 @@ __all__ = ["hub_set", "open_file", "open_hub"]
 
 SMALL = 32 << 20
 """Bytes up to which a file's rows are held in memory; those of a larger one are memory-mapped from the cache."""
+SHARD = re.compile(r"(.+?)-\d{5}-of-\d{5}(?:-[0-9a-f]+)?")
+"""Name of one of several files of a split."""
+SPLITS = ("train", "test", "validation", "valid", "val", "dev", "eval")
+"""Names of splits that are known as such without a shard's number behind them."""
 JSON_SUFFIXES = (".json", ".json.gz", ".json.zst")
 
 
@@ -43,7 +48,7 @@ def open_file(path: str, split: str | None, row_name: Callable[[int], str]) -> t
     Args:
         path: JSON lines (plain, .gz or .zst), .json, .parquet, .arrow, or an Arrow folder; the last three may be a
             pattern such as `train-*.parquet`.
-        split: which part of a `DatasetDict` folder.
+        split: which part of a `DatasetDict` folder, or of one whose files' names tell splits apart.
         row_name: how an error names a row, from 1.
 
     Raises:
@@ -163,18 +168,45 @@ def _open_folder(folder: Path, split: str | None) -> tuple[Rows, str]:
         if chosen not in present:
             raise InputError(str(folder), f"the folder has no split {chosen!r}", nearest(chosen, present))
         return _open_folder(folder / chosen, None)
-    if split is not None:
-        raise InputError(str(folder), f"split is {split!r}, and the folder has none", "Leave split out.")
+    # What `datasets` writes beside a set's rows when it filters or maps them is not part of the set.
+    arrows = sorted(path for path in folder.glob("*.arrow") if not path.name.startswith("cache-"))
     if (folder / "state.json").is_file():
+        _without_split(folder, split)
         with _naming(folder):
             data = datasets.load_from_disk(str(folder))
         assert isinstance(data, datasets.Dataset)  # a DatasetDict has no state.json
-        return ArrowRows(data), digest_of(sorted(folder.glob("*.arrow")))
-    for suffix in (".arrow", ".parquet"):
-        if files := sorted(folder.glob(f"*{suffix}")):
-            return _open_all(files, suffix)
+        return ArrowRows(data), digest_of(arrows)
+    for suffix, files in ((".arrow", arrows), (".parquet", sorted(folder.glob("*.parquet")))):
+        if files:
+            return _open_all(_of_split(folder, files, split), suffix)
     remedy = "Give a file, or a folder with *.arrow or *.parquet files (such as datasets' save_to_disk writes)."
     raise InputError(str(folder), "the folder has no rows that can be read", remedy)
+
+
+def _without_split(folder: Path, split: str | None) -> None:
+    if split is not None:
+        raise InputError(str(folder), f"split is {split!r}, and the folder has none", "Leave split out.")
+
+
+def _of_split(folder: Path, files: list[Path], split: str | None) -> list[Path]:
+    """The files of one split, where their names tell several apart, as in a clone of a hub set; else all of them."""
+    names = [_split_name(file) for file in files]
+    present = sorted({name for name in names if name is not None})
+    if len(present) < 2 and (split is None or split not in present):
+        _without_split(folder, split)
+        return files
+    chosen = split or "train"
+    if chosen not in present:
+        remedy = f"{nearest(chosen, present)} Or give a pattern for the files that you want, such as *{files[0].suffix}."
+        raise InputError(str(folder), f"its files are of the splits {', '.join(present)}, not {chosen!r}", remedy)
+    return [file for file, name in zip(files, names, strict=True) if name == chosen]
+
+
+def _split_name(file: Path) -> str | None:
+    """The split in the name of a file that `datasets` or the hub wrote: (set-)split(-00000-of-00001(-hash)).suffix."""
+    sharded = SHARD.fullmatch(file.stem)
+    name = (sharded[1] if sharded else file.stem).rpartition("-")[2]
+    return name if sharded or name in SPLITS else None
 
 
 def _open_all(files: list[Path], suffix: str) -> tuple[Rows, str]:
