@@ -197,7 +197,9 @@ def _of_split(folder: Path, files: list[Path], split: str | None) -> list[Path]:
         return files
     chosen = split or "train"
     if chosen not in present:
-        remedy = f"{nearest(chosen, present)} Or give a pattern for the files that you want, such as *{files[0].suffix}."
+        remedy = (
+            f"{nearest(chosen, present)} Or give a pattern for the files that you want, such as *{files[0].suffix}."
+        )
         raise InputError(str(folder), f"its files are of the splits {', '.join(present)}, not {chosen!r}", remedy)
     return [file for file, name in zip(files, names, strict=True) if name == chosen]
 
