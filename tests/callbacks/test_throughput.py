@@ -71,7 +71,17 @@ def test_gpus_are_known_by_name():
     assert device_peak("NVIDIA A100-SXM4-80GB") == 312e12
     assert device_peak("NVIDIA L4") == 121e12
     assert device_peak("NVIDIA L40S") == 362e12
+    assert device_peak("NVIDIA GH200 480GB") == 989e12
+    assert device_peak("NVIDIA GeForce RTX 4090") == 165e12
+    assert device_peak("NVIDIA RTX 6000 Ada Generation") == 364e12
     assert device_peak("Some card") is None
+
+
+@pytest.mark.parametrize(
+    "name", ["RTX A4000", "GeForce RTX 4090 Laptop GPU", "GeForce RTX 4090 D", "GeForce RTX 3090 Ti", "A100X"]
+)
+def test_a_gpu_whose_name_holds_anothers_has_not_its_peak(name):
+    assert device_peak(f"NVIDIA {name}") is None
 
 
 def test_records_before_it_would_miss_its_numbers(tmp_path):

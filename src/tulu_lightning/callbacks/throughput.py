@@ -1,5 +1,6 @@
 """How fast a run is: tokens a second, the share of the machine's peak that they are worth, and memory."""
 
+import re
 import time
 from typing import Any, Literal
 
@@ -44,8 +45,12 @@ SIZE, TRIALS = 2048, 5
 
 
 def device_peak(name: str) -> float | None:
-    """FLOP/s of a GPU by its name; None for one that is not in the table."""
-    return next((peak for part, peak in PEAKS.items() if part in name), None)
+    """FLOP/s of a GPU by its name; None for one that is not in the table.
+
+    An RTX A4000 is no A40, and neither a laptop's 4090 nor a 3090 Ti is the card of that number.
+    """
+    pattern = r"(?<![A-Za-z0-9]){}(?![A-Za-z0-9])(?! (?:Ti|D|Laptop)\b)"
+    return next((peak for part, peak in PEAKS.items() if re.search(pattern.format(re.escape(part)), name)), None)
 
 
 def measured_peak(device: torch.device, dtype: torch.dtype) -> float:
