@@ -7,6 +7,7 @@ from pathlib import Path
 import lightning as L
 import pytest
 import torch
+from transformers import GPT2Config, GPT2LMHeadModel
 
 sys.path.append(str(Path(__file__).parents[1] / "stages"))
 
@@ -15,7 +16,7 @@ import stage_runs as runs
 from tulu_lightning.callbacks.records import Records
 from tulu_lightning.callbacks.throughput import Throughput, device_peak, measured_peak, model_shape
 from tulu_lightning.errors import InputError
-from tulu_lightning.models.backbone import Backbone
+from tulu_lightning.models.backbone import Backbone, PackedLM
 from tulu_lightning.models.lora import Lora
 from tulu_lightning.models.quantize import Quantize
 from tulu_lightning.stages.optimizer import AdamW
@@ -99,6 +100,16 @@ def test_a_frozen_base_is_seen_in_the_shape():
     frozen = model_shape(stage.model)
     assert shape.trained == shape.matrices > 0
     assert frozen == shape._replace(trained=0, head_trained=False)
+
+
+def test_gpt2s_linear_layers_are_counted(tmp_path):
+    """They are of a class of their own."""
+    config = {"vocab_size": 264, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 64, "eos_token_id": 258}
+    dropout = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
+    GPT2LMHeadModel(GPT2Config(**config, **dropout)).save_pretrained(tmp_path)
+    shape = model_shape(PackedLM(Backbone(str(tmp_path)), str(tmp_path)))
+    matrices = 2 * (64 * 3 * 64 + 64 * 64 + 2 * 64 * 256)  # of each layer: queries, keys and values; output; two of 4 x
+    assert shape == (matrices, matrices, 264 * 64, True, 2 * 64)
 
 
 @pytest.mark.parametrize("storage", ["uint8", "bfloat16"])

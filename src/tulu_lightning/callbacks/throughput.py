@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 import lightning as L
 import torch
+from transformers.pytorch_utils import Conv1D  # GPT-2's linear layers
 
 from tulu_lightning.callbacks.promote import peak_memory_bytes
 from tulu_lightning.callbacks.records import Records
@@ -74,7 +75,7 @@ def model_shape(model: Any) -> Shape | None:
     config = model.lm.config.get_text_config(decoder=True)
     if any("expert" in name for name, _ in decoder.named_modules()):
         return None
-    layers = [part for part in decoder.modules() if isinstance(part, torch.nn.Linear)]
+    layers = [part for part in decoder.modules() if isinstance(part, torch.nn.Linear | Conv1D)]
     heads = config.num_attention_heads
     width = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
     trained = sum(_weights(layer) for layer in layers if layer.weight.requires_grad)
@@ -83,7 +84,7 @@ def model_shape(model: Any) -> Shape | None:
     return Shape(total, trained, outputs, head_trained, width * config.num_hidden_layers)
 
 
-def _weights(layer: torch.nn.Linear) -> int:
+def _weights(layer: torch.nn.Linear | Conv1D) -> int:
     """Weights of a matrix; in 4 bits its tensor holds codes, two or four to an item."""
     return layer.out_features * layer.in_features if isinstance(layer, Linear4bit) else layer.weight.numel()
 

@@ -87,7 +87,9 @@ def without_overlaps(source: Source, table: Table) -> Table:
         raise InputError(f"source {source.name!r}", f"it repeats {told}", remedy)
     if len(dropped) == len(table):
         what = f"it repeats {told}, and so does each of its {len(table):,} rows"
-        raise InputError(f"source {source.name!r}", what, "Leave the source out, or look whether it is that set itself.")
+        raise InputError(
+            f"source {source.name!r}", what, "Leave the source out, or look whether it is that set itself."
+        )
     rank_zero_info(f"source {source.name!r} repeats {told}: {len(dropped):,} of {len(table):,} rows left out")
     digest = hashlib.sha256(json.dumps([scan.folder.name, settings.set_share]).encode()).hexdigest()
     return table.without(dropped, digest)
