@@ -204,6 +204,32 @@ def test_json_rows_come_out_as_they_are(tmp_path, rows, name):
     assert load(Source("s", path=str(tmp_path / name))) == rows
 
 
+MIXED = {
+    "beside each other": [{"a": 3}, {"a": 2.5}],
+    "beside a null": [{"a": 3, "b": 1}, {"b": 1}, {"a": 2.5, "b": 1}],
+    "in a list": [{"a": [1, 0.5]}, {"a": []}],
+    "in messages": [{"m": [{"role": "user", "weight": 1}]}, {"m": [{"role": "user", "weight": 0.5}]}],
+    "of which floats lose digits": [{"a": 2**53 + 1}, {"a": 0.5}],
+}
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.jsonl.gz"])
+@pytest.mark.parametrize("rows", MIXED.values(), ids=MIXED)
+def test_an_integer_among_floats_stays_one(tmp_path, rows, name):
+    """A reader that writes it into a text would write 3.0 for 3."""
+    WRITERS[f"a{name.removeprefix('rows')}"](tmp_path / name, rows)
+    assert json.dumps(load(Source("s", path=str(tmp_path / name)))) == json.dumps(rows)
+
+
+def test_floats_that_are_whole_numbers_go_through_datasets_all_the_same(tmp_path, monkeypatch):
+    monkeypatch.setattr("tulu_lightning.data.jsonl.CHUNK", 7)  # lines cut anywhere
+    rows = [{"a": 3.0, "b": [{"c": 1.0}], "d": 1}, {"b": [], "d": 2}, {"a": 2.5, "b": [{"c": 0.5}], "d": 3}]
+    jsonl(tmp_path / "rows.jsonl", rows)
+    found, _ = files.open_file(str(tmp_path / "rows.jsonl"), None, str)
+    assert isinstance(found, files.ArrowRows)
+    assert json.dumps(found.take(range(3))) == json.dumps(rows)
+
+
 def test_a_type_that_changes_late_in_a_file_is_read_all_the_same(tmp_path):
     rows = [{"a": "x" * 100_000}] * 120 + [{"a": ["y"], "b": 1}]  # 12 MB: `datasets` fixes its types after 10
     jsonl(tmp_path / "rows.jsonl", rows)

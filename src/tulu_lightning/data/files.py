@@ -1,8 +1,9 @@
 """Files and hub sets, opened through the `datasets` library.
 
-What it makes of a file is used only where it gives the file's own rows. Reading JSON lines it takes text that looks like
-a date for a date, skips empty lines, and fills a row that is null with nulls; then, and where it gives up, Python reads
-the file: exactly, and with an error that names the row.
+What it makes of a file is used only where it gives the file's own rows (`data/faithful.py`). Reading JSON lines it takes
+text that looks like a date for a date, makes floats of integers that share a field with floats, skips empty lines, and
+fills a row that is null with nulls; then, and where it gives up, Python reads the file: exactly, and with an error that
+names the row.
 
 What it writes is kept in our cache folder by the file's content; small files leave nothing behind.
 """
@@ -21,12 +22,12 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-import numpy as np
 import pyarrow as pa
 from datasets.packaged_modules.json.json import JsonConfig
 from datasets.table import InMemoryTable
 
 from tulu_lightning.assets.cache import build_once, cache_dir
+from tulu_lightning.data.faithful import faithful
 from tulu_lightning.data.jsonl import count_lines, digest_of, read_lines, read_list, starts_a_list
 from tulu_lightning.data.table import ArrowRows, ListRows, Rows
 from tulu_lightning.errors import InputError, nearest
@@ -130,32 +131,7 @@ def _json_through_datasets(path: Path, digest: str) -> datasets.Dataset | None:
         raise
     except Exception:  # StopIteration for an empty file, ujson's, Arrow's: Python says what it is
         return None
-    return data if _faithful(data) else None
-
-
-def _faithful(data: datasets.Dataset) -> bool:
-    table = data.data.table
-    if not table.column_names or not all(map(_as_in_json, table.schema.types)):
-        return False
-    try:
-        table.validate(full=True)  # text that is not UTF-8 would come out changed
-    except pa.ArrowInvalid:
-        return False
-    if not all(column.null_count for column in table.columns):
-        return True
-    return not np.logical_and.reduce([column.is_null().to_numpy() for column in table.columns]).any()
-
-
-def _as_in_json(kind: pa.DataType) -> bool:
-    """Whether values of an Arrow type are what JSON had there.
-
-    Dates are guesses. Files with a field of mixed types went through another JSON library, which drops lone surrogates.
-    """
-    if pa.types.is_struct(kind):
-        return all(_as_in_json(kind.field(index).type) for index in range(kind.num_fields))
-    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
-        return _as_in_json(kind.value_type)
-    return str(kind) in ("string", "large_string", "bool", "int64", "double", "null")
+    return data if faithful(data, path) else None
 
 
 # Parquet and Arrow --------------------------------------------------------------------------------------------------
