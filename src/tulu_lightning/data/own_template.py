@@ -205,6 +205,7 @@ def _check_clock(jinja: str, variables: Mapping[str, str]) -> None:
     """Refuse a template that writes the date, by which the same rows would be others tomorrow."""
     if "strftime_now" not in jinja:
         return
+    render: Any = render_jinja_template  # as in `_jinja`
     asked: list[str] = []
 
     def clock(form: str) -> str:
@@ -214,7 +215,7 @@ def _check_clock(jinja: str, variables: Mapping[str, str]) -> None:
     probe = [{"role": "user", "content": "1 + 1?"}, {"role": "assistant", "content": "2"}]
     with suppress(TemplateError, TypeError, ValueError):  # said where conversations are rendered
         for messages in (probe, [{"role": "system", "content": "Be brief."}, *probe]):
-            render_jinja_template(conversations=[messages], chat_template=jinja, strftime_now=clock, **variables)
+            render(conversations=[messages], chat_template=jinja, strftime_now=clock, **variables)
     if asked:
         what = f"it writes the date of the day ({asked[0]!r}), so the same rows would have other tokens tomorrow"
         raise InputError(WHERE, what, "Write a fixed date in its place: strftime_now must not be called.")
