@@ -274,6 +274,16 @@ def settings_of(tiny):
     return {"tokenizer": str(tiny), "max_tokens": 400, "examples_per_step": 4}
 
 
+@pytest.mark.parametrize("draw", [{}, {"cap": 5}, {"fraction": 0.5}])
+def test_a_source_of_which_every_row_repeats_a_set_stops_the_run(tmp_path, tiny, draw):
+    path = jsonl(tmp_path / "test_set.jsonl", [chat(SECRET, "Seven."), chat(OTHER, "One.")])
+    items = jsonl(tmp_path / "items.jsonl", [{"question": SECRET}, {"question": OTHER}])
+    sets = [Evaluation("geese", path=items, fields=["question"])]
+    source = Source("leak", path=path, decontaminate=Decontaminate(sets), **draw)
+    with pytest.raises(InputError, match="'leak': it repeats 2 of 2 items of geese, and so does each of its 2 rows"):
+        SFTData(sources=[source], **settings_of(tiny)).setup()
+
+
 def test_sft_rows_that_repeat_a_set_are_left_out(small, tiny):
     source, sets = small
     clean, full = (

@@ -296,6 +296,51 @@ def test_every_rule_can_be_found():
     assert set(RULES) == covered  # a rule that is added needs a template that breaks it, above
 
 
+def test_a_models_own_template_may_take_no_system_message():
+    """Gemma's refuses them, and Mistral's first by its rule of turns: healthy all the same, for rows without."""
+    tokenizer = byte_tokenizer()
+    chatml = (
+        "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}{% if m.role == 'assistant' %}"
+        "{% generation %}{{ m.content }}<|im_end|>{% endgeneration %}{% else %}{{ m.content }}<|im_end|>{% endif %}"
+        "{{ '\n' }}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    refusal = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+    tokenizer.chat_template = refusal + chatml
+    template = chat_template("model", tokenizer)
+    stops = stop_ids(tokenizer, template)
+    said = doctor.check(tokenizer, template, stops, rows_of([turns("q", "a")]))
+    assert said.startswith("template doctor: all 9 rules hold on 4 probes and 1 rows")
+    with pytest.raises(InputError, match=r"\(no system\): system: Be kind"):
+        doctor.check(tokenizer, template, stops, rows_of([turns("q", "a", system="Be kind.")]))
+    tokenizer.chat_template = chatml
+    assert "on 5 probes" in doctor.check(tokenizer, chat_template("model", tokenizer), stops, [])
+
+
+@pytest.mark.parametrize(("make", "name"), HEALTHY)
+def test_an_assistant_that_speaks_twice_is_healthy(make, name):
+    """Nobody asks for an answer behind an answer, where Tülu's template writes no newline before the header."""
+    tokenizer = make()
+    template = chat_template(name, tokenizer)
+    twice = [*turns("q", "a"), {"role": "assistant", "content": "b"}, *turns("r", "c")]
+    assert examine(tokenizer, template, rows_of([twice, twice[:3]]), stop_ids(tokenizer, template)) == []
+
+
+def test_a_prompt_that_is_wrong_behind_two_answers_is_found():
+    tokenizer = byte_tokenizer()
+    healthy = chat_template("chatml", tokenizer)
+    twice = [*turns("q", "a"), {"role": "assistant", "content": "b"}, *turns("r", "c")]
+
+    class Late(TurnTemplate):
+        def render(self, messages, generation_prompt=False):
+            pieces = super().render(messages, generation_prompt)
+            return (*pieces, Piece(" ")) if generation_prompt and len(messages) > 3 else pieces
+
+    late = Late(**vars(healthy))
+    assert {finding.rule for finding in examine(tokenizer, late, rows_of([twice]), stop_ids(tokenizer, late))} == {
+        "prompt"
+    }
+
+
 def test_a_row_that_breaks_a_rule_stops_the_data_module(write, monkeypatch):
     source = write([{"messages": turns("q", "a")}, {"messages": turns("call me bob", "a")}])
     real = doctor.encode_many

@@ -8,7 +8,7 @@ from transformers import ByT5Tokenizer
 
 from tulu_lightning.assets.tiny import byte_tokenizer
 from tulu_lightning.data import encoding
-from tulu_lightning.data.chat import Encoded, chat_template, encode, encode_many, truncate
+from tulu_lightning.data.chat import PLAIN, Encoded, chat_template, encode, encode_many, truncate
 
 PAIRS = [
     (byte_tokenizer, "tulu"),
@@ -85,6 +85,16 @@ def test_the_garbage_collector_is_left_as_it_was(collecting):
         assert gc.isenabled() is collecting
     finally:
         (gc.enable if was else gc.disable)()
+
+
+def test_plain_text_begins_with_the_bos_of_a_template_that_has_one():
+    tokenizer = llama3_bytes()
+    bos, end = (tokenizer.convert_tokens_to_ids(name) for name in ("<|begin_of_text|>", "<|eot_id|>"))
+    text, name = "Once", "<|begin_of_text|>"  # of which the second is text where a row has it
+    (row,) = encode_many(tokenizer, chat_template("llama3", tokenizer), [[{"role": PLAIN, "content": text + name}]])
+    assert row.ids == [bos, *tokenizer.encode(text + name, add_special_tokens=False, split_special_tokens=True), end]
+    assert row.weights == [0.0] + [1.0] * (len(row.ids) - 1)
+    assert truncate(row, 4).ids == [*row.ids[:3], end]
 
 
 def test_a_tokenizer_that_is_not_in_rust_takes_the_long_way():

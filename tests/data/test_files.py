@@ -129,6 +129,39 @@ def test_a_pattern_takes_all_its_files_in_order_of_their_names(tmp_path):
     assert load(Source("s", path=str(tmp_path / "set" / "train-*.parquet"))) == CHAT
 
 
+SHARDS = (
+    ["train-00000-of-00002.parquet", "train-00001-of-00002-0a1b2c.parquet", "test-00000-of-00001.parquet"],
+    ["chat-train-00000-of-00002.arrow", "chat-train-00001-of-00002.arrow", "chat-test.arrow"],
+)
+
+
+@pytest.mark.parametrize("names", SHARDS)
+def test_a_folder_whose_files_are_of_several_splits_gives_one(tmp_path, names):
+    """As a clone of a hub set has them, and the folder where `datasets` keeps one."""
+    for name, part in zip(names, (CHAT[:15], CHAT[15:], CHAT[:3]), strict=True):
+        (parquet if name.endswith("parquet") else arrow_stream)(tmp_path / name, part)
+    path = str(tmp_path)
+    assert load(Source("s", path=path)) == CHAT
+    assert load(Source("s", path=path, split="test")) == CHAT[:3]
+    with pytest.raises(InputError, match=r"of the splits test, train, not 'tset'\. Did you mean 'test'"):
+        load(Source("s", path=path, split="tset"))
+    for name in names[:2]:
+        (tmp_path / name).unlink()
+    assert load(Source("s", path=path)) == load(Source("s", path=path, split="test")) == CHAT[:3]
+    with pytest.raises(InputError, match="split is 'train', and the folder has none"):
+        load(Source("s", path=path, split="train"))
+
+
+def test_what_datasets_keeps_beside_the_rows_is_no_row(tmp_path):
+    arrow_folder(tmp_path / "set", CHAT)
+    arrow_stream(tmp_path / "set" / "cache-2d81f60c1c60f125.arrow", CHAT[:3])
+    assert load(Source("s", path=str(tmp_path / "set"))) == CHAT
+    saved(tmp_path / "saved", CHAT)
+    before = open_source(Source("s", path=str(tmp_path / "saved"))).fingerprint
+    datasets.load_from_disk(str(tmp_path / "saved")).map(lambda row: {"more": 1})
+    assert open_source(Source("s", path=str(tmp_path / "saved"))).fingerprint == before
+
+
 def test_a_saved_dict_gives_the_split_that_is_asked_for(tmp_path):
     parts = {"train": datasets.Dataset.from_list(CHAT), "test": datasets.Dataset.from_list(CHAT[:3])}
     datasets.DatasetDict(parts).save_to_disk(tmp_path / "set")
@@ -169,6 +202,32 @@ def test_json_rows_come_out_as_they_are(tmp_path, rows, name):
     text = json.dumps(rows) if name == "rows.json" else "".join(json.dumps(row) + "\n" for row in rows)
     (tmp_path / name).write_text(text)
     assert load(Source("s", path=str(tmp_path / name))) == rows
+
+
+MIXED = {
+    "beside each other": [{"a": 3}, {"a": 2.5}],
+    "beside a null": [{"a": 3, "b": 1}, {"b": 1}, {"a": 2.5, "b": 1}],
+    "in a list": [{"a": [1, 0.5]}, {"a": []}],
+    "in messages": [{"m": [{"role": "user", "weight": 1}]}, {"m": [{"role": "user", "weight": 0.5}]}],
+    "of which floats lose digits": [{"a": 2**53 + 1}, {"a": 0.5}],
+}
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.jsonl.gz"])
+@pytest.mark.parametrize("rows", MIXED.values(), ids=MIXED)
+def test_an_integer_among_floats_stays_one(tmp_path, rows, name):
+    """A reader that writes it into a text would write 3.0 for 3."""
+    WRITERS[f"a{name.removeprefix('rows')}"](tmp_path / name, rows)
+    assert json.dumps(load(Source("s", path=str(tmp_path / name)))) == json.dumps(rows)
+
+
+def test_floats_that_are_whole_numbers_go_through_datasets_all_the_same(tmp_path, monkeypatch):
+    monkeypatch.setattr("tulu_lightning.data.jsonl.CHUNK", 7)  # lines cut anywhere
+    rows = [{"a": 3.0, "b": [{"c": 1.0}], "d": 1}, {"b": [], "d": 2}, {"a": 2.5, "b": [{"c": 0.5}], "d": 3}]
+    jsonl(tmp_path / "rows.jsonl", rows)
+    found, _ = files.open_file(str(tmp_path / "rows.jsonl"), None, str)
+    assert isinstance(found, files.ArrowRows)
+    assert json.dumps(found.take(range(3))) == json.dumps(rows)
 
 
 def test_a_type_that_changes_late_in_a_file_is_read_all_the_same(tmp_path):

@@ -53,6 +53,12 @@ def test_with_colour_only_trained_text_is_green():
     assert green == "yes<|im_end|>no"
 
 
+def test_control_characters_are_shown_and_not_obeyed():
+    row = Document((segment((ids("a\r\n\x1b[2J\t"), 0.0), (ids("\x7f"), 1.0)),))
+    assert shown(TOKENIZER, row, colour=False).plain == "a␍\n␛[2J\t⟦␡⟧"
+    assert shown(TOKENIZER, row, ids=True, colour=False).plain.startswith(f"a⟨{ids('a')[0]}⟩␍⟨")
+
+
 def test_ids_stand_behind_their_tokens():
     document = Document((segment((ids("a"), 0.0), ((END,), 1.0)),))
     assert shown(TOKENIZER, document, ids=True, colour=False).plain == f"a⟨{ids('a')[0]}⟩⟦<|im_end|>⟨258⟩⟧"

@@ -73,6 +73,20 @@ def test_what_a_template_refuses_is_said_with_the_conversation():
     assert encode_many(tokenizer, template, [turns("q", "a")])[0].ids  # and it works afterwards
 
 
+def test_a_template_that_writes_the_date_is_refused():
+    """Llama 3.2's does. Rows of yesterday, in the cache or in a checkpoint's identity, are not those of today."""
+    today = "{% if date is not defined %}{% set date = strftime_now('%d %b %Y') %}{% endif %}{{ 'Today: ' + date }}"
+    with pytest.raises(InputError, match=r"writes the date of the day \('%d %b %Y'\).*Write a fixed date"):
+        chat_template("model", with_template(byte_tokenizer(), today + CHATML))
+    only_system = "{% if messages[0].role == 'system' %}" + today + "{% endif %}"
+    with pytest.raises(InputError, match="writes the date"):
+        chat_template("model", with_template(byte_tokenizer(), only_system + CHATML))
+    fixed = "{% set date = '26 Jul 2024' %}" + today
+    messages = [{"role": "user", "content": "q"}]
+    pieces = chat_template("model", with_template(byte_tokenizer(), fixed + CHATML)).render(messages)
+    assert "".join(piece.text for piece in pieces).startswith("Today: 26 Jul 2024<|im_start|>")
+
+
 def test_a_bos_that_the_template_writes_is_known():
     tokenizer = byte_level(["<s>", "<|im_start|>", "<|im_end|>"], bos_token="<s>", eos_token="<|im_end|>")
     assert chat_template("model", with_template(tokenizer, "{{ bos_token }}" + CHATML)).bos == "<s>"

@@ -48,6 +48,7 @@ def test_a_good_chat_row_keeps_roles_and_contents_only():
         ({"messages": [USER, {**ANSWER, "weight": True}]}, "weight of messages[1] is True"),
         ({"messages": [USER, {**ANSWER, "weight": float("nan")}]}, "weight of messages[1] is nan"),
         ({"messages": [USER, {**ANSWER, "loss_weight": float("inf")}]}, "loss_weight of messages[1] is inf"),
+        ({"messages": [USER, {**ANSWER, "weight": 1e39}]}, "weight of messages[1] is 1e+39"),  # infinite in fp32
         ({"messages": [USER, {**ANSWER, "train": 0}]}, "train of messages[1] is 0"),
         (
             {"messages": [USER, {**ANSWER, "train": False, "weight": 2}]},

@@ -41,6 +41,16 @@ def test_inspect_shows_the_row_asked_for_with_its_ids(run):
     assert "<|im_end|>⟨258⟩⟧" in said
 
 
+def test_inspect_ends_lines_where_the_row_does(run, tmp_path):
+    words = " ".join(f"word{number}" for number in range(40))  # wider than a terminal
+    messages = [{"role": "user", "content": words}, {"role": "assistant", "content": f"{words}\nend"}]
+    (tmp_path / "long.jsonl").write_text(json.dumps({"messages": messages}))
+    sources = '[{"name": "long", "path": "long.jsonl"}]'
+    status, said = run("inspect", *SFT, f"--data.sources={sources}", "--data.max_tokens=999", "--colour=never")
+    assert status == 0
+    assert f"<|user|>\n{words}\n<|assistant|>\n⟦{words}\nend<|im_end|>⟧\n" in said
+
+
 def test_inspect_shows_rows_beyond_those_that_a_short_run_meets(run):
     """One step of 16 rows is trained on, and 20 are asked for: those 16 first."""
     status, said = run("inspect", *SFT, "--rows=20", "--data.max_steps=1", "--colour=never")

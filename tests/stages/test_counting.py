@@ -80,6 +80,13 @@ def test_fast_dev_run_is_refused_by_its_own_name(tmp_path):
         train(tmp_path, stage(), data(), fast_dev_run=True)
 
 
+@pytest.mark.parametrize("kind", ["sft", "ppo"])
+def test_overfitting_by_lightnings_sampler_is_refused_by_its_own_name(tmp_path, kind):
+    stage, data = runs.STAGES[kind]
+    with pytest.raises(InputError, match=r"trainer.overfit_batches: is 2.*in place of the step plan.*limit.*epochs"):
+        train(tmp_path, stage(), data(), overfit_batches=2)
+
+
 def test_batches_without_their_data_module_are_refused(tmp_path):
     trainer = L.Trainer(accelerator="cpu", default_root_dir=tmp_path, max_epochs=1, logger=False)
     with pytest.raises(InputError, match="datamodule=data"):

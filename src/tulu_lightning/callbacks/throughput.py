@@ -1,16 +1,19 @@
 """How fast a run is: tokens a second, the share of the machine's peak that they are worth, and memory."""
 
+import re
 import time
 from typing import Any, Literal
 
 import lightning as L
 import torch
+from transformers.pytorch_utils import Conv1D  # GPT-2's linear layers
 
 from tulu_lightning.callbacks.promote import peak_memory_bytes
 from tulu_lightning.callbacks.records import Records
 from tulu_lightning.core.flops import Shape, Work, pack_work, training_flops
 from tulu_lightning.core.matmul import product
 from tulu_lightning.errors import InputError
+from tulu_lightning.models.quantize import Linear4bit
 from tulu_lightning.types import StepBatch
 
 __all__ = ["Throughput", "device_peak", "measured_peak", "model_shape"]
@@ -43,8 +46,12 @@ SIZE, TRIALS = 2048, 5
 
 
 def device_peak(name: str) -> float | None:
-    """FLOP/s of a GPU by its name; None for one that is not in the table."""
-    return next((peak for part, peak in PEAKS.items() if part in name), None)
+    """FLOP/s of a GPU by its name; None for one that is not in the table.
+
+    An RTX A4000 is no A40, and neither a laptop's 4090 nor a 3090 Ti is the card of that number.
+    """
+    pattern = r"(?<![A-Za-z0-9]){}(?![A-Za-z0-9])(?! (?:Ti|D|Laptop)\b)"
+    return next((peak for part, peak in PEAKS.items() if re.search(pattern.format(re.escape(part)), name)), None)
 
 
 def measured_peak(device: torch.device, dtype: torch.dtype) -> float:
@@ -68,13 +75,18 @@ def model_shape(model: Any) -> Shape | None:
     config = model.lm.config.get_text_config(decoder=True)
     if any("expert" in name for name, _ in decoder.named_modules()):
         return None
-    weights = [part.weight for part in decoder.modules() if isinstance(part, torch.nn.Linear)]
+    layers = [part for part in decoder.modules() if isinstance(part, torch.nn.Linear | Conv1D)]
     heads = config.num_attention_heads
     width = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
-    trained = sum(weight.numel() for weight in weights if weight.requires_grad)
-    total = sum(weight.numel() for weight in weights)
+    trained = sum(_weights(layer) for layer in layers if layer.weight.requires_grad)
+    total = sum(map(_weights, layers))
     outputs, head_trained = (0, False) if head is None else (head.weight.numel(), head.weight.requires_grad)
     return Shape(total, trained, outputs, head_trained, width * config.num_hidden_layers)
+
+
+def _weights(layer: torch.nn.Linear | Conv1D) -> int:
+    """Weights of a matrix; in 4 bits its tensor holds codes, two or four to an item."""
+    return layer.out_features * layer.in_features if isinstance(layer, Linear4bit) else layer.weight.numel()
 
 
 class Throughput(L.Callback):

@@ -136,6 +136,9 @@ class Checkup:
             at += len(turn.before)
             if turn.answer is None or not at or turn.answer["content"][:1].isspace():
                 return  # leading white space may join the last token of the prompt
+            if not turn.before:  # right behind another answer nobody asks for one; Tülu's template leaves a newline out
+                at += 1
+                continue
             pieces = self.template.render(messages[:at], generation_prompt=True)
             prompt, _ = encode_pieces(self.tokenizer, pieces)
             if prompt != row.ids[: len(prompt)]:

@@ -60,7 +60,8 @@ def without_overlaps(source: Source, table: Table) -> Table:
     """A source's rows as its `decontaminate` wants them: the step of a mixture.
 
     Raises:
-        InputError: the action is `drop_source` and the source contaminates a set; or as `find`.
+        InputError: the action is `drop_source` and the source contaminates a set; all rows would be dropped; or as
+            `find`.
     """
     settings = source.decontaminate
     assert settings is not None
@@ -84,6 +85,11 @@ def without_overlaps(source: Source, table: Table) -> Table:
     if settings.action == "drop_source":
         remedy = "Leave the source out, or set decontaminate.action: drop_rows."
         raise InputError(f"source {source.name!r}", f"it repeats {told}", remedy)
+    if len(dropped) == len(table):
+        what = f"it repeats {told}, and so does each of its {len(table):,} rows"
+        raise InputError(
+            f"source {source.name!r}", what, "Leave the source out, or look whether it is that set itself."
+        )
     rank_zero_info(f"source {source.name!r} repeats {told}: {len(dropped):,} of {len(table):,} rows left out")
     digest = hashlib.sha256(json.dumps([scan.folder.name, settings.set_share]).encode()).hexdigest()
     return table.without(dropped, digest)

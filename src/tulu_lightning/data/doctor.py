@@ -121,6 +121,17 @@ def stop_on(findings: Sequence[Finding]) -> None:
         raise InputError(where, what, REMEDIES.get(rule, REMEDY))
 
 
+def _refuses_system(template: ChatTemplate, messages: Sequence[Message]) -> bool:
+    """Whether a probe has a system message and the template takes none, as Gemma's; a row that has one is refused."""
+    if messages[0]["role"] != "system":
+        return False
+    try:
+        template.render(messages)
+    except InputError:
+        return True
+    return False
+
+
 def check(
     tokenizer: PreTrainedTokenizerBase, template: ChatTemplate, stops: Sequence[int], rows: Sequence[Named]
 ) -> str:
@@ -132,7 +143,7 @@ def check(
     Raises:
         InputError: a rule does not hold.
     """
-    tried = list(probes(tokenizer))
+    tried = [probe for probe in probes(tokenizer) if not _refuses_system(template, probe[1])]
     stop_on(examine(tokenizer, template, [*tried, *rows], stops))
     of_rows = f" and {len(rows)} rows" if rows else ""
     return f"template doctor: all {len(RULES)} rules hold on {len(tried)} probes{of_rows} ({', '.join(RULES)})"

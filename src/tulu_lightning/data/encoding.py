@@ -20,7 +20,7 @@ Train = Literal["all", "last"]
 """Which assistant turns are trained: all of them, or only the last one."""
 
 PLAIN = "text"
-"""Role of a message that is no turn of a conversation: written without any template."""
+"""Role of a message that is no turn of a conversation: written without headers."""
 CHUNK = 1024  # conversations in one call of the Rust tokenizer: enough for all cores, few enough for memory
 
 
@@ -40,11 +40,15 @@ def message_weight(message: Message) -> float:
 
 
 def rendered(template: ChatTemplate, messages: Sequence[Message], generation_prompt: bool = False) -> tuple[Piece, ...]:
-    """The pieces of a conversation; of plain text (one message of the role `text`), it and the end token, all trained."""
+    """The pieces of a conversation; of plain text (one message of the role `text`), it and the end token, all trained.
+
+    Before plain text stands the template's BOS, if it has one: a model that knows one has seen no text without.
+    """
     if messages[0]["role"] != PLAIN:
         return template.render(messages, generation_prompt)
     end = Piece(template.end, trained=True, control=True, ends=True)
-    return Piece(messages[0]["content"], trained=True), end
+    bos = (Piece(template.bos, control=True),) if template.bos else ()
+    return *bos, Piece(messages[0]["content"], trained=True), end
 
 
 def encode_pieces(tokenizer: PreTrainedTokenizerBase, pieces: Sequence[Piece]) -> tuple[list[int], list[bool]]:

@@ -1,8 +1,9 @@
 """Files and hub sets, opened through the `datasets` library.
 
-What it makes of a file is used only where it gives the file's own rows. Reading JSON lines it takes text that looks like
-a date for a date, skips empty lines, and fills a row that is null with nulls; then, and where it gives up, Python reads
-the file: exactly, and with an error that names the row.
+What it makes of a file is used only where it gives the file's own rows (`data/faithful.py`). Reading JSON lines it takes
+text that looks like a date for a date, makes floats of integers that share a field with floats, skips empty lines, and
+fills a row that is null with nulls; then, and where it gives up, Python reads the file: exactly, and with an error that
+names the row.
 
 What it writes is kept in our cache folder by the file's content; small files leave nothing behind.
 """
@@ -11,6 +12,7 @@ import glob
 import hashlib
 import logging
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -20,12 +22,12 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-import numpy as np
 import pyarrow as pa
 from datasets.packaged_modules.json.json import JsonConfig
 from datasets.table import InMemoryTable
 
 from tulu_lightning.assets.cache import build_once, cache_dir
+from tulu_lightning.data.faithful import faithful
 from tulu_lightning.data.jsonl import count_lines, digest_of, read_lines, read_list, starts_a_list
 from tulu_lightning.data.table import ArrowRows, ListRows, Rows
 from tulu_lightning.errors import InputError, nearest
@@ -34,6 +36,10 @@ __all__ = ["hub_set", "open_file", "open_hub"]
 
 SMALL = 32 << 20
 """Bytes up to which a file's rows are held in memory; those of a larger one are memory-mapped from the cache."""
+SHARD = re.compile(r"(.+?)-\d{5}-of-\d{5}(?:-[0-9a-f]+)?")
+"""Name of one of several files of a split."""
+SPLITS = ("train", "test", "validation", "valid", "val", "dev", "eval")
+"""Names of splits that are known as such without a shard's number behind them."""
 JSON_SUFFIXES = (".json", ".json.gz", ".json.zst")
 
 
@@ -43,7 +49,7 @@ def open_file(path: str, split: str | None, row_name: Callable[[int], str]) -> t
     Args:
         path: JSON lines (plain, .gz or .zst), .json, .parquet, .arrow, or an Arrow folder; the last three may be a
             pattern such as `train-*.parquet`.
-        split: which part of a `DatasetDict` folder.
+        split: which part of a `DatasetDict` folder, or of one whose files' names tell splits apart.
         row_name: how an error names a row, from 1.
 
     Raises:
@@ -125,32 +131,7 @@ def _json_through_datasets(path: Path, digest: str) -> datasets.Dataset | None:
         raise
     except Exception:  # StopIteration for an empty file, ujson's, Arrow's: Python says what it is
         return None
-    return data if _faithful(data) else None
-
-
-def _faithful(data: datasets.Dataset) -> bool:
-    table = data.data.table
-    if not table.column_names or not all(map(_as_in_json, table.schema.types)):
-        return False
-    try:
-        table.validate(full=True)  # text that is not UTF-8 would come out changed
-    except pa.ArrowInvalid:
-        return False
-    if not all(column.null_count for column in table.columns):
-        return True
-    return not np.logical_and.reduce([column.is_null().to_numpy() for column in table.columns]).any()
-
-
-def _as_in_json(kind: pa.DataType) -> bool:
-    """Whether values of an Arrow type are what JSON had there.
-
-    Dates are guesses. Files with a field of mixed types went through another JSON library, which drops lone surrogates.
-    """
-    if pa.types.is_struct(kind):
-        return all(_as_in_json(kind.field(index).type) for index in range(kind.num_fields))
-    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
-        return _as_in_json(kind.value_type)
-    return str(kind) in ("string", "large_string", "bool", "int64", "double", "null")
+    return data if faithful(data, path) else None
 
 
 # Parquet and Arrow --------------------------------------------------------------------------------------------------
@@ -163,18 +144,47 @@ def _open_folder(folder: Path, split: str | None) -> tuple[Rows, str]:
         if chosen not in present:
             raise InputError(str(folder), f"the folder has no split {chosen!r}", nearest(chosen, present))
         return _open_folder(folder / chosen, None)
-    if split is not None:
-        raise InputError(str(folder), f"split is {split!r}, and the folder has none", "Leave split out.")
+    # What `datasets` writes beside a set's rows when it filters or maps them is not part of the set.
+    arrows = sorted(path for path in folder.glob("*.arrow") if not path.name.startswith("cache-"))
     if (folder / "state.json").is_file():
+        _without_split(folder, split)
         with _naming(folder):
             data = datasets.load_from_disk(str(folder))
         assert isinstance(data, datasets.Dataset)  # a DatasetDict has no state.json
-        return ArrowRows(data), digest_of(sorted(folder.glob("*.arrow")))
-    for suffix in (".arrow", ".parquet"):
-        if files := sorted(folder.glob(f"*{suffix}")):
-            return _open_all(files, suffix)
+        return ArrowRows(data), digest_of(arrows)
+    for suffix, files in ((".arrow", arrows), (".parquet", sorted(folder.glob("*.parquet")))):
+        if files:
+            return _open_all(_of_split(folder, files, split), suffix)
     remedy = "Give a file, or a folder with *.arrow or *.parquet files (such as datasets' save_to_disk writes)."
     raise InputError(str(folder), "the folder has no rows that can be read", remedy)
+
+
+def _without_split(folder: Path, split: str | None) -> None:
+    if split is not None:
+        raise InputError(str(folder), f"split is {split!r}, and the folder has none", "Leave split out.")
+
+
+def _of_split(folder: Path, files: list[Path], split: str | None) -> list[Path]:
+    """The files of one split, where their names tell several apart, as in a clone of a hub set; else all of them."""
+    names = [_split_name(file) for file in files]
+    present = sorted({name for name in names if name is not None})
+    if len(present) < 2 and (split is None or split not in present):
+        _without_split(folder, split)
+        return files
+    chosen = split or "train"
+    if chosen not in present:
+        remedy = (
+            f"{nearest(chosen, present)} Or give a pattern for the files that you want, such as *{files[0].suffix}."
+        )
+        raise InputError(str(folder), f"its files are of the splits {', '.join(present)}, not {chosen!r}", remedy)
+    return [file for file, name in zip(files, names, strict=True) if name == chosen]
+
+
+def _split_name(file: Path) -> str | None:
+    """The split in the name of a file that `datasets` or the hub wrote: (set-)split(-00000-of-00001(-hash)).suffix."""
+    sharded = SHARD.fullmatch(file.stem)
+    name = (sharded[1] if sharded else file.stem).rpartition("-")[2]
+    return name if sharded or name in SPLITS else None
 
 
 def _open_all(files: list[Path], suffix: str) -> tuple[Rows, str]:

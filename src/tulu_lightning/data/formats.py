@@ -23,7 +23,8 @@ SPEAKERS = {
 def to_messages(source: Source, number: int, row: Row) -> list[Message]:
     """The messages of an SFT row, by the source's `read`.
 
-    A row of plain text comes out as one message of the role `text`, which is written without any template.
+    A row of plain text comes out as one message of the role `text`, which is written without headers: BOS, if the template
+    has one, the text, and the token that ends an answer.
 
     Args:
         source: where the row is from.

@@ -17,6 +17,8 @@ __all__ = ["Run", "runs", "shown"]
 TRAINED, REJECTED, CONTEXT, NOTE = "bold green", "bold red", "dim", "cyan"
 LABELS = {1: ("",), 3: ("shared start", "chosen", "rejected")}
 """Names of a document's segments, by how many there are."""
+PICTURES = {code: 0x2400 + code for code in range(32) if chr(code) not in "\t\n"} | {127: 0x2421}
+"""Control characters and their pictures (␍ for a carriage return), since a terminal would drop or obey them."""
 OPEN, CLOSE = "⟦", "⟧"
 """Around trained text where there is no colour."""
 
@@ -75,10 +77,10 @@ def _append(text: Text, tokenizer: PreTrainedTokenizerBase, run: Run, ids: bool,
     if bracketed:
         text.append(OPEN)
     if not ids:
-        text.append(run.text, style=style)
+        text.append(run.text.translate(PICTURES), style=style)
     else:
         for token in run.ids:
-            text.append(_decode(tokenizer, (token,)), style=style)
+            text.append(_decode(tokenizer, (token,)).translate(PICTURES), style=style)
             text.append(f"⟨{token}⟩", style=note)
     if bracketed:
         text.append(CLOSE)

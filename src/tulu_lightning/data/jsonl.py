@@ -14,7 +14,7 @@ from typing import Any, BinaryIO
 
 from tulu_lightning.errors import InputError
 
-__all__ = ["count_lines", "digest_of", "read_lines", "read_list", "starts_a_list"]
+__all__ = ["count_lines", "digest_of", "read_lines", "read_list", "starts_a_list", "stream_lines"]
 
 CHUNK = 1 << 20
 
@@ -81,6 +81,20 @@ def read_lines(path: Path, row_name: Callable[[int], str]) -> Iterator[Any]:
             found = f"the line is not JSON ({error.msg} at column {error.colno})"
             found = found if line.strip() else "the line is empty"
             raise InputError(row_name(number), found, "Write one JSON object a line.") from None
+
+
+def stream_lines(path: Path) -> Iterator[bytes]:
+    """The lines of a file (unpacked), one at a time, without those that are empty.
+
+    Raises:
+        InputError: it cannot be read or unpacked.
+    """
+    rest = b""
+    for chunk in _chunks(path):
+        *lines, rest = (rest + chunk).split(b"\n")
+        yield from (line for line in lines if line.strip())
+    if rest.strip():
+        yield rest
 
 
 def read_list(path: Path) -> list[Any]:

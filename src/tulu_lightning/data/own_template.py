@@ -7,7 +7,9 @@ stand in a message are swapped for place holders while Jinja runs, so they canno
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from datetime import datetime
 from functools import cached_property
 from itertools import pairwise
 from typing import Any
@@ -171,7 +173,8 @@ def own_template(tokenizer: PreTrainedTokenizerBase) -> JinjaTemplate:
     """The chat template of the tokenizer's folder.
 
     Raises:
-        InputError: it has none, or one without generation spans, or its answers do not end in a special token.
+        InputError: it has none, or one without generation spans, or that writes the date, or its answers do not end in
+            a special token.
     """
     try:
         jinja = tokenizer.get_chat_template()
@@ -182,6 +185,7 @@ def own_template(tokenizer: PreTrainedTokenizerBase) -> JinjaTemplate:
         what = "the tokenizer's chat template has no {% generation %} spans, so nothing says what is trained"
         raise InputError(WHERE, what, REMEDY)
     variables = {name: str(token) for name, token in tokenizer.special_tokens_map.items() if isinstance(token, str)}
+    _check_clock(jinja, variables)
     template = JinjaTemplate(
         name="model", end="", jinja=jinja, opening=(), variables=variables, specials=_specials(tokenizer)
     )
@@ -195,6 +199,26 @@ def own_template(tokenizer: PreTrainedTokenizerBase) -> JinjaTemplate:
     bos = str(tokenizer.bos_token or "")
     opens = pieces[0] == Piece(bos, control=True) and bos not in {piece.text for piece in opening}
     return replace(template, end=end, opening=opening, bos=bos if opens else "")
+
+
+def _check_clock(jinja: str, variables: Mapping[str, str]) -> None:
+    """Refuse a template that writes the date, by which the same rows would be others tomorrow."""
+    if "strftime_now" not in jinja:
+        return
+    render: Any = render_jinja_template  # as in `_jinja`
+    asked: list[str] = []
+
+    def clock(form: str) -> str:
+        asked.append(form)
+        return datetime.now().strftime(form)
+
+    probe = [{"role": "user", "content": "1 + 1?"}, {"role": "assistant", "content": "2"}]
+    with suppress(TemplateError, TypeError, ValueError):  # said where conversations are rendered
+        for messages in (probe, [{"role": "system", "content": "Be brief."}, *probe]):
+            render(conversations=[messages], chat_template=jinja, strftime_now=clock, **variables)
+    if asked:
+        what = f"it writes the date of the day ({asked[0]!r}), so the same rows would have other tokens tomorrow"
+        raise InputError(WHERE, what, "Write a fixed date in its place: strftime_now must not be called.")
 
 
 def _specials(tokenizer: PreTrainedTokenizerBase) -> tuple[Special, ...]:

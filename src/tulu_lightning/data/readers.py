@@ -1,7 +1,8 @@
 """Rows to typed forms. Every complaint names the file, the row, what was found and what would do."""
 
-import math
 from typing import Any
+
+import torch
 
 from tulu_lightning.data.chat import Message
 from tulu_lightning.data.sources import Row, Source
@@ -17,6 +18,8 @@ __all__ = [
 ]
 
 ROLES = ("system", "user", "assistant")
+LARGEST = torch.finfo(torch.float32).max
+"""Weights are kept in fp32; a larger one would be infinite there, and with it the step's loss."""
 
 
 def read_chat(source: Source, number: int, row: Row) -> list[Message]:
@@ -97,8 +100,9 @@ def _weight(where: str, name: str, message: dict[str, Any]) -> float | None:
     if not isinstance(train, bool):
         raise InputError(where, f"train of {name} is {shown(train)}", "Use true or false.")
     for key, value in given.items():
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
-            raise InputError(where, f"{key} of {name} is {shown(value)}", "Use a number from 0; 0 is not trained.")
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= LARGEST:
+            remedy = "Use a number from 0 that fp32 can hold; 0 is not trained."
+            raise InputError(where, f"{key} of {name} is {shown(value)}", remedy)
     weights = {float(value) for value in given.values()}
     if len(weights) > 1 or (not train and any(weights)):
         found = {**given, "train": train} if not train else given

@@ -58,7 +58,8 @@ class Source:
     subset: str | None = None
     """Configuration of the hub set, where it has several."""
     split: str | None = None
-    """Split of the hub set or of a saved folder; `train` if left out."""
+    """Split of the hub set, of a saved folder, or of one whose files are named by splits, as in a clone of a hub set
+    (train-00000-of-00002.parquet, test-…); `train` if left out."""
     revision: str | None = None
     """Commit, tag or branch of the hub set."""
     read: str = "messages"

@@ -181,7 +181,8 @@ def _print_row(console: Console, data: StepData, row: int, ids: bool) -> None:
         head += f" (chosen {start + rests[0]}, rejected {start + rests[1]})"
     head += f", {trained} trained" if isinstance(data, PackedData) else ""
     console.rule(Text(head), align="left")
-    console.print(shown(data.tokenizer, document, ids, colour=console.is_terminal and not console.no_color))
+    text = shown(data.tokenizer, document, ids, colour=console.is_terminal and not console.no_color)
+    console.print(text, soft_wrap=True)  # else lines would end where the row has no line end
     for check in item.checks if isinstance(item, Prompt) else ():
         weight = "" if check.weight == 1 else f", weight {check.weight:g}"
         console.print(Text(f"judged by {check.verifier}{weight}: {check.target}"), soft_wrap=True)

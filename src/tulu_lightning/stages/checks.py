@@ -73,7 +73,7 @@ def check_processes(trainer: Any) -> None:
     """Refuse what would average or shuffle over several processes, or count steps otherwise.
 
     Raises:
-        InputError: a strategy that is not ours, `max_steps`, or Lightning's sampler.
+        InputError: a strategy that is not ours, `fast_dev_run`, `overfit_batches`, `max_steps`, or Lightning's sampler.
     """
     _check_strategy(trainer)
     if getattr(trainer, "fast_dev_run", False):
@@ -81,6 +81,10 @@ def check_processes(trainer: Any) -> None:
         raise InputError(
             "trainer.fast_dev_run", "is set, and would leave out checkpoints, loggers and our steps", remedy
         )
+    if trainer.overfit_batches:
+        what = f"is {trainer.overfit_batches}, and Lightning would put a sampler of its own in place of the step plan"
+        remedy = "Give fewer rows (a source's limit) and more data.init_args.epochs; they come again in each."
+        raise InputError("trainer.overfit_batches", what, remedy)
     if trainer.max_steps != -1:
         raise InputError(
             "trainer.max_steps",
