@@ -48,7 +48,7 @@ GOOD = {"path": "rows.jsonl"}
         ({**GOOD, "fraction": 0.01}, "source 's1': fraction is 0.01, which of 20 rows is none. Raise it"),
         ({**GOOD, "count": 21}, "source 's1': count is 21, and the source has 20 rows. Use at most 20"),
         ({**GOOD, "count": 5, "cap": 5}, "source 's1': both count and cap are given. Give one of them."),
-        ({**GOOD, "upsample": 0.5}, "source 's1': upsample is 0.5. Use 1 or more."),
+        ({**GOOD, "upsample": 0.5}, "source 's1': upsample is 0.5. Use 1 to 1,000."),
         (
             {**GOOD, "columns": {"messages": "mesages"}},
             "rows.jsonl: columns says messages: mesages, and no row has such a column (there are messages, id). "

@@ -145,6 +145,13 @@ def test_a_folder_whose_files_are_of_several_splits_gives_one(tmp_path, names):
     assert load(Source("s", path=path, split="test")) == CHAT[:3]
     with pytest.raises(InputError, match=r"of the splits test, train, not 'tset'\. Did you mean 'test'"):
         load(Source("s", path=path, split="tset"))
+    extra = tmp_path / f"extra{Path(names[0]).suffix}"
+    extra.write_bytes((tmp_path / names[0]).read_bytes())
+    with pytest.raises(
+        InputError, match=r"extra\.\w+ tells no split, beside files of test, train\. Move it, or give a"
+    ):
+        load(Source("s", path=path))
+    extra.unlink()
     for name in names[:2]:
         (tmp_path / name).unlink()
     assert load(Source("s", path=path)) == load(Source("s", path=path, split="test")) == CHAT[:3]

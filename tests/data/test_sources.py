@@ -53,6 +53,7 @@ def test_limit_takes_the_first_rows(write):
         (Source("s", path="a", fraction=math.nan), "source 's': fraction is nan"),
         (Source("s", path="a", upsample=0.5), r"source 's': upsample is 0\.5.*set fraction, count or cap"),
         (Source("s", path="a", upsample=math.inf), "source 's': upsample is inf"),
+        (Source("s", path="a", upsample=1e9), r"source 's': upsample is 1000000000\.0. Use 1 to 1,000"),
         (Source("s", path="a", count=3, cap=3), "source 's': both count and cap are given"),
         (Source("s", path="a", fraction=0.5, cap=3), "source 's': both fraction and cap are given"),
         (Source("s", path="a", revision="main"), "source 's': revision does nothing for a source without hub"),

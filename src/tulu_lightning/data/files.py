@@ -177,6 +177,9 @@ def _of_split(folder: Path, files: list[Path], split: str | None) -> list[Path]:
             f"{nearest(chosen, present)} Or give a pattern for the files that you want, such as *{files[0].suffix}."
         )
         raise InputError(str(folder), f"its files are of the splits {', '.join(present)}, not {chosen!r}", remedy)
+    if None in names:
+        what = f"{files[names.index(None)].name} tells no split, beside files of {', '.join(present)}"
+        raise InputError(str(folder), what, "Move it, or give a pattern for the files that you want.")
     return [file for file, name in zip(files, names, strict=True) if name == chosen]
 
 

@@ -33,6 +33,9 @@ FORMATS = tuple(dict.fromkeys((*SFT_FORMATS, *PAIR_FORMATS, *PROMPT_FORMATS)))
 """What `Source.read` may say, beside an import path: for SFT, for preferences, for prompts, and all of it."""
 READER_EXAMPLE = "my_package.readers.read_row"
 
+MOST_TIMES = 1000
+"""Largest `upsample`: an order of rows has an entry for each time that a row is used."""
+
 
 @dataclass(frozen=True)
 class Source:
@@ -185,8 +188,8 @@ def _check_numbers(where: str, source: Source) -> None:
     if source.fraction is not None and not 0 < source.fraction <= 1:
         remedy = "It is a share of the rows: above 0, to 1. To use rows more than once, set upsample."
         raise InputError(where, f"fraction is {source.fraction}", remedy)
-    if not 1 <= source.upsample < float("inf"):
-        remedy = "Use 1 or more. To take fewer rows, set fraction, count or cap."
+    if not 1 <= source.upsample <= MOST_TIMES:
+        remedy = f"Use 1 to {MOST_TIMES:,}. To take fewer rows, set fraction, count or cap."
         raise InputError(where, f"upsample is {source.upsample}", remedy)
     both = [name for name in ("fraction", "count", "cap") if getattr(source, name) is not None]
     if len(both) > 1:
