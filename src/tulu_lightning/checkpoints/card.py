@@ -11,8 +11,10 @@ from typing import Any
 
 from tulu_lightning import __version__
 
-__all__ = ["LINEAGE", "chain_behind", "entry", "model_card", "told"]
+__all__ = ["COPY", "LINEAGE", "chain_behind", "entry", "model_card", "told"]
 
+COPY = "promotion.json"
+"""Name of a promotion's record beside the weights."""
 LINEAGE = "lineage.json"
 ELSEWHERE = ("start weights", "start config", "data rows")
 """Digests, which are no settings."""

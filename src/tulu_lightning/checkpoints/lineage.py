@@ -5,9 +5,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tulu_lightning.checkpoints.card import LINEAGE, chain_behind
+from tulu_lightning.checkpoints.card import COPY, LINEAGE, chain_behind
 from tulu_lightning.checkpoints.identity import weights_digest
-from tulu_lightning.checkpoints.promoted import COPY, read_record, read_records
+from tulu_lightning.checkpoints.promoted import read_record, read_records
 from tulu_lightning.errors import InputError
 
 __all__ = ["Chain", "Link", "chain"]

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import tulu_lightning
+from tulu_lightning.checkpoints.card import COPY
 from tulu_lightning.checkpoints.export import publish
 from tulu_lightning.checkpoints.identity import weights_digest
 from tulu_lightning.errors import InputError
@@ -35,8 +36,6 @@ __all__ = [
     "write_record",
 ]
 
-COPY = "promotion.json"
-"""The record's name beside the weights."""
 SEAL = "sha256"
 
 

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-import torch
+import numpy as np
 
 from tulu_lightning.data.chat import Message
 from tulu_lightning.data.sources import Row, Source
@@ -18,7 +18,7 @@ __all__ = [
 ]
 
 ROLES = ("system", "user", "assistant")
-LARGEST = torch.finfo(torch.float32).max
+LARGEST = float(np.finfo(np.float32).max)
 """Weights are kept in fp32; a larger one would be infinite there, and with it the step's loss."""
 
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from tulu_lightning.checkpoints.card import COPY
 from tulu_lightning.errors import InputError, nearest
 
 __all__ = ["main", "parser"]
@@ -14,8 +15,6 @@ DTYPES = ("float32", "bfloat16", "float16")
 STAGES = ("SFT", "DPO", "PPO", "RewardModel")
 CONFIGS = ("config.json", "adapter_config.json")
 """What an export has one of."""
-PROMOTION = "promotion.json"
-"""What lies beside weights that a run promoted."""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -81,7 +80,7 @@ def _check_out(out: Path, force: bool, kept: Mapping[str, Path]) -> None:
     if out.is_symlink() or (out.exists() and not out.is_dir()):
         what = f"{out} is {'a link' if out.is_symlink() else 'a file'}, and --force replaces folders"
         raise InputError("--out", what, "Give another folder.")
-    if (out / PROMOTION).is_file():
+    if (out / COPY).is_file():
         raise InputError("--out", f"{out} was promoted, and records name it", "Give another folder.")
     if out.exists() and any(out.iterdir()) and not any((out / name).is_file() for name in CONFIGS):
         what = f"{out} holds other things than a model (no {' and no '.join(CONFIGS)})"

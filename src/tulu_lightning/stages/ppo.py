@@ -267,8 +267,7 @@ class PPO(Learner, EngineHolder):
             "kl_coefficient": self.kl_coefficient,
         }
         # While only the critic learns the KL is 0 whatever β is.
-        learns = self.critic_config is None or self.step >= self.critic_config.warmup_steps
-        measured = metrics.get("kl_response", float("nan")) if learns else float("nan")
+        measured = metrics.get("kl_response", float("nan")) if self.policy_learns else float("nan")
         self.kl_coefficient = adapted(self.kl_coefficient, measured, int(metrics["trained_responses"]), self.kl)
         self.finish_step(metrics)
         rewards = tuple(reward for group in collected.raw for reward in group.rewards)

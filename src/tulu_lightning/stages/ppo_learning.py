@@ -72,6 +72,11 @@ class Learner(Stage):
         in_the_reward = self.kl.coefficient > 0 and self.kl.place == "reward"
         return self.epochs == self.mini_batches == 1 and self.critic_config is None and not in_the_reward
 
+    @property
+    def policy_learns(self) -> bool:
+        """Whether the step trains the policy; while the critic warms up it does not."""
+        return self.critic_config is None or self.step >= self.critic_config.warmup_steps
+
     def _cut(self, groups: Sequence[Group], part: Sequence[int]) -> list[Micro]:
         """Packs of one mini-batch; groups that teach nothing lie in packs of their own, which `_live` can leave out."""
         if not isinstance(self.advantage, GroupAdvantage):
@@ -140,7 +145,7 @@ class Learner(Stage):
                 tokens, responses = self._counts(part)
                 if self.critic is not None:
                     epochs.critic_grad_norms.append(self._critic_update(part, tokens, critic_optimizer, epochs))
-                if self.critic_config is None or self.step >= self.critic_config.warmup_steps:
+                if self.policy_learns:
                     whole = denominator(self.aggregation, tokens, responses, self.rollout.max_new_tokens)
                     epochs.grad_norms.append(self._policy_update(part, whole, optimizer, epochs))
         return epochs
