@@ -84,9 +84,17 @@ class Stage(L.LightningModule):
         return PackedLM(self.backbone, self.folder)
 
     def placed(self, build: Callable[[], Any], config: Backbone) -> Any:
-        """What `build` makes: whole, or sharded over the strategy's mesh by its backbone's settings."""
-        strategy = self._strategy()
-        return strategy.placed(build, config) if isinstance(strategy, Fsdp2) else build()
+        """What `build` makes on its device: whole, or sharded over the strategy's mesh by its backbone's settings.
+
+        Lightning lets a single GPU be the default device meanwhile. Networks are built, checked and filled on the host,
+        as on every machine, and moved when they are whole; what is no submodule of the stage, nobody else would move.
+        """
+        strategy: Any = self._strategy()
+        if isinstance(strategy, Fsdp2):
+            return strategy.placed(build, config)
+        with torch.device("cpu"):
+            module = build()
+        return module if strategy is None else module.to(strategy.root_device)
 
     def _strategy(self) -> object:
         return self._trainer.strategy if self._trainer is not None else None
