@@ -18,9 +18,9 @@ __all__ = ["WeightedNll", "weighted_nll"]
 
 CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 256 << 20}
 """Logits alive at once: each chunk passes once over the head's whole gradient, so there should be few."""
-HEAD_BYTES = {"cpu": 8 << 20, "cuda": 256 << 20}
+HEAD_BYTES = {"cpu": 8 << 20, "cuda": 64 << 20}
 """Of the head's gradient, what is added to at a time."""
-BLOCK_BYTES = {"cpu": 4 << 20, "cuda": 64 << 20}
+BLOCK_BYTES = {"cpu": 4 << 20, "cuda": 32 << 20}
 """Of the logits, what is worked on at a time in fp32: on CPU, what stays in the cache."""
 
 

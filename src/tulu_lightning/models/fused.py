@@ -5,6 +5,7 @@ Both run in the values' dtype and take fewer key heads than query heads as they 
 
 from collections.abc import Sequence
 from functools import cache
+from inspect import signature
 from typing import Any
 
 import torch
@@ -36,10 +37,10 @@ class Varlen:
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         """Attention of one layer; arguments and result as `SdpaTiles`."""
-        from torch.nn.attention.varlen import varlen_attn  # not in every build of torch
-
+        attend, asks = _varlen()
         q, k, v = (x[0].transpose(0, 1).to(value.dtype) for x in (query, key, value))
-        kept: Any = varlen_attn(
+        grouped = {"enable_gqa": True} if asks and q.shape[1] != k.shape[1] else {}
+        kept: Any = attend(
             q,
             k,
             v,
@@ -49,7 +50,7 @@ class Varlen:
             self.longest,
             scale=scale,
             window_size=(-1, 0),  # causal
-            enable_gqa=q.shape[1] != k.shape[1],
+            **grouped,
         )
         return kept[None]
 
@@ -116,6 +117,14 @@ def _indices(chosen: Tensor, device: torch.device | None) -> tuple[Tensor, Tenso
     counts = chosen.sum(-1, dtype=torch.int32)
     numbers = chosen.int().argsort(dim=-1, descending=True, stable=True).int()
     return counts[None, None].to(device), numbers[None, None].to(device)
+
+
+@cache
+def _varlen() -> tuple[Any, bool]:
+    """The kernel, and whether it wants to be told of grouped heads; torch 2.11's takes them without a word."""
+    from torch.nn.attention.varlen import varlen_attn  # not in every build of torch
+
+    return varlen_attn, "enable_gqa" in signature(varlen_attn).parameters
 
 
 def _plain() -> Any:
