@@ -1,5 +1,6 @@
 """What a checkpoint holds and says of itself, how it is written, and which ones are refused before anything loads."""
 
+import importlib.metadata
 import json
 import os
 import random
@@ -87,7 +88,7 @@ def test_a_checkpoint_says_what_it_is(stopped):
     header = read_header(checkpoint_path(stopped[0] / "run", 2))
     assert (header.format, header.stage, header.step, header.ranks) == (FORMAT, "SFT", 2, 1)
     assert header.versions["tulu_lightning"] == __version__
-    assert header.versions["torch"] == torch.__version__
+    assert header.versions["torch"] == importlib.metadata.version("torch"), "without the build, which may differ"
     assert header.identity == json.loads((stopped[0] / "run/identity.json").read_text())
     assert len(header.identity["data rows"]) == len(header.identity["start weights"]) == 64
     assert header.config["data"]["init_args"]["max_steps"] == STEPS
