@@ -41,6 +41,7 @@ class Stage:
         self.folder, self.step, self.fault = folder, 0, fault or (lambda weights: weights)
         self.model = SimpleNamespace(lm=model)
         self.rollout = SimpleNamespace(temperature=temperature)
+        self.backbone = SimpleNamespace(compute_dtype="float32")
         self.engine = ScoringEngine.from_model(model)
         self.pushed, self.scored = [], 0
 
@@ -94,6 +95,23 @@ def test_a_good_push_leaves_its_proof(tiny, temperature):
     run(RolloutRefresh(), stage, 2)
     assert stage.sync_proof.maximum < 1e-4
     assert stage.sync_proof.tokens == 24
+
+
+def shift(stage):
+    exact = stage.canary_logprobs
+    stage.canary_logprobs = lambda given: [logprobs + 0.02 for logprobs in exact(given)]
+
+
+def test_a_trainer_that_computes_in_bf16_is_held_to_what_bf16_can_tell(tiny):
+    stage = Stage(tiny)
+    shift(stage)
+    with pytest.raises(RefreshError, match="log-probs of given tokens differ"):
+        run(RolloutRefresh(), stage, 2)
+    stage = Stage(tiny)
+    shift(stage)
+    stage.backbone.compute_dtype = "bfloat16"
+    run(RolloutRefresh(), stage, 2)
+    assert stage.sync_proof.mean == pytest.approx(0.02, abs=1e-3)
 
 
 def without(weights):

@@ -32,8 +32,8 @@ class RolloutRefresh(L.Callback):
         every_n_steps: steps between two pushes; those between are sampled from older weights.
         canary: score the fixed sequences after a push.
         canary_every: after every so manyth push only; the first is always checked.
-        tolerance: largest mean gap of their log-probs, in nats a token. By the engine's dtype if left out: float32
-            1e-3 at most for any token, bfloat16 0.3 on average.
+        tolerance: largest mean gap of their log-probs, in nats a token. By the coarser dtype of both sides if left
+            out: float32 1e-3 at most for any token, bfloat16 0.3 on average.
 
     Raises:
         InputError: a number out of its range.
@@ -92,7 +92,9 @@ class RolloutRefresh(L.Callback):
         if isinstance(engine, Elsewhere):
             return follow(own, self._sequences, agree)
         dtype = getattr(engine, "dtype", torch.bfloat16)
-        tolerance = tolerance_of(dtype) if self.tolerance is None else Tolerance(None, self.tolerance)
+        sides = (dtype, getattr(torch, pl_module.backbone.compute_dtype))
+        coarser = torch.float32 if all(side == torch.float32 for side in sides) else torch.bfloat16
+        tolerance = tolerance_of(coarser) if self.tolerance is None else Tolerance(None, self.tolerance)
         # Gathering shards needs all ranks, and not all need have met the error.
         differing = None if trainer.world_size > 1 else lambda: _differing(pl_module, dtype)
         return prove(engine, own, self._sequences, tolerance, pl_module.rollout.temperature, differing, agree)

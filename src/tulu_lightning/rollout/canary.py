@@ -48,7 +48,7 @@ class Proof(NamedTuple):
 
 
 def tolerance_of(dtype: torch.dtype) -> Tolerance:
-    """For engines of that dtype: a thousandth at most for float32, 0.3 on average for bfloat16.
+    """For the coarser dtype of both sides: a thousandth at most for float32, 0.3 on average for bfloat16.
 
     Measured: 1e-4 at most with float32 on both sides. In bfloat16 0.05 on average for sampled tokens of real prompts, and
     up to 0.12 for these random ones, whose log-probs are near -15. A stale head or prefix cache made gaps of 1.9 to 3.2.
