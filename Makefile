@@ -27,7 +27,7 @@ VLLM_KEY := $(shell { cat pyproject.toml requirements/*.txt scripts/install_vllm
 VLLM_STAMP := .venv-vllm/.setup-$(VLLM_KEY)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-vllm demo test test-slow test-vllm test-browser check bench clean
+.PHONY: help setup setup-vllm demo test test-slow test-vllm test-browser test-gpu check bench clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /|/' | awk -F'|' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -72,7 +72,7 @@ demo: setup ## the whole recipe on a 135M Llama: SFT, pairs, DPO, PPO, then a ta
 
 # Two workers of one thread each: most tests have too little to compute for two threads. A file's tests stay together.
 test: setup $(TEST_DATA) ## the tests, without those that take minutes
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not vllm and not browser" -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not vllm and not browser and not gpu" -n 2 --dist loadfile
 
 test-slow: setup $(TEST_DATA) ## the tests that take minutes
 	$(BIN)/python -m pytest -m slow
@@ -84,6 +84,10 @@ test-vllm: setup-vllm ## the tests of the engines that run on vLLM, with vLLM
 # Chromium itself is the system's (Debian: apt-get install chromium), or TULU_CHROMIUM names one; without any they skip.
 test-browser: setup $(BROWSER) ## the tests of the report and the chat page in a real browser
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m browser tests/browser
+
+# The environment is the user's own here, with the torch of the GPU's CUDA version: .venv holds the one for CPUs.
+test-gpu: ## the tests that need a CUDA GPU, in the Python that is active
+	python -m pytest -m gpu tests/gpu
 
 check: setup ## lint, format and types, as in continuous integration
 	$(BIN)/ruff check .

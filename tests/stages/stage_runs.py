@@ -150,20 +150,23 @@ class Watch(L.Callback):
         self.history.append(dict(pl_module.metrics))
 
 
-def fit(stage, data, folder, ckpt_path=None, callbacks=(), every_n_steps=0, refresh=True):
-    """Train to the end of the data module's plan; returns what was watched. The stage is trained in place."""
+def fit(stage, data, folder, ckpt_path=None, callbacks=(), every_n_steps=0, refresh=True, first=(), **trainer):
+    """Train to the end of the data module's plan; returns what was watched. The stage is trained in place.
+
+    `first` are callbacks that come before `Records`; what else is given goes to the trainer.
+    """
     torch.manual_seed(0)
     watch = Watch()
     refreshing = [RolloutRefresh()] if isinstance(stage, PPO) and refresh else []
-    trainer = L.Trainer(
-        accelerator="cpu",
-        max_epochs=1,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        default_root_dir=folder,
-        callbacks=[Records(), *refreshing, watch, *callbacks, Checkpoints(every_n_steps, keep=9)],
-    )
-    trainer.fit(stage, data, ckpt_path=ckpt_path)
+    settings = {
+        "accelerator": "cpu",
+        "max_epochs": 1,
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "default_root_dir": folder,
+        "callbacks": [*first, Records(), *refreshing, watch, *callbacks, Checkpoints(every_n_steps, keep=9)],
+    }
+    L.Trainer(**{**settings, **trainer}).fit(stage, data, ckpt_path=ckpt_path)
     return watch
