@@ -17,6 +17,7 @@ import json
 import math
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ import torch
 from measure import Shape, machine, run_worker
 from preference_pairs import about, read_pairs, write_rows
 from transformers.utils import logging as transformers_logging
-from turns import Setting, in_turns, median, ratios, say, sweep
+from turns import Setting, in_turns, median, memory_of, ratios, say, sweep
 
 from tulu_lightning.assets.models import load_tokenizer, resolve_model
 from tulu_lightning.core.step_plan import StepPlan
@@ -45,7 +46,8 @@ FORMULA = (
 
 def trl_settings(rows: int, gpu: bool, quick: bool) -> list[Setting]:
     """What to try. `padding_free` falls back to padding in this version of TRL, with a warning."""
-    batches = [batch for batch in ((1, 2, 4) if quick else (1, 2, 4, 8)) if batch <= rows]
+    sizes = (4, 8, 16) if gpu else (1, 2, 4) if quick else (1, 2, 4, 8)
+    batches = [batch for batch in sizes if batch <= rows]
 
     def setting(name: str, batch: int, same: bool = True, **more: Any) -> Setting:
         return Setting(name, {"batch": batch, "accumulate": rows // batch, **more}, same)
@@ -58,8 +60,12 @@ def trl_settings(rows: int, gpu: bool, quick: bool) -> list[Setting]:
     return found if quick else [*found, setting("checkpointing, batch 1", 1, False, checkpointing=True)]
 
 
-def our_settings(quick: bool) -> list[Setting]:
-    """Sizes of our micro-batches."""
+def our_settings(quick: bool, gpu: bool = False) -> list[Setting]:
+    """Sizes of our micro-batches; on a GPU compiled ones, too, padded to one shape."""
+    if gpu:
+        found = [Setting(f"micro_tokens {size}", {"data": {"micro_tokens": size}}) for size in (8192, 16384)]
+        data = {"micro_tokens": 8192, "pad_to": 8192}
+        return [*found, Setting("micro_tokens 8192, compiled", {"data": data, "backbone": {"compile": True}})]
     sizes = (512, 2048) if quick else (512, 1024, 2048, 4096)
     return [Setting(f"micro_tokens {size}", {"data": {"micro_tokens": size}}) for size in sizes]
 
@@ -76,7 +82,7 @@ class Bench:
     def __init__(self, options: argparse.Namespace, kind: str, dtype: str, folder: Path) -> None:
         self.options, self.kind, self.dtype, self.folder = options, kind, dtype, folder
         self.gpu = torch.cuda.is_available()
-        self.model = str(resolve_model(MODEL))
+        self.model = str(resolve_model(options.model))
         pairs = read_pairs(kind, load_tokenizer(self.model), options.max_tokens)
         wanted = (options.steps + 1) * options.rows
         if wanted > len(pairs):
@@ -97,13 +103,34 @@ class Bench:
 
     def run(self, side: str, setting: Setting, steps: int) -> dict[str, Any]:
         """Train `steps` steps after the first; adds the rates to what the worker measured."""
+        return self.rated(
+            side, setting, steps, self._work(side, steps, self.job(self._file(side, steps), setting, steps))
+        )
+
+    def run_all(self, side: str, settings: Sequence[Setting], steps: int) -> list[dict[str, Any]]:
+        """The same of several settings, in one process."""
+        tasks = [self.job(self._file(side, steps), setting, steps) for setting in settings]
+        results = self._work(side, steps, tasks)
+        return [self.rated(side, setting, steps, found) for setting, found in zip(settings, results, strict=True)]
+
+    def _file(self, side: str, steps: int) -> Path:
         plan = self.steps(steps + 1)
         order = [row for rows in plan for row in rows] if side == "trl" else range(len(plan) * self.options.rows)
         path = self.folder / f"{side}-{steps}.jsonl"
         write_rows(path, [self.pairs[row] for row in order])
+        return path
+
+    @staticmethod
+    def _work(side: str, steps: int, job: Any) -> Any:
         with tempfile.TemporaryDirectory() as cache:  # a reference of an earlier run must not be found
-            worker = "trl_dpo.py" if side == "trl" else "ours_dpo.py"
-            result = run_worker(PEERS / worker, self.job(path, setting, steps), Path(cache))
+            return run_worker(PEERS / ("trl_dpo.py" if side == "trl" else "ours_dpo.py"), job, Path(cache))
+
+    def rated(self, side: str, setting: Setting, steps: int, result: dict[str, Any]) -> dict[str, Any]:
+        """With its rates, which are told."""
+        if "failed" in result:
+            say(f"{self.kind} {self.dtype} {side:8} {setting.name:34} {result['failed']}")
+            return result
+        plan = self.steps(steps + 1)
         result["tokens"] = [sum(self.pairs[row].tokens for row in rows) for rows in plan]
         seconds, pairs = sum(result["seconds"]), steps * self.options.rows
         result["rate"], result["cpu_rate"] = pairs / seconds, pairs / sum(result["cpu_seconds"])
@@ -113,7 +140,7 @@ class Bench:
         say(
             f"{self.kind} {self.dtype} {side:8} {setting.name:34} {result['rate']:6.3f} pairs/s "
             f"{result['token_rate']:7.0f} tokens/s  {result['cpu_rate']:6.3f} pairs a CPU second  computed {computed:4.0%}"
-            f"  reference {result['reference_rate']:6.3f} pairs/s  {result['peak_bytes'] / 1e9:5.2f} GB"
+            f"  reference {result['reference_rate']:6.3f} pairs/s  {memory_of(result) / 1e9:5.2f} GB"
         )
         return result
 
@@ -139,7 +166,8 @@ class Bench:
     def sweep(self, side: str, settings: list[Setting]) -> tuple[Setting, list[dict[str, Any]]]:
         """Each setting for a step; the fastest, and the table."""
         rate = "cpu_rate" if self.options.by_cpu else "rate"
-        return sweep(self.run, side, settings, self.options.sweep_steps, rate, KEPT)
+        together = self.run_all if self.gpu else None
+        return sweep(self.run, side, settings, self.options.sweep_steps, rate, KEPT, together)
 
 
 def check_same(bench: Bench, ours: dict[str, Any], trl: dict[str, Any]) -> dict[str, Any]:
@@ -207,6 +235,7 @@ def compare(bench: Bench, ours: Setting, trl: Setting) -> dict[str, Any]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default=MODEL, help="a name or a folder (`shapes.py` makes some)")
     parser.add_argument("--dtype", nargs="+", choices=tuple(AGREE), default=["float32"], help="of the matrix products")
     parser.add_argument("--pairs", nargs="+", choices=("real", "short"), default=["real", "short"])
     parser.add_argument("--rows", type=int, default=8, help="pairs of one optimiser step")
@@ -233,9 +262,15 @@ def main() -> int:
                 trl, table = bench.sweep("trl", trl_settings(options.rows, bench.gpu, options.quick))
             ours = Setting("as given", options.ours or {})
             if options.ours is None:
-                ours, more = bench.sweep("ours", our_settings(options.quick))
+                ours, more = bench.sweep("ours", our_settings(options.quick, bench.gpu))
                 table += more
-            result: dict[str, Any] = {"benchmark": "dpo", "pairs": kind, "dtype": dtype, "model": MODEL, "beta": BETA}
+            result: dict[str, Any] = {
+                "benchmark": "dpo",
+                "pairs": kind,
+                "dtype": dtype,
+                "model": options.model,
+                "beta": BETA,
+            }
             result |= {"pairs_per_step": options.rows, "max_tokens": options.max_tokens, "steps": options.steps}
             if not options.sweep:
                 result |= compare(bench, ours, trl)

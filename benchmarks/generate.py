@@ -18,6 +18,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch
 from measure import machine
 from transformers.utils import logging as transformers_logging
 from turns import median, ratios, say
@@ -59,7 +60,8 @@ class Bench:
         """One process; adds the rates to what the worker measured."""
         new = new_tokens or self.options.new_tokens
         job = {
-            "model": str(resolve_model(MODEL)),
+            "model": str(resolve_model(self.options.model)),
+            "device": "cuda" if torch.cuda.is_available() else "cpu",
             "prompts": self.prompts,
             "samples": CASES[self.case][1],
             "new_tokens": new,
@@ -114,7 +116,7 @@ class Bench:
         for side in list(sides)[1:]:
             found[f"ratio_{side}"] = ratios(runs["ours"], runs[side])
             found[f"cpu_ratio_{side}"] = ratios(runs["ours"], runs[side], "cpu_rate")
-        about = {"benchmark": "generate", "case": self.case, "dtype": dtype, "model": MODEL}
+        about = {"benchmark": "generate", "case": self.case, "dtype": dtype, "model": self.options.model}
         shape = {"prompts": len(self.prompts), "samples": CASES[self.case][1], "new_tokens": self.options.new_tokens}
         return about | shape | {"prompt_tokens": sum(map(len, self.prompts))} | found
 
@@ -135,6 +137,7 @@ def table(results: list[dict[str, Any]]) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default=MODEL, help="a name or a folder (`shapes.py` makes some)")
     parser.add_argument("--cases", nargs="+", choices=tuple(CASES), default=list(CASES))
     parser.add_argument("--dtype", nargs="+", choices=("float32", "bfloat16"), default=["bfloat16", "float32"])
     parser.add_argument("--new-tokens", type=int, default=128)

@@ -62,7 +62,7 @@ class Shape:
 
 
 def matmul_peak(dtype: torch.dtype, shape: Shape, seconds: float = 0.3) -> dict[str, Any]:
-    """The best rate of a matrix product: large squares, and the products that the model is made of.
+    """The best rate of a matrix product: large squares, and the products that the model is made of; on a GPU if there is one.
 
     `torch.mm` in fp32 is MKL's, which on an AMD processor can be half as fast as oneDNN; the faster one is the peak.
 
@@ -74,21 +74,25 @@ def matmul_peak(dtype: torch.dtype, shape: Shape, seconds: float = 0.3) -> dict[
     Returns:
         `flops`; the best of `torch.mm` alone, `mm_flops`; and the rate of every size and route in GFLOP/s.
     """
-    sizes = [(size, size, size) for size in (1024, 2048, 4096)]
+    gpu = torch.cuda.is_available()
+    device, wait = ("cuda", torch.cuda.synchronize) if gpu else ("cpu", lambda: None)
+    sizes = [(size, size, size) for size in ((4096, 8192) if gpu else (1024, 2048, 4096))]
     sizes += [(2048, shape.width, shape.inner), (2048, shape.inner, shape.width), (2048, shape.width, shape.width)]
     sizes += [(512, shape.width, shape.vocabulary), (shape.width, 2048, shape.inner)]
     routes: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {"mm": lambda a, b: torch.mm(a, b.T)}
-    if dtype == torch.float32 and torch.backends.mkldnn.is_available():
+    if not gpu and dtype == torch.float32 and torch.backends.mkldnn.is_available():
         routes["onednn"] = lambda a, b: torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
     rates = {}
     for m, k, n in sizes:
-        a, b = torch.randn(m, k).to(dtype), torch.randn(n, k).to(dtype)  # a @ b.T, as nn.Linear has it
+        a, b = (torch.randn(rows, k, device=device).to(dtype) for rows in (m, n))  # a @ b.T, as nn.Linear has it
         for route, product in routes.items():
             product(a, b)
+            wait()
             best, until = float("inf"), time.perf_counter() + seconds
             while time.perf_counter() < until or best == float("inf"):
                 started = time.perf_counter()
                 product(a, b)
+                wait()
                 best = min(best, time.perf_counter() - started)
             rates[f"{route} {m}x{k}x{n}"] = 2 * m * k * n / best
     return {
@@ -98,12 +102,12 @@ def matmul_peak(dtype: torch.dtype, shape: Shape, seconds: float = 0.3) -> dict[
     }
 
 
-def run_worker(script: Path, job: dict[str, Any], cache: Path | None = None) -> dict[str, Any]:
-    """One job in a process of its own, so that its peak memory is its own.
+def run_worker(script: Path, job: Any, cache: Path | None = None) -> Any:
+    """One job in a process of its own, so that its peak memory is its own; or a list of jobs, one after the other.
 
     Args:
         script: prints its result as JSON on the last line of stdout.
-        job: its one argument.
+        job: its one argument (`peers/jobs.py`).
         cache: an empty folder in place of the user's cache, for what must not be found ready.
 
     Raises:
@@ -114,7 +118,7 @@ def run_worker(script: Path, job: dict[str, Any], cache: Path | None = None) -> 
         [sys.executable, str(script), json.dumps(job)], capture_output=True, text=True, env=environment
     )
     if done.returncode:
-        raise SystemExit(f"{script.name} failed on {json.dumps(job['settings'])}:\n{done.stderr[-3000:]}")
+        raise SystemExit(f"{script.name} failed on {json.dumps(job)}:\n{done.stderr[-3000:]}")
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
@@ -122,19 +126,38 @@ def machine() -> dict[str, Any]:
     """What the numbers were measured on, and with what."""
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     names = [line.split(":")[1].strip() for line in lines if "model name" in line]
-    packages = ("torch", "transformers", "trl", "accelerate", "datasets", "lightning", "tulu-lightning")
+    packages = ("torch", "transformers", "trl", "accelerate", "datasets", "lightning", "liger-kernel", "tulu-lightning")
     return {
         "cpu": names[0] if names else platform.processor(),
+        **gpu(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "load": round(os.getloadavg()[0], 2),  # of the last minute, before the first run: a quiet machine is below 0.3
         "environment": {
             key: os.environ[key] for key in os.environ if key.startswith(("OMP_", "GOMP_", "MKL_", "MALLOC_", "LD_PRE"))
         },
-        "versions": {"python": platform.python_version(), **{name: metadata.version(name) for name in packages}},
+        "versions": {"python": platform.python_version(), **_versions(packages)},
         "commit": _git("rev-parse", "--short", "HEAD") + ("+" if _git("status", "--porcelain", "-uno") else ""),
         "date": time.strftime("%Y-%m-%d"),
     }
+
+
+def gpu() -> dict[str, Any]:
+    """The GPU and its driver's CUDA, where there is one."""
+    if not torch.cuda.is_available():
+        return {}
+    properties = torch.cuda.get_device_properties(0)
+    return {"gpu": properties.name, "gpu_bytes": properties.total_memory, "cuda": torch.version.cuda}
+
+
+def _versions(packages: tuple[str, ...]) -> dict[str, str]:
+    found = {}
+    for name in packages:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:  # liger is for GPUs only
+            continue
+    return found
 
 
 def _git(*arguments: str) -> str:

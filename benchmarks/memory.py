@@ -2,13 +2,15 @@
 
     python benchmarks/memory.py configs/sft_tiny.yaml [options of tulu fit]
     python benchmarks/memory.py --resident configs/sft_tiny.yaml [options of tulu fit]
+    python benchmarks/memory.py --gpu configs/sft_tiny.yaml [options of tulu fit]
 
 The run is a real `tulu fit`, of at most two steps, in this process, with PyTorch's profiler counting every allocation
 of tensors on the CPU: weights, gradients, optimiser states, activations, caches and whatever a step makes in between. Scoring,
 checkpoints and the export are left out: they come before or after the steps. The prediction is made for the largest pass
 that the run has had, so that it does not depend on how full the data makes a pack. With `--resident` the profiler is off, and what the system saw
 of the process above its start is told instead: modules that load late, what oneDNN takes for itself, and what the C
-library's allocator keeps come on top of what PyTorch asks for.
+library's allocator keeps come on top of what PyTorch asks for. With `--gpu` it is the most that PyTorch had allocated on the
+device, and beside it the most that its allocator had taken and what else of the device's memory was not free at the end.
 """
 
 import gc
@@ -92,12 +94,23 @@ def fit(argv: list[str]) -> None:
         assert cli.main(["fit", "--config", argv[0], *options]) == 0
 
 
+def on_device() -> tuple[int, dict[str, Any]]:
+    """Most bytes of tensors on the GPU; and what the allocator held beyond them, and what was taken beside it."""
+    free, total = torch.cuda.mem_get_info()
+    most, held = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
+    beside = total - free - torch.cuda.memory_reserved()
+    return most, {"reserved": held, "beside": beside, "gpu": torch.cuda.get_device_name()}
+
+
 def main(argv: list[str]) -> None:
     """Measure one config."""
-    resident = argv[0] == "--resident"
-    argv = argv[resident:]
-    largest, copies = Largest(), Copies()
-    if resident:
+    kind = argv[0].removeprefix("--") if argv[0] in ("--resident", "--gpu") else ""
+    argv = argv[bool(kind) :]
+    largest, copies, more = Largest(), Copies(), dict[str, Any]()
+    if kind == "gpu":
+        fit(argv)
+        measured, more = on_device()
+    elif kind == "resident":
         gc.collect()
         before = status("VmRSS")
         Path("/proc/self/clear_refs").write_text("5")
@@ -107,13 +120,15 @@ def main(argv: list[str]) -> None:
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
             fit(argv)
         measured = highest(profiler.profiler.kineto_results.events()) + sum(copies.held.values())
-    plan, _ = plan_of(["--config", *argv], "cpu")
+    plan, _ = plan_of(["--config", *argv], "H100" if kind == "gpu" else "cpu")
     sizes = replace(plan.sizes, micro_tokens=largest.tokens, scored=largest.scored)
     parts = {name: round(size) for name, size in peak_parts(replace(plan, sizes=sizes)).items()}
+    if kind == "gpu":
+        more["predicted beyond"] = parts.pop("context and allocator")
     predicted = sum(parts.values())
     told = {"config": " ".join(argv), "tokens": largest.tokens, "scored": largest.scored, "parts": parts}
     told |= {"predicted": predicted, "measured": measured, "share": round(predicted / measured, 3)}
-    print(json.dumps(told))
+    print(json.dumps(told | more))
 
 
 if __name__ == "__main__":

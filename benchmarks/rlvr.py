@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from measure import machine, run_worker
 from transformers.utils import logging as transformers_logging
-from turns import Setting, median, ratios, say, sweep
+from turns import Setting, median, memory_of, ratios, say, sweep
 
 from tulu_lightning.assets.arithmetic import prompt_rows
 from tulu_lightning.assets.models import resolve_model
@@ -70,7 +70,7 @@ class Bench:
 
     def __init__(self, options: argparse.Namespace, kind: str, dtype: str, folder: Path) -> None:
         self.options, self.kind, self.dtype, self.folder = options, kind, dtype, folder
-        self.model, self.gpu = str(resolve_model(MODEL)), torch.cuda.is_available()
+        self.model, self.gpu = str(resolve_model(options.model)), torch.cuda.is_available()
 
     def run(self, side: str, setting: Setting, steps: int) -> dict[str, Any]:
         """Train `steps` steps after the first; adds the rates to what the worker measured."""
@@ -106,7 +106,7 @@ class Bench:
         result["phase_seconds"] = {name: round(value, 3) for name, value in phases.items()}
         say(
             f"{self.kind} {self.dtype} {side:5} {setting.name:24} {result['rate']:7.1f} response tokens/s "
-            f"{result['seconds_a_step']:6.2f} s a step {result['phase_seconds']} {result['peak_bytes'] / 1e9:5.2f} GB"
+            f"{result['seconds_a_step']:6.2f} s a step {result['phase_seconds']} {memory_of(result) / 1e9:5.2f} GB"
         )
         return result
 
@@ -124,7 +124,7 @@ def compare(bench: Bench, sides: dict[str, Setting]) -> dict[str, Any]:
             "response_tokens_per_cpu_second": round(median(runs, "cpu_rate"), 1),
             "seconds_a_step": round(median(runs, "seconds_a_step"), 3),
             "phase_seconds": [run["phase_seconds"] for run in runs],
-            "peak_bytes": max(run["peak_bytes"] for run in runs),
+            "peak_bytes": max(memory_of(run) for run in runs),
             "computed_tokens": runs[0]["computed"],
             "rewards": runs[0]["rewards"],
             "setting": asdict(sides[side]),
@@ -141,6 +141,7 @@ def compare(bench: Bench, sides: dict[str, Setting]) -> dict[str, Any]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default=MODEL, help="a name or a folder (`shapes.py` makes some)")
     parser.add_argument("--dtype", nargs="+", choices=("float32", "bfloat16"), default=["bfloat16"])
     parser.add_argument("--kind", nargs="+", choices=("short", "few_shot"), default=["short", "few_shot"])
     parser.add_argument("--prompts", type=int, default=8, help="prompts of one step")
@@ -167,7 +168,7 @@ def main() -> int:
                 if given is None:
                     sides[side], rows = sweep(bench.run, side, settings, 1, "rate", KEPT)
                     table += rows
-            case = {"benchmark": "rlvr", "prompts": kind, "dtype": dtype, "model": MODEL}
+            case = {"benchmark": "rlvr", "prompts": kind, "dtype": dtype, "model": options.model}
             case |= {name: getattr(options, name) for name in ("group", "new_tokens", "steps", "rounds")}
             case |= {"prompts_per_step": options.prompts}
             case |= compare(bench, sides) | {"command": " ".join(["python", "benchmarks/rlvr.py", *sys.argv[1:]])}

@@ -22,9 +22,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
 from measure import FORMULA, Shape, machine, run_worker
 from transformers.utils import logging as transformers_logging
-from turns import Setting, in_turns, median, ratios, say, spread, sweep
+from turns import Setting, in_turns, median, memory_of, ratios, say, spread, sweep
 
 from tulu_lightning.assets.models import load_tokenizer, resolve_model
 from tulu_lightning.assets.rows import alpaca_rows
@@ -63,6 +64,34 @@ def trl_settings(rows: int, length: int, mean: float, dtype: str, quick: bool) -
     return found
 
 
+def trl_gpu_settings(rows: int, mean: float) -> list[Setting]:
+    """What to try on a GPU; liger's last, as it stays in the process."""
+    found = []
+    for liger in (False, True):
+        name, more = (", liger", {"liger": True}) if liger else ("", {})
+        for batch in (16, 32):
+            common = {"batch": batch, "accumulate": rows // batch, **more}
+            for loss in () if liger else ("plain", "fused"):
+                found.append(Setting(f"padded, batch {batch}, {loss}", {**common, "loss": loss}))
+            if liger:
+                found.append(Setting(f"padded, batch {batch}{name}", common))
+            flat = {**common, "padding_free": True, "attention": "flex_attention"}
+            found.append(Setting(f"padding-free, flex, batch {batch}{name}", flat))
+        packs = max(1, round(rows * mean / 8192))
+        packed = {"batch": 1, "accumulate": packs, "packing": "bfd", "length": 8192, "attention": "flex_attention"}
+        found.append(Setting(f"packed bfd 8192, flex{name}", {**packed, **more}, True, False))
+    return found
+
+
+def our_gpu_settings() -> list[Setting]:
+    """Sizes of micro-batches, as they come and compiled, padded to one shape."""
+    found = [Setting(f"micro_tokens {size}", {"data": {"micro_tokens": size}}) for size in (8192, 16384)]
+    for size in (8192, 16384):
+        data = {"micro_tokens": size, "pad_to": size}
+        found.append(Setting(f"micro_tokens {size}, compiled", {"data": data, "backbone": {"compile": True}}))
+    return found
+
+
 def our_settings(quick: bool) -> list[Setting]:
     """Sizes of our micro-batches."""
     sizes = (2048, 4096) if quick else (1024, 2048, 4096, 8192)
@@ -74,7 +103,8 @@ class Bench:
 
     def __init__(self, options: argparse.Namespace, dtype: str, folder: Path) -> None:
         self.options, self.dtype, self.folder = options, dtype, folder
-        self.model = str(resolve_model(MODEL))
+        self.gpu = torch.cuda.is_available()
+        self.model = str(resolve_model(options.model))
         rows = self._rows(options.steps + 1)
         tokenizer = load_tokenizer(self.model)
         template = chat_template(TEMPLATE, tokenizer)
@@ -101,7 +131,20 @@ class Bench:
         """Train `steps` steps after the first; adds the rates to what the worker measured."""
         ours, ordered = self.files(steps + 1)
         job = self.job(ours if side == "ours" else ordered, setting, steps)
-        result = run_worker(PEERS / f"{side}_sft.py", job)
+        return self.rated(side, setting, run_worker(PEERS / f"{side}_sft.py", job))
+
+    def run_all(self, side: str, settings: Sequence[Setting], steps: int) -> list[dict[str, Any]]:
+        """The same of several settings, in one process."""
+        ours, ordered = self.files(steps + 1)
+        tasks = [self.job(ours if side == "ours" else ordered, setting, steps) for setting in settings]
+        results = run_worker(PEERS / f"{side}_sft.py", tasks)
+        return [self.rated(side, *pair) for pair in zip(settings, results, strict=True)]
+
+    def rated(self, side: str, setting: Setting, result: dict[str, Any]) -> dict[str, Any]:
+        """With its rates, which are told."""
+        if "failed" in result:
+            say(f"{self.dtype} {side:4} {setting.name:45} {result['failed']}")
+            return result
         seconds, cpu = sum(result["seconds"]), sum(result["cpu_seconds"])
         result["rate"] = sum(result["tokens"][1:]) / seconds
         result["trained_rate"] = sum(result["trained"][1:]) / seconds
@@ -109,7 +152,7 @@ class Bench:
         padding = 1 - sum(result["tokens"]) / sum(result["computed"])
         say(
             f"{self.dtype} {side:4} {setting.name:45} {result['rate']:7.0f} tokens/s  "
-            f"{result['cpu_rate']:6.0f} a CPU second  {padding:4.0%} padding  {result['peak_bytes'] / 1e9:5.2f} GB"
+            f"{result['cpu_rate']:6.0f} a CPU second  {padding:4.0%} padding  {memory_of(result) / 1e9:5.2f} GB"
         )
         return result
 
@@ -121,6 +164,7 @@ class Bench:
             "template": TEMPLATE,
             "system": SMOLLM2_SYSTEM,
             "dtype": self.dtype,
+            "accelerator": "cuda" if self.gpu else "cpu",
             "max_tokens": self.options.max_tokens,
             "rows_per_step": self.options.rows,
             "warmup": 1,
@@ -145,7 +189,8 @@ class Bench:
     def sweep(self, side: str, settings: Sequence[Setting]) -> tuple[Setting, list[dict[str, Any]]]:
         """Each setting for a step or two; the fastest that computes the same thing, and the table."""
         rate = "cpu_rate" if self.options.by_cpu else "rate"
-        return sweep(self.run, side, settings, self.options.sweep_steps, rate, ("rate", "trained_rate", "cpu_rate"))
+        kept, together = ("rate", "trained_rate", "cpu_rate"), self.run_all if self.gpu else None
+        return sweep(self.run, side, settings, self.options.sweep_steps, rate, kept, together)
 
 
 def check_first_loss(bench: Bench, ours: dict[str, Any], trl: dict[str, Any]) -> dict[str, float]:
@@ -180,7 +225,7 @@ def pairs(bench: Bench, ours: Setting, trl: Setting) -> dict[str, Any]:
             "tokens_per_second": round(rate, 1),
             "trained_tokens_per_second": round(median(results[side], "trained_rate"), 1),
             "tokens_per_cpu_second": round(median(results[side], "cpu_rate"), 1),
-            "peak_bytes": max(result["peak_bytes"] for result in results[side]),
+            "peak_bytes": max(memory_of(result) for result in results[side]),
             "share_of_matmul_peak": round(rate * per_token / peak["flops"], 3),
             "share_of_mm_peak": round(rate * per_token / peak["mm_flops"], 3),
             "setting": asdict(setting),
@@ -218,6 +263,7 @@ def prepare(bench: Bench) -> dict[str, Any]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default=MODEL, help="a name or a folder (`shapes.py` makes some)")
     parser.add_argument("--dtype", nargs="+", choices=tuple(AGREE), default=["float32"], help="of the matrix products")
     parser.add_argument("--rows", type=int, default=16, help="rows of one optimiser step")
     parser.add_argument("--steps", type=int, default=4, help="timed steps of one run, after the first")
@@ -241,19 +287,21 @@ def main() -> int:
             bench = Bench(options, dtype, Path(folder))
             mean = sum(bench.lengths) / len(bench.lengths)
             tried = trl_settings(options.rows, options.max_tokens, mean, dtype, options.quick)
+            if bench.gpu:
+                tried = trl_gpu_settings(options.rows, mean)
             trl, table = (
                 (Setting("as given", options.trl), []) if options.trl is not None else bench.sweep("trl", tried)
             )
             ours, more = (
                 (Setting("as given", options.ours), [])
                 if options.ours is not None
-                else bench.sweep("ours", our_settings(options.quick))
+                else bench.sweep("ours", our_gpu_settings() if bench.gpu else our_settings(options.quick))
             )
-            result: dict[str, Any] = {"benchmark": "sft", "dtype": dtype, "model": MODEL}
+            result: dict[str, Any] = {"benchmark": "sft", "dtype": dtype, "model": options.model}
             result |= {"rows_per_step": options.rows, "max_tokens": options.max_tokens, "steps": options.steps}
             if not options.sweep:
                 result |= pairs(bench, ours, trl)
-                result["prepare"] = prepare(bench)
+                result |= {} if bench.gpu else {"prepare": prepare(bench)}
             print(json.dumps(result | about | {"sweep": table + more}), flush=True)
     return 0
 

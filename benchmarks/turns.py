@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from measure import Shape, matmul_peak
 
-__all__ = ["Setting", "in_turns", "median", "ratios", "say", "spread", "sweep"]
+__all__ = ["Setting", "in_turns", "median", "memory_of", "ratios", "say", "spread", "sweep"]
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,13 @@ Run = Callable[[str, Setting, int], dict[str, Any]]
 
 
 def sweep(
-    run: Run, side: str, settings: Sequence[Setting], steps: int, rate: str, kept: Sequence[str]
+    run: Run,
+    side: str,
+    settings: Sequence[Setting],
+    steps: int,
+    rate: str,
+    kept: Sequence[str],
+    run_all: Callable[[str, Sequence[Setting], int], Sequence[dict[str, Any]]] | None = None,
 ) -> tuple[Setting, list[dict[str, Any]]]:
     """Each setting for a step or two.
 
@@ -40,17 +46,21 @@ def sweep(
         steps: timed steps of each.
         rate: which number of a run decides; the highest is the best.
         kept: numbers of a run for the table.
+        run_all: runs them all in one process, where that is what starting takes the time of.
 
     Returns:
         The fastest that computes the same thing, and the table.
     """
     rows, best = [], (0.0, settings[0])
-    for setting in settings:
-        result = run(side, setting, steps)
+    results = run_all(side, settings, steps) if run_all else (run(side, setting, steps) for setting in settings)
+    for setting, result in zip(settings, results, strict=True):
+        if "failed" in result:
+            rows.append({"side": side, **asdict(setting), "failed": result["failed"]})
+            continue
         if setting.same and result[rate] > best[0]:
             best = result[rate], setting
         numbers = {key: round(result[key], 1 if result[key] > 10 else 3) for key in kept}
-        rows.append({"side": side, **asdict(setting), **numbers, "peak_bytes": result["peak_bytes"]})
+        rows.append({"side": side, **asdict(setting), **numbers, "peak_bytes": memory_of(result)})
     return best[1], rows
 
 
@@ -70,6 +80,11 @@ def in_turns(
             peaks.append(matmul_peak(getattr(torch, dtype), shape))
             results[side].append(run(side, setting, steps))
     return results, max(peaks, key=lambda peak: peak["flops"])
+
+
+def memory_of(result: Mapping[str, Any]) -> int:
+    """Peak memory of a run: on the device where there is one, else the process' own."""
+    return result.get("device_peak_bytes") or result["peak_bytes"]
 
 
 def median(results: Sequence[Mapping[str, Any]], key: str) -> float:

@@ -9,13 +9,18 @@ from transformers import AutoModelForCausalLM
 
 
 def build(job: dict[str, Any]) -> Callable[[int], int]:
-    model = AutoModelForCausalLM.from_pretrained(job["model"], dtype=getattr(torch, job["settings"]["dtype"])).eval()
+    model = (
+        AutoModelForCausalLM.from_pretrained(job["model"], dtype=getattr(torch, job["settings"]["dtype"]))
+        .eval()
+        .to(job["device"])
+    )
     width, new = max(map(len, job["prompts"])), job["new_tokens"]
     ids = torch.zeros(len(job["prompts"]), width, dtype=torch.int64)
     mask = torch.zeros_like(ids)
     for row, prompt in enumerate(job["prompts"]):
         ids[row, width - len(prompt) :] = torch.tensor(prompt)
         mask[row, width - len(prompt) :] = 1
+    ids, mask = ids.to(job["device"]), mask.to(job["device"])
     static = {"cache_implementation": "static", "disable_compile": True} if job["settings"]["cache"] == "static" else {}
 
     def generate(seed: int) -> int:
@@ -33,6 +38,8 @@ def build(job: dict[str, Any]) -> Callable[[int], int]:
             pad_token_id=0,
             **static,
         )
+        if out.is_cuda:
+            torch.cuda.synchronize()
         assert out.shape == (len(job["prompts"]) * job["samples"], width + new)
         return len(out) * new
 

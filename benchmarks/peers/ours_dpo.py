@@ -3,11 +3,10 @@
 Takes a job as JSON, prints what it measured as JSON on the last line of stdout, as peers/trl_dpo.py does.
 """
 
-import json
-import sys
 import time
 from typing import Any
 
+import jobs
 from ours_clock import Clock, trainer
 
 from tulu_lightning.core.preference import DPO as DPOLoss
@@ -50,4 +49,4 @@ def main(job: dict[str, Any]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    print(json.dumps(main(json.loads(sys.argv[1]))))
+    jobs.run(main)

@@ -12,7 +12,7 @@ from tulu_lightning.types import Sampling
 
 def build(job: dict[str, Any]) -> Callable[[int], int]:
     engine = LocalEngine.from_folder(
-        job["model"], getattr(torch, job["settings"]["dtype"]), **job["settings"]["engine"]
+        job["model"], getattr(torch, job["settings"]["dtype"]), job["device"], **job["settings"]["engine"]
     )
 
     def generate(seed: int) -> int:

@@ -4,12 +4,13 @@ Takes a job as JSON, prints what it measured as JSON on the last line of stdout,
 """
 
 import json
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
+import jobs
 import lightning as L
+import torch
 from coin import Coin
 from ours_clock import QUIET, Clock
 
@@ -42,6 +43,8 @@ class StepClock(Clock):
     """Rollouts are packed by the stage: the batch holds prompts only."""
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *_: Any) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
         self.ends.append(time.perf_counter())
         self.cpu.append(time.process_time())
         self.metrics.append(dict(pl_module.metrics))
@@ -95,4 +98,4 @@ def main(job: dict[str, Any]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    print(json.dumps(main(json.loads(sys.argv[1]))))
+    jobs.run(main)

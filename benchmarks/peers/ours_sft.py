@@ -3,11 +3,10 @@
 Takes a job as JSON, prints what it measured as JSON on the last line of stdout, as peers/trl_sft.py does.
 """
 
-import json
-import sys
 import time
 from typing import Any
 
+import jobs
 from ours_clock import Clock, trainer
 
 from tulu_lightning.data.sft import SFTData
@@ -40,7 +39,7 @@ def main(job: dict[str, Any]) -> dict[str, Any]:
     if job["steps"]:
         backbone = Backbone(job["model"], compute_dtype=job["dtype"], **job["settings"].get("backbone", {}))
         stage = SFT(backbone, AdamW(lr=job["lr"], schedule="constant", weight_decay=0.0, max_grad_norm=1.0))
-        trainer(clock).fit(stage, data)
+        trainer(clock, job["accelerator"]).fit(stage, data)
     metrics = clock.metrics
     return {
         **clock.times(started),
@@ -52,4 +51,4 @@ def main(job: dict[str, Any]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    print(json.dumps(main(json.loads(sys.argv[1]))))
+    jobs.run(main)

@@ -7,12 +7,12 @@ the head for every position, padding too.
 """
 
 import json
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import datasets
+import jobs
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import DPOConfig, DPOTrainer
@@ -77,4 +77,4 @@ def main(job: dict[str, Any]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    print(json.dumps(main(json.loads(sys.argv[1]))))
+    jobs.run(main)

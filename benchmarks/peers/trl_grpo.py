@@ -6,12 +6,12 @@ transformers' generate; only clocks are put around its methods. The reward is a 
 
 import json
 import resource
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import datasets
+import jobs
 import torch
 from coin import Coin
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -120,4 +120,4 @@ def main(job: dict[str, Any]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    print(json.dumps(main(json.loads(sys.argv[1]))))
+    jobs.run(main)

@@ -8,12 +8,12 @@ from all logits, which on a CPU can be faster than TRL's chunked one.
 """
 
 import json
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import datasets
+import jobs
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer
 from trl import SFTConfig, SFTTrainer
@@ -67,7 +67,8 @@ def config(job: dict[str, Any]) -> SFTConfig:
         packing_strategy=packing or "bfd",
         padding_free=settings.get("padding_free", False),
         assistant_only_loss=True,
-        use_cpu=True,
+        use_liger_kernel=settings.get("liger", False),
+        use_cpu=job["accelerator"] == "cpu",
     )
 
 
@@ -80,7 +81,9 @@ def main(job: dict[str, Any]) -> dict[str, Any]:
     tokenizer.chat_template = TEMPLATE.replace("+ system +", f"+ {job['system']!r} +")
     weights = torch.bfloat16 if job["settings"].get("weights") == "bfloat16" else torch.float32
     started = time.perf_counter()
-    model = AutoModelForCausalLM.from_pretrained(job["model"], dtype=weights)
+    model = AutoModelForCausalLM.from_pretrained(
+        job["model"], dtype=weights, attn_implementation=job["settings"].get("attention", "sdpa")
+    )
     Timed.micros, Timed.plain = [], job["settings"].get("loss") == "plain"
     trainer = Timed(
         model=model, args=config(job), train_dataset=datasets.Dataset.from_list(rows), processing_class=tokenizer
@@ -93,4 +96,4 @@ def main(job: dict[str, Any]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    print(json.dumps(main(json.loads(sys.argv[1]))))
+    jobs.run(main)
