@@ -73,3 +73,22 @@ def test_the_peak_is_under_a_tenth_of_the_logits_of_8k_tokens_at_a_vocabulary_of
 
 def test_the_count_sees_the_plain_version():
     assert peak("plain", 256, 4096) >= 2 * 256 * 4096 * 4, "the logits and their gradient"
+
+
+@pytest.mark.parametrize("factor", [1, 2])
+def test_the_head_has_one_gradient_and_no_copy_of_it(factor):
+    """Where the head is wide its gradient is the largest tensor of a step: a copy beside it would double that."""
+    g = torch.Generator().manual_seed(0)
+    hidden, head = (torch.randn(rows, 512, generator=g).requires_grad_() for rows in (64, 16384))
+    target, weight = torch.randint(0, 16384, (64,), generator=g), torch.ones(64)
+    with Live() as live:
+        (factor * weighted_nll(hidden, head, target, weight, chunk_bytes=1 << 20).loss).backward()
+    assert live.peak < 1.5 * head.numel() * 4
+
+
+def test_its_gradients_are_for_one_backward():
+    hidden, head, target = inputs(4, 16)
+    loss = weighted_nll(hidden, head, target, torch.ones(4)).loss
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="one backward"):
+        loss.backward()

@@ -46,7 +46,9 @@ class _WeightedNll(torch.autograd.Function):
         logp_N = _run(own_ND, head_VD, target_N[rows], weight_N[rows], grad_ND, grad_VD, chunk)
         if grad_ND is not None and own_ND is not hidden_ND:
             grad_ND = torch.zeros_like(hidden_ND).index_copy_(0, rows, grad_ND)
-        ctx.save_for_backward(grad_ND, None if grad_VD is None else grad_VD.to(head_VD.dtype))
+        # Not saved, but given away by backward: a gradient that nobody else holds becomes the parameter's as it is,
+        # where one that is kept here would be copied, and the head's is the largest tensor of a step.
+        ctx.grads = (grad_ND, None if grad_VD is None else grad_VD.to(head_VD.dtype))
         logp_N = torch.zeros_like(weight_N).index_copy_(0, rows, logp_N)
         ctx.mark_non_differentiable(logp_N)
         return -(weight_N * logp_N).sum(), logp_N
@@ -55,10 +57,13 @@ class _WeightedNll(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         up, _ = grad_outputs
+        if ctx.grads is None:
+            raise RuntimeError("this loss was made for one backward, which has been: its gradients are given away")
+        grads, ctx.grads = ctx.grads, None
         if up.device.type != "cpu" or up != 1:  # elsewhere, looking would wait for the device
-            grads = [None if grad is None else grad * up.to(grad.dtype) for grad in ctx.saved_tensors]
-        else:
-            grads = ctx.saved_tensors
+            for grad in grads:
+                if grad is not None:
+                    grad.mul_(up.to(grad.dtype))
         return *grads, None, None, None, None
 
 

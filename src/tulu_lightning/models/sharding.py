@@ -22,7 +22,6 @@ from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, Offlo
 
 from tulu_lightning.errors import InputError
 from tulu_lightning.models.backbone import Backbone
-from tulu_lightning.models.integer_shards import integer_shards
 from tulu_lightning.models.loading import decoder_layers
 from tulu_lightning.models.mesh import Meshes, mesh_sizes
 from tulu_lightning.models.sharded_saving import ShardedSaving
@@ -154,17 +153,16 @@ def shard(
     policy = replace(precise, param_dtype=None if compute_dtype == torch.float32 else compute_dtype)
     common: dict[str, Any] = {"offload_policy": offload or OffloadPolicy()}
     wrapped: Any = module
+    for layer in decoder_layers(decoder_of(module), wrapped.config.path):
+        fully_shard(layer, mesh=mesh, mp_policy=policy, **common)
+    if isinstance(head := getattr(module, "head", None), nn.Module):
+        fully_shard(head, mesh=whole or mesh, mp_policy=precise, **common)
     # A frozen network has no backward that would free the root's gathered embedding and head.
     trained = any(parameter.requires_grad for parameter in module.parameters())
+    # The root's inputs are a pack: not activations would be cast, but the weights of a loss.
+    policy = replace(policy, cast_forward_inputs=False)
     again = None if trained else True
-    with integer_shards(module):
-        for layer in decoder_layers(decoder_of(module), wrapped.config.path):
-            fully_shard(layer, mesh=mesh, mp_policy=policy, **common)
-        if isinstance(head := getattr(module, "head", None), nn.Module):
-            fully_shard(head, mesh=whole or mesh, mp_policy=precise, **common)
-        # The root's inputs are a pack: not activations would be cast, but the weights of a loss.
-        policy = replace(policy, cast_forward_inputs=False)
-        fully_shard(module, mesh=whole or mesh, mp_policy=policy, reshard_after_forward=again, **common)
+    fully_shard(module, mesh=whole or mesh, mp_policy=policy, reshard_after_forward=again, **common)
     return module
 
 
