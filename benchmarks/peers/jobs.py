@@ -34,5 +34,5 @@ def _guarded(main: Callable[[Job], dict[str, Any]], job: Job) -> dict[str, Any]:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     seconds = time.perf_counter() - started
-    print(f"{job['settings']}: {seconds:.1f} s {found.get('failed', '')}", file=sys.stderr, flush=True)
+    print(f"{json.dumps(job['settings'])}: {seconds:.1f} s {json.dumps(found)}", file=sys.stderr, flush=True)
     return found
