@@ -131,6 +131,24 @@ def test_packs_of_every_size_share_a_few_compiled_kernels(device):
     assert counters["stats"]["unique_graphs"] <= 4
 
 
+@pytest.mark.parametrize("group", [1, 2, 4, 8])
+@pytest.mark.parametrize("gradient", [True, False])
+def test_packs_below_a_block_run_whatever_heads_are_grouped(group, gradient, device):
+    """torch's own choice of a kernel has none for some of these."""
+    if device.type != "cuda":
+        pytest.skip("a kernel of GPUs")
+    torch._dynamo.reset()
+    for tokens in (5, 20, 40, 70, 127, 128):
+        spans = [Span(0, 2, -1), Span(2, 4, 0), Span(4, tokens, 0)]
+        q, k, v = (
+            torch.randn(1, heads, tokens, 64, device=device, dtype=BF16) for heads in (8, 8 // group, 8 // group)
+        )
+        with torch.set_grad_enabled(gradient):
+            found = Flex(spans, device)(q.requires_grad_(gradient), k, v, 0.125)
+        expected = SdpaTiles(spans, device)(q, k, v, 0.125)
+        assert (found - expected).abs().max() <= 2e-2 * expected.abs().max()
+
+
 def test_long_packs_take_memory_in_proportion_to_their_tokens(device):
     """32k tokens: scores of one head alone would be 2 GB."""
     if device.type != "cuda":

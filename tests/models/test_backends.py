@@ -82,6 +82,28 @@ def leaking(spans, device=None):
     return SdpaTiles([Span(0, spans[-1].end, -1)], device)
 
 
+class Fails:
+    """Right, but where a kernel of its own would be needed."""
+
+    def __init__(self, spans, device=None):
+        self.tokens, self.right = spans[-1].end, SdpaTiles(spans, device)
+
+    def __call__(self, *given):
+        if self.wrong():
+            raise RuntimeError("no choices exist for this backend")
+        return self.right(*given)
+
+
+class FailsBelowABlock(Fails):
+    def wrong(self):
+        return self.tokens < 128
+
+
+class FailsWithoutGradients(Fails):
+    def wrong(self):
+        return not torch.is_grad_enabled()
+
+
 def right(spans, device=None):
     return SdpaTiles(spans, device)
 
@@ -102,13 +124,14 @@ def test_a_kernel_that_passes_its_trial_is_taken(on_a_gpu, monkeypatch, trees):
     assert on_a_gpu == [kind]  # once
 
 
-@pytest.mark.parametrize("broken_one", [broken, leaking])
+@pytest.mark.parametrize("broken_one", [broken, leaking, FailsBelowABlock, FailsWithoutGradients])
 def test_a_kernel_that_fails_or_is_wrong_is_passed_over_and_said_so(on_a_gpu, monkeypatch, broken_one):
     monkeypatch.setattr(backends, "BACKENDS", {**backends.BACKENDS, "varlen": broken_one, "flex": broken_one})
     with torch.no_grad():
         assert Chooser("auto", BF16).backend(False, torch.device("cpu"), Shape()) is SdpaTiles
     (line,) = on_a_gpu
-    reason = "it fails here (no kernel image is available)" if broken_one is broken else "its numbers are wrong here"
+    reasons = {broken: "it fails here (no kernel image is available)", leaking: "its numbers are wrong here"}
+    reason = reasons.get(broken_one, "it fails here (no choices exist for this backend)")
     assert line == f"attention: sdpa (cpu, bfloat16); not varlen: {reason}, not flex: {reason}"
     with pytest.raises(InputError, match="is flex, but flex: it"):
         Chooser("flex", FP32).backend(False, torch.device("cpu"), Shape())

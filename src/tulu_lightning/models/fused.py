@@ -19,6 +19,9 @@ __all__ = ["Flex", "Varlen"]
 
 BLOCK = 128
 """Queries and keys of one block of a flex mask."""
+OPTIONS = {"BACKEND": "TRITON"}
+"""Left to itself, torch takes a kernel for decoding below 128 queries, which then does not compile where queries times the
+heads of a group exceed a block: packs of 65 to 127 tokens with groups of two, 17 to 127 with groups of eight."""
 
 
 class Varlen:
@@ -82,8 +85,9 @@ class Flex:
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         """Attention of one layer; arguments and result as `SdpaTiles`."""
         q, k, v = (x.to(value.dtype) for x in (query, key, value))
-        attend = _compiled() if q.is_cuda else _plain()
-        out = attend(q, k, v, block_mask=self.mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+        attend, options = (_compiled(), OPTIONS) if q.is_cuda else (_plain(), None)
+        grouped = q.shape[1] != k.shape[1]
+        out = attend(q, k, v, block_mask=self.mask, scale=scale, enable_gqa=grouped, kernel_options=options)
         return out.transpose(1, 2)
 
 
