@@ -209,6 +209,17 @@ def test_four_bits_without_bitsandbytes(stage, refused, monkeypatch):
     )
 
 
+@pytest.mark.parametrize("stage", ["sft", "dpo"])
+def test_four_bits_sharded_by_a_torch_that_shards_no_integers(stage, refused, monkeypatch):
+    monkeypatch.setattr("torch.__version__", "2.11.0+cu130")
+    settings = backbone(quantize={"kind": "nf4"}, lora=LORA)
+    options = {"strategy": "fsdp2", "accelerator": "cpu"}
+    assert refused(stage, **settings, trainer=options) == (
+        "backbone.quantize: is set under strategy fsdp2, and torch 2.11.0+cu130 shards no integers. "
+        "Install torch 2.12 or newer, or run on one device without it."
+    )
+
+
 # A server on other machines -----------------------------------------------------------------------------------------
 
 

@@ -28,7 +28,11 @@ from tulu_lightning.models.sharded_saving import ShardedSaving
 from tulu_lightning.models.skeleton import NotStreamedError, decoder_of, materialise, without_weights
 from tulu_lightning.models.tensor_parallel import check_splits, split
 
-__all__ = ["Fsdp2", "shard"]
+__all__ = ["Fsdp2", "check_integers", "shard"]
+
+
+INTEGERS = (2, 12)
+"""Version of torch whose FSDP2 takes parameters that are no floating-point numbers, as they are."""
 
 
 class Fsdp2(ShardedSaving):
@@ -125,6 +129,17 @@ class Fsdp2(ShardedSaving):
         moved = sums.to(self.root_device, copy=True)  # NCCL reduces on its own device only
         dist.all_reduce(moved, group=self.device_mesh["data_parallel"].get_group())
         return moved.to(sums.device)
+
+
+def check_integers() -> None:
+    """Refuse to shard codes of 4 bits where torch cannot.
+
+    Raises:
+        InputError: it is older than 2.12.
+    """
+    if torch.torch_version.TorchVersion(torch.__version__) < INTEGERS:
+        what = f"is set under strategy fsdp2, and torch {torch.__version__} shards no integers"
+        raise InputError("backbone.quantize", what, "Install torch 2.12 or newer, or run on one device without it.")
 
 
 def shard(

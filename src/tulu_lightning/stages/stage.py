@@ -26,7 +26,7 @@ from tulu_lightning.errors import InputError
 from tulu_lightning.models.backbone import Backbone, PackedLM
 from tulu_lightning.models.limits import check_documents
 from tulu_lightning.models.quantize import check_bitsandbytes
-from tulu_lightning.models.sharding import Fsdp2
+from tulu_lightning.models.sharding import Fsdp2, check_integers
 from tulu_lightning.ranks import data_place, over_rows
 from tulu_lightning.rollout.local import LocalEngine
 from tulu_lightning.stages import saving
@@ -138,6 +138,8 @@ class Stage(L.LightningModule):
     def configure_callbacks(self) -> list[Any]:
         """Adds none: this hook is the only one that comes before Lightning's own checks, which end in a traceback."""
         check_trainer(self.trainer)
+        if self.backbone.quantize is not None and isinstance(self.trainer.strategy, Fsdp2):
+            check_integers()
         return []
 
     def check_data(self, data: Any) -> None:
