@@ -50,6 +50,21 @@ def test_in_bf16_it_is_the_log_prob_function_to_the_rounding_of_the_products():
         assert (a - b).norm() <= 2**-7 * b.norm()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_compiled_it_is_the_same(dtype):
+    hidden, head, target, weight = inputs()
+    results = []
+    for fused in (False, True):
+        low = hidden.detach().to(dtype).requires_grad_()
+        head.grad = None
+        found = weighted_nll(low, head, target, weight, chunk_bytes=8 * 300 * 4, fused=fused)
+        found.loss.backward()
+        results.append((found.loss.detach(), found.logp_N, low.grad.float(), head.grad.clone()))
+    tolerance = 1e-6 if dtype == torch.float32 else 2**-8
+    for plain, compiled in zip(*results, strict=True):
+        assert (plain - compiled).norm() <= tolerance * plain.norm()
+
+
 def test_weights_of_zero_compute_nothing_and_still_give_gradients_for_the_collectives(monkeypatch):
     hidden, head, target, _ = inputs()
     monkeypatch.setattr(nll, "_finish", None)

@@ -6,6 +6,7 @@ gradient of the logits, of the hidden states and of the head. Only the rows' sum
 first, so the chunks are runs of rows here, of which some hundred are alive at once.
 """
 
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -36,14 +37,21 @@ class WeightedNll(NamedTuple):
 class _WeightedNll(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden_ND: Tensor, head_VD: Tensor, target_N: Tensor, weight_N: Tensor, train: bool, chunk: int
+        ctx: Any,
+        hidden_ND: Tensor,
+        head_VD: Tensor,
+        target_N: Tensor,
+        weight_N: Tensor,
+        train: bool,
+        chunk: int,
+        fused: bool,
     ) -> tuple[Tensor, Tensor]:
         rows = weight_N.nonzero()[:, 0]
         own_ND = hidden_ND if len(rows) == len(weight_N) else hidden_ND[rows]
         need_hidden, need_head = (needed and train for needed in ctx.needs_input_grad[:2])
         grad_ND = torch.zeros_like(own_ND) if need_hidden else None
         grad_VD = torch.zeros_like(head_VD, dtype=torch.float32) if need_head else None
-        logp_N = _run(own_ND, head_VD, target_N[rows], weight_N[rows], grad_ND, grad_VD, chunk)
+        logp_N = _run(own_ND, head_VD, target_N[rows], weight_N[rows], grad_ND, grad_VD, chunk, fused)
         if grad_ND is not None and own_ND is not hidden_ND:
             grad_ND = torch.zeros_like(hidden_ND).index_copy_(0, rows, grad_ND)
         # Not saved, but given away by backward: a gradient that nobody else holds becomes the parameter's as it is,
@@ -64,7 +72,7 @@ class _WeightedNll(torch.autograd.Function):
             for grad in grads:
                 if grad is not None:
                     grad.mul_(up.to(grad.dtype))
-        return *grads, None, None, None, None
+        return *grads, None, None, None, None, None
 
 
 def _run(
@@ -75,6 +83,7 @@ def _run(
     grad_ND: Tensor | None,
     grad_VD: Tensor | None,
     chunk: int,
+    fused: bool,
 ) -> Tensor:
     """Log-probs; adds the loss's gradients to `grad_ND` and `grad_VD` where they are given."""
     rows, vocabulary = hidden_ND.shape[0], head_VD.shape[0]
@@ -90,7 +99,10 @@ def _run(
     for start in range(0, rows, count):
         part = slice(start, min(start + count, rows))
         logits_CV = product(hidden_ND[part], weight_VD, logits[: part.stop - start])
-        logp_N[part] = _finish(logits_CV, target_N[part], grad_ND is not None or grad_VD is not None)
+        if fused and (grad_ND is not None or grad_VD is not None):
+            logp_N[part] = _compiled()(logits_CV, target_N[part])
+        else:
+            logp_N[part] = _finish(logits_CV, target_N[part], grad_ND is not None or grad_VD is not None)
         if grad_ND is not None:
             grad_ND[part] = product(logits_CV, weight_VD.T) * weight_N[part, None]
         if grad_VD is not None:
@@ -119,8 +131,30 @@ def _finish(logits_CV: Tensor, target_C: Tensor, gradient: bool) -> Tensor:
     return logp_C
 
 
+def _at_once(logits_CV: Tensor, target_C: Tensor) -> Tensor:
+    """What `_finish` does with a gradient, for a compiler: some passes over the logits, and nothing beside them."""
+    work_CV = logits_CV.float()
+    maximum_C1 = work_CV.amax(-1, keepdim=True)
+    power_CV = (work_CV - maximum_C1).exp()
+    sum_C1 = power_CV.sum(-1, keepdim=True)
+    logp_C1 = work_CV.gather(1, target_C[:, None]) - maximum_C1 - sum_C1.log()
+    hit_CV = torch.arange(logits_CV.shape[1], device=logits_CV.device)[None] == target_C[:, None]
+    logits_CV.copy_(power_CV / sum_C1 - hit_CV.float())
+    return logp_C1[:, 0]
+
+
+@cache
+def _compiled() -> Any:
+    return torch.compile(_at_once)
+
+
 def weighted_nll(
-    hidden_ND: Tensor, head_VD: Tensor, target_N: Tensor, weight_N: Tensor, chunk_bytes: int | None = None
+    hidden_ND: Tensor,
+    head_VD: Tensor,
+    target_N: Tensor,
+    weight_N: Tensor,
+    chunk_bytes: int | None = None,
+    fused: bool = False,
 ) -> WeightedNll:
     """Sum of `-weight · log p(target)` under `softmax(hidden @ head.T)`; equals `token_logprobs` weighted and summed.
 
@@ -131,6 +165,8 @@ def weighted_nll(
         weight_N: float32; rows of weight 0 are not computed. Give weights that the loss need not be divided by any more:
             a factor after this costs a pass over the head's gradient.
         chunk_bytes: logits alive at once, about; `CHUNK_BYTES` of the device if left out.
+        fused: compile what is done to a chunk between its products (`torch.compile`): on a GPU a few passes over the
+            logits in place of some twelve.
 
     Returns:
         The loss and the log-probs. Gradients flow from the loss to `hidden_ND` and `head_VD`, and are made in this
@@ -139,4 +175,4 @@ def weighted_nll(
     chunk = chunk_bytes or CHUNK_BYTES.get(hidden_ND.device.type, CHUNK_BYTES["cuda"])
     with torch.autocast(hidden_ND.device.type, enabled=False):  # dtypes here are chosen by hand
         train = torch.is_grad_enabled()
-        return WeightedNll(*_WeightedNll.apply(hidden_ND, head_VD, target_N, weight_N, train, chunk))  # type: ignore[misc]
+        return WeightedNll(*_WeightedNll.apply(hidden_ND, head_VD, target_N, weight_N, train, chunk, fused))  # type: ignore[misc]
