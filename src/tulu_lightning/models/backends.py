@@ -191,7 +191,7 @@ def trial(name: str, trees: bool, device: torch.device, dtype: torch.dtype, conf
         try:
             found = _numbers(BACKENDS[name], spans, inputs)
             with torch.no_grad():
-                found.append(BACKENDS[name](spans, device)(*inputs, inputs[0].shape[-1] ** -0.5))
+                found.append(BACKENDS[name](spans, device)(inputs[0], inputs[1], inputs[2], width**-0.5))
         except Exception as error:  # whatever a kernel or its compiler may raise
             return f"it fails here ({(str(error).strip().splitlines() or [type(error).__name__])[0][:200]})"
         wanted = _numbers(SdpaTiles, spans, [x.float() for x in inputs])

@@ -19,6 +19,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.torch_version import TorchVersion
 
 from tulu_lightning.errors import InputError
 from tulu_lightning.models.backbone import Backbone
@@ -137,7 +138,7 @@ def check_integers() -> None:
     Raises:
         InputError: it is older than 2.12.
     """
-    if torch.torch_version.TorchVersion(torch.__version__) < INTEGERS:
+    if TorchVersion(torch.__version__) < INTEGERS:
         what = f"is set under strategy fsdp2, and torch {torch.__version__} shards no integers"
         raise InputError("backbone.quantize", what, "Install torch 2.12 or newer, or run on one device without it.")
 
