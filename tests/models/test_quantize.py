@@ -4,9 +4,9 @@ import itertools
 
 import pytest
 import torch
+from packaging.version import Version
 from torch import distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.torch_version import TorchVersion
 
 from tulu_lightning.core.packing import pack as pack_documents
 from tulu_lightning.errors import InputError
@@ -187,7 +187,7 @@ def test_only_the_decoders_matrices_are_quantised_and_low_storage_reaches_the_re
 LAYOUTS = [{"storage": "uint8"}, {"storage": "bfloat16"}, {"double_quant": False, "blocksize": 128}]
 
 
-@pytest.mark.skipif(TorchVersion(torch.__version__) < INTEGERS, reason="torch shards no integers")
+@pytest.mark.skipif(Version(torch.__version__) < INTEGERS, reason="torch shards no integers")
 @pytest.mark.parametrize("settings", LAYOUTS, ids=["uint8", "bfloat16", "fp32 scales"])
 @pytest.mark.parametrize("compute", [torch.float32, torch.bfloat16])
 def test_it_shards_and_is_filled_and_read_from_shards(tiny, packed, tmp_path, settings, compute):

@@ -16,10 +16,10 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch.strategies import StrategyRegistry
 from lightning.pytorch.utilities import rank_zero_warn
+from packaging.version import Version
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
-from torch.torch_version import TorchVersion
 
 from tulu_lightning.errors import InputError
 from tulu_lightning.models.backbone import Backbone
@@ -32,7 +32,7 @@ from tulu_lightning.models.tensor_parallel import check_splits, split
 __all__ = ["Fsdp2", "check_integers", "shard"]
 
 
-INTEGERS = (2, 12)
+INTEGERS = Version("2.12")
 """Version of torch whose FSDP2 takes parameters that are no floating-point numbers, as they are."""
 
 
@@ -138,7 +138,7 @@ def check_integers() -> None:
     Raises:
         InputError: it is older than 2.12.
     """
-    if TorchVersion(torch.__version__) < INTEGERS:
+    if Version(torch.__version__) < INTEGERS:
         what = f"is set under strategy fsdp2, and torch {torch.__version__} shards no integers"
         raise InputError("backbone.quantize", what, "Install torch 2.12 or newer, or run on one device without it.")
 
