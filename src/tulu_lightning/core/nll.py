@@ -100,7 +100,7 @@ def _run(
         part = slice(start, min(start + count, rows))
         logits_CV = product(hidden_ND[part], weight_VD, logits[: part.stop - start])
         if fused and (grad_ND is not None or grad_VD is not None):
-            logp_N[part] = _compiled()(logits_CV, target_N[part])
+            logp_N[part] = _finish_fused(logits_CV, target_N[part])
         else:
             logp_N[part] = _finish(logits_CV, target_N[part], grad_ND is not None or grad_VD is not None)
         if grad_ND is not None:
@@ -131,21 +131,24 @@ def _finish(logits_CV: Tensor, target_C: Tensor, gradient: bool) -> Tensor:
     return logp_C
 
 
-def _at_once(logits_CV: Tensor, target_C: Tensor) -> Tensor:
-    """What `_finish` does with a gradient, for a compiler: some passes over the logits, and nothing beside them."""
+def _finish_fused(logits_CV: Tensor, target_C: Tensor) -> Tensor:
+    """What `_finish` does with a gradient, in a few passes over the logits and with nothing beside them."""
+    # Here, not compiled: torch 2.11 was seen to read it after the logits had been written over.
+    logit_C = logits_CV.gather(1, target_C[:, None])[:, 0].float()
+    return logit_C - _compiled()(logits_CV, target_C)
+
+
+def _softmax_less_target(logits_CV: Tensor, target_C: Tensor) -> Tensor:
     work_CV = logits_CV.float()
-    maximum_C1 = work_CV.amax(-1, keepdim=True)
-    power_CV = (work_CV - maximum_C1).exp()
-    sum_C1 = power_CV.sum(-1, keepdim=True)
-    logp_C1 = work_CV.gather(1, target_C[:, None]) - maximum_C1 - sum_C1.log()
+    lse_C1 = work_CV.logsumexp(-1, keepdim=True)
     hit_CV = torch.arange(logits_CV.shape[1], device=logits_CV.device)[None] == target_C[:, None]
-    logits_CV.copy_(power_CV / sum_C1 - hit_CV.float())
-    return logp_C1[:, 0]
+    logits_CV.copy_((work_CV - lse_C1).exp() - hit_CV.float())
+    return lse_C1[:, 0]
 
 
 @cache
 def _compiled() -> Any:
-    return torch.compile(_at_once)
+    return torch.compile(_softmax_less_target)
 
 
 def weighted_nll(
