@@ -43,6 +43,15 @@ def test_the_smoke_step_trains():
     assert [(finding.name, finding.state) for finding in found] == [("SFT", "ok"), ("GRPO", "ok")]
 
 
+def test_a_package_without_what_its_extra_needs_is_told(monkeypatch):
+    """Without it the command line ends in a traceback, and the package itself is there and in its range."""
+    known = packages._version
+    monkeypatch.setattr(packages, "_version", lambda name: None if name == "typeshed-client" else known(name))
+    (found,) = [each for each in packages.look(()) if each.name == "jsonargparse"]
+    assert found.state == "fails"
+    assert found.text.endswith("without what its extra [signatures] needs: typeshed-client")
+
+
 def test_a_reason_makes_the_status_1_and_stands_at_the_end(monkeypatch, capsys):
     broken = Finding("packages", "torch", "fails", "2.1.0, outside of >=2.11", "Run `make setup`.")
     monkeypatch.setattr(doctor, "examine", lambda *_: iter([("packages", [broken])]))

@@ -133,9 +133,20 @@ def _required(name: str, asked: tuple[Requirement, str] | None) -> Finding:
     text = f"{version}  ({', '.join(part for part in (f'range {specifier}' if specifier else '', known) if part)})"
     if specifier is not None and not specifier.contains(version, prereleases=True):
         return Finding(PART, name, "fails", f"{text}: outside the range", INSTALL)
+    if asked and (missing := _missing(asked[0])):
+        text = f"{version} without what its extra [{', '.join(sorted(asked[0].extras))}] needs: {', '.join(missing)}"
+        return Finding(PART, name, "fails", text, INSTALL)
     if tested and Version(version).public != Version(tested).public:
         return Finding(PART, name, "ok", f"{text}: another one than tested")
     return Finding(PART, name, "ok", text)
+
+
+def _missing(requirement: Requirement) -> list[str]:
+    """Distributions that a requirement's extras ask for (`jsonargparse[signatures]`) and that are not installed."""
+    own = [Requirement(text) for text in metadata.requires(requirement.name) or []]
+    environments = [{"extra": extra} for extra in requirement.extras]
+    wanted = {each.name for each in own if each.marker and any(map(each.marker.evaluate, environments))}
+    return sorted(name for name in wanted if _version(name) is None)
 
 
 def _optional(option: Optional, asked: tuple[Requirement, str] | None) -> Finding:
