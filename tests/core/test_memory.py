@@ -131,8 +131,11 @@ def kept(model, tokens):
 
     with torch.autograd.graph.saved_tensors_hooks(hold, lambda tensor: tensor):
         stats = model(pack([document]), weight_N=torch.ones(tokens - 1))
+    for gradient in stats.nll.grad_fn.grads:  # made in forward and given away by backward, so no hook sees them
+        if gradient is not None:
+            hold(gradient)
     total = sum(size for size, _ in found.values())
-    del stats
+    del stats, gradient
     gc.collect()
     return total
 
