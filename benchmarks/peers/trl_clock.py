@@ -56,7 +56,6 @@ def common(job: dict[str, Any]) -> dict[str, Any]:
         "max_steps": job["warmup"] + job["steps"],
         "train_sampling_strategy": settings.get("sampling", "sequential"),
         "bf16": job["dtype"] == "bfloat16",
-        "torch_compile": settings.get("compile", False),
         "gradient_checkpointing": settings.get("checkpointing", False),
         "learning_rate": job["lr"],
         "lr_scheduler_type": "constant",

@@ -54,7 +54,7 @@ def test_8k_tokens_at_a_vocabulary_of_128k_take_less_than_a_tenth_of_the_logits(
     assert taken - gradients - copy < 8192 * 128256 * 4 / 10, f"{(taken - gradients - copy) / 1e6:.0f} MB"
 
 
-def test_the_loss_that_is_chosen_is_right(device, capsys):
+def test_the_loss_that_is_chosen_is_right(device):
     hidden, head, target, weight = inputs(2048, 32000, 512, device, torch.bfloat16)
     chosen = head_loss(hidden, head, target)(hidden, head, target, weight)
     plain = F.cross_entropy(hidden.detach().float() @ head.detach().T, target, reduction="none")

@@ -2,8 +2,7 @@
 
 import pytest
 import torch
-from test_contract import PROMPTS, scores
-from transformers import AutoModelForCausalLM
+from test_contract import PROMPTS, scores, sharp
 
 from tulu_lightning.callbacks.undisturbed import undisturbed
 from tulu_lightning.models.lora import Lora, adapt
@@ -12,16 +11,6 @@ from tulu_lightning.types import Sampling
 
 pytestmark = pytest.mark.gpu
 GREEDY = Sampling(max_new_tokens=24, temperature=0.0, stop_ids=())
-
-
-def sharp(folder):
-    """Weights under which tokens differ in probability."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            if "norm" not in name:
-                weight.mul_(4)
-    return model
 
 
 @pytest.mark.parametrize("decode", ["auto", "transformers"])

@@ -51,15 +51,20 @@ def held_engine(request, tiny):
     engine.close()
 
 
-@pytest.fixture(scope="module")
-def trainer(tiny):
-    """A model whose weights the engine holds, sharper than at initialisation, so that tokens differ in probability."""
-    model = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32)
+def sharp(folder):
+    """A model with weights larger than at initialisation, so that tokens differ in probability."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if "norm" not in name:
                 weight.mul_(4)
     return model.eval()
+
+
+@pytest.fixture(scope="module")
+def trainer(tiny):
+    """A model whose weights the engine holds."""
+    return sharp(tiny)
 
 
 @pytest.fixture

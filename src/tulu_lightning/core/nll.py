@@ -96,13 +96,14 @@ def _run(
     logits = torch.empty(count, vocabulary, dtype=hidden_ND.dtype, device=hidden_ND.device)
     width = max(1, HEAD_BYTES.get(head_VD.device.type, HEAD_BYTES["cuda"]) // (4 * head_VD.shape[1]))
     runs = [slice(at, at + width) for at in range(0, vocabulary, width)]
+    gradient = grad_ND is not None or grad_VD is not None
     for start in range(0, rows, count):
         part = slice(start, min(start + count, rows))
         logits_CV = product(hidden_ND[part], weight_VD, logits[: part.stop - start])
-        if fused and (grad_ND is not None or grad_VD is not None):
+        if fused and gradient:
             logp_N[part] = _finish_fused(logits_CV, target_N[part])
         else:
-            logp_N[part] = _finish(logits_CV, target_N[part], grad_ND is not None or grad_VD is not None)
+            logp_N[part] = _finish(logits_CV, target_N[part], gradient)
         if grad_ND is not None:
             grad_ND[part] = product(logits_CV, weight_VD.T) * weight_N[part, None]
         if grad_VD is not None:

@@ -87,7 +87,7 @@ class Stage(L.LightningModule):
         """What `build` makes on its device: whole, or sharded over the strategy's mesh by its backbone's settings.
 
         Lightning lets a single GPU be the default device meanwhile. Networks are built, checked and filled on the host,
-        as on every machine, and moved when they are whole; what is no submodule of the stage, nobody else would move.
+        as on every machine, and moved when they are whole: the host never holds more than one of them.
         """
         strategy: Any = self._strategy()
         if isinstance(strategy, Fsdp2):
