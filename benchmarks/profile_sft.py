@@ -15,13 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from sft import Bench
+from sft import MODEL, Bench
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from tulu_lightning.core import logprobs
+from tulu_lightning.core import nll
+from tulu_lightning.core.gradients import accumulating
 from tulu_lightning.data.sft import SFTData
 from tulu_lightning.data.sources import Source
-from tulu_lightning.models import attention, backbone
+from tulu_lightning.models import backbone, linear
 from tulu_lightning.models.backbone import Backbone, PackedLM
 from tulu_lightning.stages.optimizer import AdamW
 
@@ -43,8 +44,6 @@ def scoped(name: str, call: Any) -> Any:
 
 def name_parts(model: PackedLM) -> None:
     """Wrap the parts of a Llama so that the profile can tell them apart."""
-    from transformers.models.llama import modeling_llama
-
     for path, module in model.named_modules():
         kind, leaf = type(module).__name__, path.rpartition(".")[2]
         if kind.endswith("RMSNorm"):
@@ -57,10 +56,9 @@ def name_parts(model: PackedLM) -> None:
             module.forward = scoped("embedding", module.forward)
         elif leaf in ("q_proj", "k_proj", "v_proj", "o_proj"):
             module.forward = scoped("projections", module.forward)
-    modeling_llama.apply_rotary_pos_emb = scoped("rope", modeling_llama.apply_rotary_pos_emb)
-    function = scoped("attention", attention._segment_attention)
-    attention.AttentionInterface.register(attention.NAME, function)
-    backbone.token_logprobs = scoped("head and loss", logprobs.token_logprobs)
+    linear.rotary = scoped("rope", linear.rotary)
+    linear.segment_attention = scoped("attention", linear.segment_attention)
+    backbone.weighted_nll = scoped("head and loss", nll.weighted_nll)
 
 
 def chain(event: Any) -> list[Any]:
@@ -77,7 +75,7 @@ def part_of(events: list[Any], forward: dict[int, str]) -> str:
     for event in events:
         if event.name in SCOPES:
             return event.name
-        if "_TokenLogprobs" in event.name:
+        if "_WeightedNll" in event.name:
             return "head and loss"
     for event in events:  # an autograd node carries the number of the forward operator that it belongs to
         if event.sequence_nr in forward:
@@ -110,10 +108,12 @@ def book(events: Any) -> dict[tuple[str, str], float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default=MODEL, help="a name or a folder")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--rows", type=int, default=16, help="rows of the step")
     parser.add_argument("--micro-tokens", type=int, default=2048)
     parser.add_argument("--max-tokens", type=int, default=1024)
+    parser.add_argument("--recompute-mlps", action="store_true")
     parser.add_argument("--top", type=int, default=0, help="also the operators with the most self time")
     options = parser.parse_args()
     options.steps = 0
@@ -130,13 +130,15 @@ def main() -> None:
         )
         data.setup()
         batch = next(iter(data.train_dataloader()))
-    model = PackedLM(Backbone(bench.model, compute_dtype=options.dtype), bench.model)
+    config = Backbone(bench.model, compute_dtype=options.dtype, recompute_mlps=options.recompute_mlps)
+    model = PackedLM(config, bench.model)
     name_parts(model)
     optimizer = AdamW(lr=1e-5).build(model.parameters())
 
     def step() -> None:
         for pack in batch.packs:
-            (-(pack.weight_N * model(pack).logp_N).sum() / batch.denominator).backward()
+            with accumulating():
+                model(pack, weight_N=pack.weight_N / batch.denominator).nll.backward()
         with record_function("clip"):
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         with record_function("optimiser"):

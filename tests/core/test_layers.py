@@ -1,8 +1,9 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from tulu_lightning.core.layers import gated_mlp, rms_norm
+from tulu_lightning.core.layers import embed, gated_mlp, rms_norm, rotary
 from tulu_lightning.core.matmul import low_linear
 
 
@@ -88,3 +89,46 @@ def test_a_low_copy_computes_in_its_dtype_and_the_gradient_is_the_weights():
     assert (grad_x.dtype, grad_weight.dtype) == (torch.bfloat16, torch.float32)
     torch.testing.assert_close(grad_x, expected_x)
     torch.testing.assert_close(grad_weight, expected_weight)
+
+
+@pytest.mark.parametrize("padding", [None, 3])
+def test_an_embedding_is_torchs(padding):
+    (table,) = leaves((10, 4))
+    ids = torch.tensor([[3, 1, 3], [9, 0, 1]])
+    compare(embed(ids, table, padding), F.embedding(ids, table, padding), [table])
+
+
+def turned(x, cos, sin):
+    return apply_rotary_pos_emb(x, x, cos, sin)[0]
+
+
+def angles(tokens, width):
+    """Of any numbers: the two halves need not turn alike."""
+    return torch.randn(1, tokens, width), torch.randn(1, tokens, width)
+
+
+def test_rotary_is_transformers_own_whatever_the_memory_order():
+    cos, sin = angles(5, 8)
+    for x in (torch.randn(1, 3, 5, 8), torch.randn(1, 5, 3, 8).transpose(1, 2)):
+        x.requires_grad_()
+        mine = rotary(x, cos, sin)
+        assert mine.stride() == x.stride()
+        compare(mine, turned(x, cos, sin), [x])
+
+
+def test_rotary_turns_a_hand_sized_head():
+    # Halves (1, 2) and (3, 4) turned by a quarter and by none: (-3, 2) and (1, 4).
+    cos, sin = torch.tensor([[[0.0, 1.0, 0.0, 1.0]]]), torch.tensor([[[1.0, 0.0, 1.0, 0.0]]])
+    assert rotary(torch.tensor([[[[1.0, 2.0, 3.0, 4.0]]]]), cos, sin).flatten().tolist() == [-3, 2, 1, 4]
+
+
+def test_rotary_in_bf16_rounds_once():
+    cos, sin = angles(5, 8)
+    x = torch.randn(1, 2, 5, 8).bfloat16().requires_grad_()
+    mine = rotary(x, cos, sin)
+    assert torch.equal(mine, turned(x.detach().float(), cos, sin).bfloat16())
+    (grad,) = torch.autograd.grad(mine, x, torch.ones_like(mine))
+    assert grad.dtype == torch.bfloat16
+    wide = x.detach().float().requires_grad_()
+    (expected,) = torch.autograd.grad(turned(wide, cos, sin), wide, torch.ones(wide.shape))
+    torch.testing.assert_close(grad, expected.bfloat16(), rtol=2**-7, atol=2**-7)

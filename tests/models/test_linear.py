@@ -2,9 +2,22 @@ import copy
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
+from tulu_lightning.models import linear
+from tulu_lightning.models.attention import NAME, layout
 from tulu_lightning.models.linear import use_fast_layers
+from tulu_lightning.types import Span
 
 SHAPE = {
     "vocab_size": 64,
@@ -85,3 +98,42 @@ def test_a_layer_that_something_else_has_taken_the_place_of_goes_the_usual_way(p
         mlp = lm.model.layers[0].mlp
         mlp.up_proj = torch.nn.Sequential(mlp.up_proj)
     torch.testing.assert_close(fast(input_ids=IDS).logits, plain(input_ids=IDS).logits, rtol=1e-5, atol=1e-5)
+
+
+def packed_loss(lm, autocast=False):
+    """Two documents in one pack."""
+    lm.zero_grad()
+    lm.set_attn_implementation(NAME)
+    segments, positions = layout([Span(0, 4, -1), Span(4, 6, -1)]), torch.tensor([[0, 1, 2, 3, 0, 1]])
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        loss = lm(input_ids=IDS, position_ids=positions, labels=IDS, use_cache=False, segments=segments).loss
+    loss.backward()
+    return loss.detach(), {name: p.grad.clone() for name, p in lm.named_parameters()}
+
+
+KINDS = {
+    "llama": (LlamaForCausalLM, LlamaConfig(**SHAPE)),
+    "llama with biases": (LlamaForCausalLM, LlamaConfig(**SHAPE, attention_bias=True)),
+    "qwen2": (Qwen2ForCausalLM, Qwen2Config(**SHAPE)),
+    "qwen3": (Qwen3ForCausalLM, Qwen3Config(**SHAPE, head_dim=8)),
+    "mistral": (MistralForCausalLM, MistralConfig(**SHAPE, sliding_window=4)),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_packed_loss_and_gradients_are_those_of_transformers_layers(kind, monkeypatch):
+    """With the rotary embedding of ours in between, where the layer is known."""
+    calls = []
+    monkeypatch.setattr(linear, "rotary", lambda *args, own=linear.rotary: calls.append(1) or own(*args))
+    torch.manual_seed(0)
+    model, config = KINDS[kind]
+    plain = model(config)
+    for name, parameter in plain.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(parameter, std=0.02)
+    fast = use_fast_layers(copy.deepcopy(plain))
+    (loss, grads), (fast_loss, found) = packed_loss(plain), packed_loss(fast)
+    torch.testing.assert_close(fast_loss, loss, rtol=1e-6, atol=0)
+    for name, grad in grads.items():
+        torch.testing.assert_close(found[name], grad, rtol=1e-4, atol=1e-5 * float(grad.abs().max()), msg=name)
+    assert len(calls) == (0 if kind == "mistral" else 4), "queries and keys of two layers"

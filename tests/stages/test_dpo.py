@@ -115,6 +115,31 @@ def test_a_resumed_run_needs_no_cache_and_never_asks_trained_weights(tmp_path, f
     assert all(torch.equal(value, after[name]) for name, value in weights(resumed).items())
 
 
+@pytest.mark.parametrize("lora", [None, Lora(r=4, alpha=8)], ids=["full", "lora"])
+def test_weights_changed_in_python_make_no_reference_of_their_folder(lora, tmp_path, folder):
+    """The cache knows the start by its folder: numbers of other weights in it would be every later run's reference."""
+    trained = stage(lora)
+    trained.configure_model()
+    with torch.no_grad():
+        base = next(p for n, p in trained.model.named_parameters() if "down_proj" in n and "lora" not in n)
+        base[-1] += 1e-3
+    with pytest.raises(InputError, match=r"changed after they were loaded \(.*down_proj.*Save the model into a folder"):
+        fit(trained, preference_data(), tmp_path)
+    assert not list(folder.rglob("logps.bin"))
+
+
+def test_adapters_set_in_python_leave_the_reference_alone(tmp_path, monkeypatch):
+    trained = stage(Lora(r=4, alpha=8))
+    trained.configure_model()
+    with torch.no_grad():
+        next(p for n, p in trained.model.named_parameters() if "lora_B" in n).add_(0.1)
+    fit(trained, preference_data(), tmp_path / "adapted")
+    plain = stage()
+    monkeypatch.setenv("TULU_REFERENCE", str(tmp_path / "another"))
+    fit(plain, preference_data(), tmp_path / "plain")
+    torch.testing.assert_close(table(trained), table(plain), rtol=0, atol=0)
+
+
 def test_a_loss_without_a_reference_computes_none(tmp_path, folder, capfd):
     watch = fit(stage(loss=SimPO()), preference_data(max_steps=2), tmp_path / "run")
     assert not folder.exists()

@@ -15,9 +15,44 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from tulu_lightning.core.gradients import room_for
 from tulu_lightning.core.matmul import product
 
-__all__ = ["gated_mlp", "rms_norm"]
+__all__ = ["embed", "gated_mlp", "rms_norm", "rotary"]
+
+
+class _Embed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, ids: Tensor, table_VD: Tensor, padding: int | None) -> Tensor:
+        ctx.save_for_backward(ids, table_VD)
+        ctx.padding = padding
+        return F.embedding(ids, table_VD)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor | None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        ids, table_VD = ctx.saved_tensors
+        ids_N, grad_ND = ids.reshape(-1), grads[0].reshape(-1, table_VD.shape[1])
+        if ctx.padding is not None:
+            grad_ND = grad_ND * (ids_N != ctx.padding)[:, None]
+        room_VD = room_for(table_VD)
+        grad_VD = torch.zeros_like(table_VD) if room_VD is None else room_VD
+        grad_VD.index_add_(0, ids_N, grad_ND.to(grad_VD.dtype))
+        return None, grad_VD if room_VD is None else None, None
+
+
+def embed(ids: Tensor, table_VD: Tensor, padding: int | None = None) -> Tensor:
+    """Rows of a table, whose gradient goes where `core.gradients` says.
+
+    Args:
+        ids: int64 [...].
+        table_VD: one row a token.
+        padding: id whose row gets no gradient, as `torch.nn.Embedding` has it.
+
+    Returns:
+        [..., D].
+    """
+    return _Embed.apply(ids, table_VD, padding)  # type: ignore[return-value]
 
 
 class _RmsNorm(torch.autograd.Function):
@@ -80,11 +115,13 @@ class _GatedMlp(torch.autograd.Function):
         g_MF, u_MF = saved[3:] or (product(x_MD, gate), product(x_MD, up))
         need_x, *need = ctx.needs_input_grad[:4]
         grad_MD = grads[0].contiguous()
+        # Two tensors of this size are made and written over: fresh memory costs more than the arithmetic.
         activated = F.silu(g_MF)
-        grad_down = product(grad_MD.T, (activated * u_MF).T).to(dtype) if need[2] else None
-        grad_h = product(grad_MD, down.T)
+        inner = activated * u_MF
+        grad_down = product(grad_MD.T, inner.T).to(dtype) if need[2] else None
+        grad_h = product(grad_MD, down.T, inner)
         grad_u = activated.mul_(grad_h)
-        grad_g = torch.ops.aten.silu_backward(grad_h.mul_(u_MF), g_MF)
+        grad_g = torch.ops.aten.silu_backward.grad_input(grad_h.mul_(u_MF), g_MF, grad_input=grad_h)
         grad_gate = product(grad_g.T, x_MD.T).to(dtype) if need[0] else None
         grad_up = product(grad_u.T, x_MD.T).to(dtype) if need[1] else None
         grad_x = product(grad_g, gate.T).add_(product(grad_u, up.T)) if need_x else None
@@ -105,3 +142,46 @@ def gated_mlp(
     parts = tuple(part.detach() for part in low)
     out = _GatedMlp.apply(x.reshape(-1, x.shape[-1]), *weights, parts, recompute)
     return out.view(x.shape)  # type: ignore[union-attr]
+
+
+class _Rotary(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        (cos_1, cos_2), (sin_1, sin_2) = cos.chunk(2, -1), sin.chunk(2, -1)
+        return _turn(x, (cos_1, -sin_1), (cos_2, sin_2))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        (cos_1, cos_2), (sin_1, sin_2) = (part.chunk(2, -1) for part in ctx.saved_tensors)
+        return _turn(grads[0], (cos_1, sin_2), (cos_2, -sin_1)), None, None
+
+
+def _turn(x: Tensor, first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> Tensor:
+    """[x1 · a + x2 · b, x2 · c + x1 · d] of the halves x1, x2 of the last axis, in the factors' dtype inside."""
+    result = torch.empty_like(x)
+    one, two = x.to(first[0].dtype).chunk(2, -1)
+    for room, own, other, (along, across) in zip(
+        result.chunk(2, -1), (one, two), (two, one), (first, second), strict=True
+    ):
+        if room.dtype == own.dtype:
+            torch.mul(own, along, out=room).addcmul_(other, across)
+        else:
+            room.copy_((own * along).addcmul_(other, across))
+    return result
+
+
+def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary position embedding with the two halves of a head as coordinates (Su et al. 2021, as Llama has it).
+
+    Args:
+        x: [1, heads, T, D].
+        cos: [1, T, D].
+        sin: likewise.
+
+    Returns:
+        Like x, in its dtype and memory order.
+    """
+    dtype = x.dtype if x.dtype == torch.float64 else torch.float32
+    return _Rotary.apply(x, cos[:, None].to(dtype), sin[:, None].to(dtype))  # type: ignore[return-value]

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from tulu_lightning.core.gradients import room_for
 from tulu_lightning.core.matmul import product
 
 __all__ = ["TokenStats", "token_logprobs"]
@@ -103,7 +104,8 @@ def _backward(
     need_hidden, need_head = ctx.needs_input_grad[:2]
     # fp32: tiles are summed, and a bf16 running sum would lose small ones.
     grad_ND = torch.zeros_like(hidden_ND, dtype=torch.float32) if need_hidden else None
-    grad_VD = torch.zeros_like(head_VD) if need_head else None
+    room_VD = room_for(head_VD) if need_head else None
+    grad_VD = torch.zeros_like(head_VD) if need_head and room_VD is None else room_VD
     tiles = _tiles(hidden_ND, head_VD, ctx.temperature, ctx.tile) if len(hidden_ND) else ()
     for part, weight_KD, logits_NK, product_NK in tiles:
         logits_NK.sub_(lse_N[:, None])  # log p
@@ -120,8 +122,8 @@ def _backward(
         if grad_ND is not None:
             grad_ND += product(product_NK, weight_KD.T)
         if grad_VD is not None:
-            grad_VD[part] = product(product_NK.T, hidden_ND.T)
-    return None if grad_ND is None else grad_ND.to(hidden_ND.dtype), grad_VD
+            grad_VD[part] += product(product_NK.T, hidden_ND.T)
+    return None if grad_ND is None else grad_ND.to(hidden_ND.dtype), None if room_VD is not None else grad_VD
 
 
 def _tiles(

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from tulu_lightning.core.gradients import room_for
 from tulu_lightning.core.matmul import product
 
 __all__ = ["WeightedNll", "weighted_nll"]
@@ -45,18 +46,21 @@ class _WeightedNll(torch.autograd.Function):
         train: bool,
         chunk: int,
         fused: bool,
+        room_VD: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         rows = weight_N.nonzero()[:, 0]
         own_ND = hidden_ND if len(rows) == len(weight_N) else hidden_ND[rows]
         need_hidden, need_head = (needed and train for needed in ctx.needs_input_grad[:2])
         grad_ND = torch.zeros_like(own_ND) if need_hidden else None
-        grad_VD = torch.zeros_like(head_VD, dtype=torch.float32) if need_head else None
+        own_VD = torch.zeros_like(head_VD, dtype=torch.float32) if need_head and room_VD is None else None
+        grad_VD = own_VD if room_VD is None else room_VD
         logp_N = _run(own_ND, head_VD, target_N[rows], weight_N[rows], grad_ND, grad_VD, chunk, fused)
         if grad_ND is not None and own_ND is not hidden_ND:
             grad_ND = torch.zeros_like(hidden_ND).index_copy_(0, rows, grad_ND)
         # Not saved, but given away by backward: a gradient that nobody else holds becomes the parameter's as it is,
         # where one that is kept here would be copied, and the head's is the largest tensor of a step.
-        ctx.grads = (grad_ND, None if grad_VD is None else grad_VD.to(head_VD.dtype))
+        ctx.grads = (grad_ND, None if own_VD is None else own_VD.to(head_VD.dtype))
+        ctx.placed = room_VD is not None
         logp_N = torch.zeros_like(weight_N).index_copy_(0, rows, logp_N)
         ctx.mark_non_differentiable(logp_N)
         return -(weight_N * logp_N).sum(), logp_N
@@ -69,10 +73,14 @@ class _WeightedNll(torch.autograd.Function):
             raise RuntimeError("this loss was made for one backward, which has been: its gradients are given away")
         grads, ctx.grads = ctx.grads, None
         if up.device.type != "cpu" or up != 1:  # elsewhere, looking would wait for the device
+            if ctx.placed:
+                raise RuntimeError(
+                    f"the head's gradient has been added already, and now it is to be multiplied by {up}"
+                )
             for grad in grads:
                 if grad is not None:
                     grad.mul_(up.to(grad.dtype))
-        return *grads, None, None, None, None, None
+        return *grads, None, None, None, None, None, None
 
 
 def _run(
@@ -174,9 +182,12 @@ def weighted_nll(
 
     Returns:
         The loss and the log-probs. Gradients flow from the loss to `hidden_ND` and `head_VD`, and are made in this
-        call when either needs one and gradients are enabled.
+        call when either needs one and gradients are enabled; the head's is added to its `.grad` in this call within
+        `core.gradients.accumulating`.
     """
     chunk = chunk_bytes or CHUNK_BYTES.get(hidden_ND.device.type, CHUNK_BYTES["cuda"])
     with torch.autocast(hidden_ND.device.type, enabled=False):  # dtypes here are chosen by hand
         train = torch.is_grad_enabled()
-        return WeightedNll(*_WeightedNll.apply(hidden_ND, head_VD, target_N, weight_N, train, chunk, fused))  # type: ignore[misc]
+        room_VD = room_for(head_VD) if train and head_VD.requires_grad and head_VD.dtype == torch.float32 else None
+        made: Any = _WeightedNll.apply(hidden_ND, head_VD, target_N, weight_N, train, chunk, fused, room_VD)
+        return WeightedNll(*made)

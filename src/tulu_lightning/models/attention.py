@@ -20,7 +20,7 @@ from tulu_lightning.models.backends import Attend, Backend
 from tulu_lightning.models.matmul import MatmulTiles
 from tulu_lightning.types import Span
 
-__all__ = ["NAME", "Layout", "layout"]
+__all__ = ["NAME", "Layout", "layout", "segment_attention"]
 
 NAME = "tulu_segments"
 EXTRAS = ("softcap", "s_aux", "position_bias", "attention_bias", "head_mask")
@@ -66,7 +66,7 @@ def _prepare(spans: Sequence[Span], padding: int, device: torch.device | None, b
     return Layout(backend([*rows, *pieces], device), max(reaches))
 
 
-def _segment_attention(
+def segment_attention(
     module: nn.Module,
     query: Tensor,
     key: Tensor,
@@ -120,6 +120,6 @@ def _refuse(sliding_window: int | None, more: Mapping[str, object], longest: int
 
 # Compiled code breaks its graph at both: a pack's edges differ every time, and loops over them would be compiled anew.
 _layout: Any = torch.compiler.disable(_prepare)
-AttentionInterface.register(NAME, torch.compiler.disable(_segment_attention))
+AttentionInterface.register(NAME, torch.compiler.disable(segment_attention))
 # The mask transformers would build is T x T and knows nothing of parents; ours is said by the segments.
 AttentionMaskInterface.register(NAME, lambda *args, **kwargs: None)

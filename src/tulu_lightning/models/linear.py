@@ -1,10 +1,12 @@
 """A Llama-like model's layers, computed the way that is fast on a CPU; names and parameters stay as they are.
 
-Three kinds of modules get another `forward`: linear layers (fp32 by `core.matmul`; under bf16 autocast without
-autocast's bookkeeping), RMS norms and gated MLPs (`core.layers`). Off the CPU, while compiling, and for every architecture
-whose layers are not known here, transformers' own code runs.
+Five kinds of modules get another `forward`: linear layers (fp32 by `core.matmul`; under bf16 autocast without
+autocast's bookkeeping), embeddings, RMS norms and gated MLPs (`core.layers`), and attention (the rotary embedding of
+`core.layers`). Off the CPU, while compiling, and for every architecture whose layers are not known here, transformers'
+own code runs.
 """
 
+import os
 from functools import cache
 from typing import Any
 
@@ -13,22 +15,35 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from tulu_lightning.core.layers import gated_mlp, rms_norm
-from tulu_lightning.core.matmul import linear, low_linear
+from tulu_lightning.core.layers import embed, gated_mlp, rms_norm, rotary
+from tulu_lightning.core.matmul import fp32_library, linear, low_linear
+from tulu_lightning.models.attention import segment_attention
 
 __all__ = ["recompute_mlps", "use_fast_layers"]
 
 NORMS = ("LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm")
+ATTENTIONS = ("LlamaAttention", "Qwen2Attention", "Qwen3Attention")
 MLPS = ("LlamaMLP", "MistralMLP", "Qwen2MLP", "Qwen3MLP")
+
+
+KERNELS = 64
+"""Kernels that oneDNN keeps: those of a micro-batch are some 20, every other number of tokens has its own, and the 1,024
+that it keeps by itself take 0.3 GB."""
 
 
 def use_fast_layers(module: nn.Module) -> nn.Module:
     """Let a model's layers compute that way; subclasses of the known ones are left alone."""
+    if fp32_library() == "default":  # else fp32 products and attention are oneDNN's too, which takes more of them
+        os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(KERNELS))  # read at its first product
     for part in module.modules():
         if type(part) is nn.Linear:
             part.__class__ = _Linear
+        elif type(part) is nn.Embedding:
+            part.__class__ = _Embedding
         elif type(part).__name__ in NORMS and type(part).__module__.startswith("transformers."):
             part.__class__ = _over(_Norm, type(part))
+        elif type(part).__name__ in ATTENTIONS and type(part).__module__.startswith("transformers."):
+            part.__class__ = _over(_Attention, type(part))
         elif type(part).__name__ in MLPS and type(part).__module__.startswith("transformers."):
             part.__class__ = _over(_Mlp, type(part))
     return module
@@ -73,6 +88,15 @@ class _Linear(nn.Linear):
         return self.weight if dtype == self.weight.dtype else self.weight.detach().to(dtype)
 
 
+class _Embedding(nn.Embedding):
+    def forward(self, input: Tensor) -> Tensor:
+        plain = self.max_norm is None and not self.scale_grad_by_freq and not self.sparse
+        trained = torch.is_grad_enabled() and self.weight.requires_grad
+        if not (plain and trained and input.device.type == "cpu" and not torch.compiler.is_compiling()):
+            return super().forward(input)
+        return embed(input, self.weight, self.padding_idx)
+
+
 class _Norm(nn.Module):
     weight: Tensor
     variance_epsilon: float
@@ -81,6 +105,32 @@ class _Norm(nn.Module):
         if not _ours(hidden_states) or hidden_states.dtype == torch.float64:
             return super().forward(hidden_states)
         return rms_norm(hidden_states, self.weight, self.variance_epsilon, _dtype(hidden_states))
+
+
+class _Attention(nn.Module):
+    q_proj: nn.Module
+    k_proj: nn.Module
+    v_proj: nn.Module
+    o_proj: nn.Module
+    head_dim: int
+    scaling: float
+
+    def forward(self, hidden_states: Tensor, position_embeddings: Any = None, *args: Any, **kwargs: Any) -> Any:
+        packed = kwargs.get("segments") is not None and not args and kwargs.get("past_key_values") is None
+        if not (packed and position_embeddings is not None and _ours(hidden_states)):
+            known: Any = super().forward
+            return known(hidden_states, position_embeddings, *args, **kwargs)
+        heads = lambda x: x.unflatten(-1, (-1, self.head_dim))  # noqa: E731
+        query, key, value = (heads(part(hidden_states)) for part in (self.q_proj, self.k_proj, self.v_proj))
+        if hasattr(self, "q_norm"):
+            norms: Any = self
+            query, key = norms.q_norm(query), norms.k_norm(key)
+        query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+        query, key = (rotary(x, *position_embeddings) for x in (query, key))
+        window = getattr(self, "sliding_window", None)
+        settings = {"scaling": self.scaling, "sliding_window": window, **kwargs}
+        out, none = segment_attention(self, query, key, value, settings.pop("attention_mask", None), **settings)
+        return self.o_proj(out.flatten(-2)), none
 
 
 class _Mlp(nn.Module):

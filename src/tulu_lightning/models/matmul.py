@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from tulu_lightning.core.matmul import fp32_library
 from tulu_lightning.models.tiles import Tile, tiles
 from tulu_lightning.types import Span
 
@@ -59,13 +60,14 @@ class _Attention(torch.autograd.Function):
         ctx: Any, query: Tensor, key: Tensor, value: Tensor, cut: _Cut, scale: float, dtype: torch.dtype
     ) -> Tensor:
         heads, group = key.shape[1], query.shape[1] // key.shape[1]
-        q, k, v = (_fold(x, heads, dtype) for x in (query, key, value))
-        out = q.new_empty(heads, q.shape[1], v.shape[2])
+        folded = [_fold(x, heads, dtype) for x in (query, key, value)]
+        q, k, v = (x.to(_products(dtype)) for x in folded)
+        out = folded[0].new_empty(heads, q.shape[1], v.shape[2])
         for tile, bias in zip(*cut, strict=True):
             rows = slice(tile.start * group, tile.end * group)
             p = _probabilities(q[:, rows], _ranges(k, tile.keys), bias, scale)
-            out[:, rows] = torch.bmm(p.to(dtype), _ranges(v, tile.keys))
-        ctx.save_for_backward(q, k, v)
+            out[:, rows] = torch.bmm(p.to(v.dtype), _ranges(v, tile.keys))
+        ctx.save_for_backward(*folded)
         ctx.cut, ctx.scale = cut, scale
         ctx.inputs = [torch.empty_like(x, device="meta") for x in (query, key, value)]
         # [heads, T x group, width] -> [1, T, heads x group, width]
@@ -74,7 +76,7 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        q, k, v = ctx.saved_tensors
+        q, k, v = (x.to(_products(x.dtype)) for x in ctx.saved_tensors)
         heads, tokens = k.shape[:2]
         group, work = q.shape[1] // tokens, _work(q.dtype)
         with torch.autocast(q.device.type, enabled=False):
@@ -92,6 +94,11 @@ class _Attention(torch.autograd.Function):
                 _add(dk, tile.keys, torch.bmm(ds.transpose(1, 2), q[:, rows]))
         dq, dk = dq.mul_(ctx.scale), dk.mul_(ctx.scale)
         return (*(_unfold(x, like, heads) for x, like in zip((dq, dk, dv), ctx.inputs, strict=True)), None, None, None)
+
+
+def _products(dtype: torch.dtype) -> torch.dtype:
+    """What products of values and of gradients run in: where fp32 products are fast, tiles of bf16 ones are no faster."""
+    return torch.float32 if dtype == torch.bfloat16 and fp32_library() == "default" else dtype
 
 
 def _work(dtype: torch.dtype) -> torch.dtype:

@@ -15,7 +15,7 @@ from tulu_lightning.core.schedules import ScheduleName, lr_factor
 from tulu_lightning.core.settings import require
 from tulu_lightning.errors import InputError
 
-__all__ = ["AdamW", "NonFiniteError", "clip", "differing", "samples"]
+__all__ = ["AdamW", "NonFiniteError", "clip", "differing", "sample", "samples"]
 
 FUSED = ("cpu", "cuda", "mps", "xpu")
 """Devices that have a fused AdamW; on CPU it is several times as fast as the default."""
@@ -151,13 +151,14 @@ def _owners(tensor: Tensor) -> int:
 
 def samples(parameters: Iterable[nn.Parameter]) -> list[Tensor]:
     """Copies of some weights of each tensor that is trained and stored in bf16 (this rank's part of it)."""
-    result = []
-    for parameter in parameters:
-        if parameter.requires_grad and parameter.dtype == torch.bfloat16:
-            own = parameter.to_local() if isinstance(parameter, DTensor) else parameter
-            flat = own.detach().reshape(-1)
-            result.append(flat[:: max(1, len(flat) // SAMPLE)].clone())
-    return result
+    return [sample(one) for one in parameters if one.requires_grad and one.dtype == torch.bfloat16]
+
+
+def sample(tensor: Tensor) -> Tensor:
+    """A copy of some elements of a tensor (of this rank's part of it), evenly spread: all of up to twice `SAMPLE`."""
+    own = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    flat = own.detach().reshape(-1)
+    return flat[:: max(1, len(flat) // SAMPLE)].clone()
 
 
 def differing(before: Sequence[Tensor], after: Sequence[Tensor]) -> Tensor:

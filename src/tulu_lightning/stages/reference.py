@@ -18,9 +18,11 @@ from torch import Tensor
 from tulu_lightning.core.pairs import Pair, side_sums
 from tulu_lightning.core.settings import require
 from tulu_lightning.data.rows import Documents
+from tulu_lightning.errors import InputError
 from tulu_lightning.models.backbone import PackedLM
 from tulu_lightning.models.lora import without_adapters
 from tulu_lightning.models.sharding import Fsdp2
+from tulu_lightning.stages.optimizer import sample
 from tulu_lightning.stages.reference_cache import LogpCache
 from tulu_lightning.stages.stage import Stage
 from tulu_lightning.types import Pack
@@ -74,6 +76,7 @@ class StartModel:
     def __init__(self, stage: Stage, settings: Reference) -> None:
         self.stage, self.settings = stage, settings
         self.cache = LogpCache(stage, settings.folder, self._ask)
+        self._built: dict[str, Tensor] = {}  # bytes of some of each tensor as it was loaded
         self._copy: PackedLM | None = None  # held here and not by the stage: neither trained nor saved
         self._known: dict[str, Tensor] = {}
         self._tables: dict[str, Tensor] = {}
@@ -100,6 +103,8 @@ class StartModel:
     def build(self) -> None:
         """Load the copy that `live` asks under full fine-tuning; the policy is built by now."""
         backbone = self.stage.backbone
+        if self.settings.mode == "cached" and not self._built:
+            self._built = self._sampled()
         if self.settings.mode == "live" and backbone.lora is None and self._copy is None:
             config = replace(backbone, activation_checkpointing=False)
             frozen = lambda: PackedLM(config, self.stage.folder).requires_grad_(False)  # noqa: E731
@@ -119,9 +124,11 @@ class StartModel:
         """Have the numbers of all rows of the named documents: from the checkpoint, the disk, or computed now.
 
         Raises:
-            InputError: what `LogpCache.load_or_compute` finds.
+            InputError: what `LogpCache.load_or_compute` finds; or the policy, which is asked for them, is not the start
+                model any more, although it has made no step.
         """
         if self.settings.mode == "cached":
+            self._require_start()
             # By the rows' content: numbers that a checkpoint brought are never those of other rows.
             digests = {name: documents.digest() for name, documents in sets.items()}
             for name, documents in sets.items():
@@ -129,6 +136,27 @@ class StartModel:
             self._tables = {name: self._known[digest] for name, digest in digests.items()}
         elif self._copy is not None and not isinstance(self.stage.trainer.strategy, Fsdp2):
             self._copy.to(self.stage.device)
+
+    def _sampled(self) -> dict[str, Tensor]:
+        """Bytes of some elements of each of the policy's tensors, without adapters, which are off when it is asked."""
+        self.stage.model.state_dict()  # FSDP2 puts its shards back for it
+        named = self.stage.model.named_parameters()
+        return {name: sample(one).cpu().view(torch.uint8) for name, one in named if ".lora_" not in name}
+
+    def _require_start(self) -> None:
+        """Refuse to keep, as those of the start weights, numbers of weights that were changed in Python since."""
+        if self.stage.step and self.stage.backbone.lora is None:
+            return  # trained: then nothing is computed
+        now = self._sampled()
+        changed = [name for name, was in self._built.items() if not torch.equal(was, now[name])]
+        strategy: Any = self.stage.trainer.strategy
+        if strategy.reduce_boolean_decision(bool(changed), all=False):
+            what = f"its weights were changed after they were loaded{f' ({changed[0]})' if changed else ''}"
+            told = f"{what}, and the reference log-probs of a run are kept under those of the folder"
+            remedy = (
+                "Save the model into a folder of its own and start from that, or set model.init_args.reference to live."
+            )
+            raise InputError(self.stage.start, told, remedy)
 
     def _completed(self, name: str, documents: Documents, known: Tensor | None) -> Tensor:
         """The numbers of a set's rows, with those that are needed and not known yet.

@@ -69,9 +69,10 @@ class SFT(Stage):
         totals = over_rows(SourceLoss([source.name for source in data.sources]), self._trainer).to(self.device)
         for pack in batch.packs:
             weight_N = self._weights(pack)
-            stats = self.model(pack, weight_N=weight_N / denominator, noise_TD=self._noise(pack, batch.step))
-            assert stats.nll is not None
-            self.backward_sum(stats.nll, 1.0)  # the weights hold the division already
+            with self.accumulating():  # around the forward, too, which makes the head's gradient
+                stats = self.model(pack, weight_N=weight_N / denominator, noise_TD=self._noise(pack, batch.step))
+                assert stats.nll is not None
+                self.backward_sum(stats.nll, 1.0)  # the weights hold the division already
             totals.update(pack, stats.logp_N, weight_N, [data.source_of(row) for row in pack.rows])
         norm = self.update(self.optimizer, self.optimizers(), self.model.parameters())
         values = totals.compute()

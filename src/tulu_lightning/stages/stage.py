@@ -10,6 +10,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
 from typing import Any, ClassVar
 
 import lightning as L
@@ -19,6 +20,7 @@ from torchmetrics import Metric
 
 from tulu_lightning.assets.models import generation_eos, resolve_model
 from tulu_lightning.checkpoints.identity import Value, config_digest, flat, weights_digest
+from tulu_lightning.core.gradients import accumulating
 from tulu_lightning.data import chat
 from tulu_lightning.data.base import StepData
 from tulu_lightning.data.packed import PackedData
@@ -30,12 +32,7 @@ from tulu_lightning.models.sharding import Fsdp2, check_integers
 from tulu_lightning.ranks import data_place, over_rows
 from tulu_lightning.rollout.local import LocalEngine
 from tulu_lightning.stages import saving
-from tulu_lightning.stages.checks import (
-    check_processes,
-    check_trainer,
-    check_validation,
-    warn_of_bf16_weights,
-)
+from tulu_lightning.stages.checks import check_processes, check_trainer, check_validation, warn_of_bf16_weights
 from tulu_lightning.stages.optimizer import AdamW, NonFiniteError, clip, differing, samples
 
 __all__ = ["NonFiniteError", "Stage"]
@@ -198,7 +195,12 @@ class Stage(L.LightningModule):
 
     def backward_sum(self, loss_sum: Tensor, denominator: float) -> None:
         """Backward of a summed loss, divided once by the global denominator; × ranks undoes gradient averaging."""
-        self.manual_backward(loss_sum * (self.place[1] / denominator))
+        with self.accumulating():
+            self.manual_backward(loss_sum * (self.place[1] / denominator))
+
+    def accumulating(self) -> AbstractContextManager[None]:
+        """Within this, large gradients are added to `.grad` where they are made (`core.gradients`), but not sharded ones."""
+        return accumulating(not isinstance(self._strategy(), Fsdp2))
 
     def update(
         self, settings: AdamW, optimizer: Any, parameters: Iterable[nn.Parameter], network: str = "policy"
