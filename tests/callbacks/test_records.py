@@ -30,10 +30,8 @@ def test_what_is_not_finite_is_written_as_null(tmp_path):
 
 def test_a_skipped_update_is_counted_in_its_own_step(tmp_path):
     stage = runs.sft()
-    backward = stage.backward_sum
-    stage.backward_sum = lambda loss, denominator: backward(
-        loss * (float("nan") if stage.step == 1 else 1.0), denominator
-    )
+    weights = stage._weights
+    stage._weights = lambda pack: weights(pack) * (float("nan") if stage.step == 1 else 1.0)
     runs.fit(stage, runs.sft_data(max_steps=3), tmp_path)
     rows = [strict(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [row["skipped_updates"] for row in rows] == [0.0, 1.0, 0.0]

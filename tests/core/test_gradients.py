@@ -108,7 +108,7 @@ def test_a_loss_that_was_added_already_is_not_multiplied_afterwards():
     hidden = torch.ones(ROWS, WIDTH, requires_grad=True)
     with accumulating():
         loss = nll(hidden, weight, target, weights)
-        with pytest.raises(RuntimeError, match=r"added already.*multiplied by 2"):
+        with pytest.raises(RuntimeError, match=r"added already.*multiplied by 2.0: put the factor into the weights"):
             (2 * loss).backward()
 
 

@@ -74,8 +74,9 @@ class _WeightedNll(torch.autograd.Function):
         grads, ctx.grads = ctx.grads, None
         if up.device.type != "cpu" or up != 1:  # elsewhere, looking would wait for the device
             if ctx.placed:
+                told = f"the head's gradient has been added already, and now it is to be multiplied by {float(up)}"
                 raise RuntimeError(
-                    f"the head's gradient has been added already, and now it is to be multiplied by {up}"
+                    f"{told}: put the factor into the weights, or make the loss outside of `accumulating`"
                 )
             for grad in grads:
                 if grad is not None:
