@@ -97,6 +97,9 @@ def test_the_loss_holds_a_chunk_of_logits_and_the_heads_gradient():
     few = Pass(1000, 10)
     assert pass_bytes(Network(SMALL), few)["loss"] == 2 * 10 * 300 * 4 + 300 * 64 * 4
     assert pass_bytes(Network(SMALL, lora=4), few)["loss"] == 2 * 10 * 300 * 4
+    assert pass_bytes(Network(SMALL), few._replace(in_place=True))["loss"] == 2 * 10 * 300 * 4
+    stored_low = Network(SMALL, weight_bytes=2)
+    assert pass_bytes(stored_low, few._replace(in_place=True))["loss"] == 2 * 10 * 300 * 4 + 300 * 64 * 4
     many = Pass(100_000, 100_000)
     assert pass_bytes(Network(SMALL), many)["loss"] == 2 * (64 << 20) + 300 * 64 * 4
     assert "loss" not in pass_bytes(Network(SMALL, scalar_head=True), many)

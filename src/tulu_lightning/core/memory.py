@@ -143,6 +143,8 @@ class Pass(NamedTuple):
     tensor_parallel: int = 1
     residual_bytes: int = FP32
     """Of the stream between layers: fp32 under autocast, the lower dtype under FSDP2's policy."""
+    in_place: bool = False
+    """Whether the head's gradient is added where it is made (`core.gradients`): unsharded, on a CPU."""
 
 
 def activation_bytes(network: Network, this: Pass) -> float:
@@ -184,7 +186,8 @@ def _backward_bytes(arch: Architecture, this: Pass) -> float:
 def pass_bytes(network: Network, this: Pass) -> dict[str, float]:
     """Activations and the loss of one pass.
 
-    The loss holds a chunk of logits, and where the head trains its whole gradient beside the one that is summed up.
+    The loss holds a chunk of logits, and where the head trains its whole gradient beside the one that is summed up, unless
+    it is added in place (which takes fp32 weights).
     """
     arch = network.arch
     parts = {"activations": activation_bytes(network, this)}
@@ -193,8 +196,8 @@ def pass_bytes(network: Network, this: Pass) -> dict[str, float]:
     if network.scalar_head:
         return parts
     logits = min(this.scored * arch.vocabulary * FP32, LOSS_CHUNK[this.device]) * LOGIT_COPIES
-    trains_head = network.trained and not network.lora
-    parts["loss"] = logits + (arch.head * FP32 if trains_head else 0)
+    beside = network.trained and not network.lora and not (this.in_place and network.weight_bytes == FP32)
+    parts["loss"] = logits + (arch.head * FP32 if beside else 0)
     if this.compute_bytes < FP32:
         parts["loss"] += arch.head * this.compute_bytes  # the head's weights in the lower dtype
     return parts

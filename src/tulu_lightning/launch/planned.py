@@ -115,6 +115,7 @@ class Planned:
             self.device,
             self.layout.tensor_parallel,
             self.compute_bytes if self.layout.sharded else 4,
+            self.device == "cpu" and not self.layout.sharded,
         )
         return dict.fromkeys(self.networks, this)
 
@@ -294,7 +295,5 @@ def _sizes(kind: str, model: Any, data: Any, rows: int | None) -> Sizes:
 
 
 def _keep(callbacks: list[Any]) -> int:
-    for callback in callbacks:
-        if str(_get(callback, "class_path")).endswith(".Checkpoints"):
-            return int(_get(callback, "init_args", "keep") or 1)
-    return 0
+    saving = (callback for callback in callbacks if str(_get(callback, "class_path")).endswith(".Checkpoints"))
+    return next((int(_get(callback, "init_args", "keep") or 1) for callback in saving), 0)
