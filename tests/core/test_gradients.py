@@ -92,6 +92,7 @@ def test_there_is_room_for_what_nobody_else_waits_for():
         assert not room.any()
         assert room_for(weight.detach()) is None, "frozen"
         assert room_for(weight * 1) is None, "not a leaf"
+        assert room_for(weight.detach().bfloat16().requires_grad_()) is None, "small parts would be rounded away"
         with accumulating(False):
             assert room_for(weight) is None
         weight.register_post_accumulate_grad_hook(lambda parameter: None)

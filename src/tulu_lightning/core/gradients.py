@@ -45,10 +45,12 @@ def room_for(parameter: Tensor) -> Tensor | None:
 
     Returns:
         The tensor that is its `.grad` now; None where autograd is to have the gradient: outside of `accumulating`, off
-        the CPU, and of what is no plain parameter.
+        the CPU, of what is no plain parameter, and of one stored in bf16, where each small part that is added to a sum
+        would be rounded to the sum's digits.
     """
     plain = type(parameter) in (Tensor, torch.nn.Parameter) and parameter.is_leaf and parameter.requires_grad
-    if not (_on.get() and plain and parameter.device.type == "cpu") or _hooked(parameter):
+    wide = parameter.device.type == "cpu" and parameter.dtype == torch.float32
+    if not (_on.get() and plain and wide) or _hooked(parameter):
         return None
     if parameter.grad is None:
         parameter.grad = torch.zeros_like(parameter, requires_grad=False)

@@ -189,6 +189,6 @@ def weighted_nll(
     chunk = chunk_bytes or CHUNK_BYTES.get(hidden_ND.device.type, CHUNK_BYTES["cuda"])
     with torch.autocast(hidden_ND.device.type, enabled=False):  # dtypes here are chosen by hand
         train = torch.is_grad_enabled()
-        room_VD = room_for(head_VD) if train and head_VD.requires_grad and head_VD.dtype == torch.float32 else None
+        room_VD = room_for(head_VD) if train else None
         made: Any = _WeightedNll.apply(hidden_ND, head_VD, target_N, weight_N, train, chunk, fused, room_VD)
         return WeightedNll(*made)

@@ -35,17 +35,15 @@ def use_fast_layers(module: nn.Module) -> nn.Module:
     """Let a model's layers compute that way; subclasses of the known ones are left alone."""
     if fp32_library() == "default":  # else fp32 products and attention are oneDNN's too, which takes more of them
         os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(KERNELS))  # read at its first product
+    kinds = ((NORMS, _Norm), (ATTENTIONS, _Attention), (MLPS, _Mlp))
+    known = {name: forward for names, forward in kinds for name in names}
     for part in module.modules():
         if type(part) is nn.Linear:
             part.__class__ = _Linear
         elif type(part) is nn.Embedding:
             part.__class__ = _Embedding
-        elif type(part).__name__ in NORMS and type(part).__module__.startswith("transformers."):
-            part.__class__ = _over(_Norm, type(part))
-        elif type(part).__name__ in ATTENTIONS and type(part).__module__.startswith("transformers."):
-            part.__class__ = _over(_Attention, type(part))
-        elif type(part).__name__ in MLPS and type(part).__module__.startswith("transformers."):
-            part.__class__ = _over(_Mlp, type(part))
+        elif type(part).__module__.startswith("transformers.") and type(part).__name__ in known:
+            part.__class__ = _over(known[type(part).__name__], type(part))
     return module
 
 
@@ -92,7 +90,7 @@ class _Embedding(nn.Embedding):
     def forward(self, input: Tensor) -> Tensor:
         plain = self.max_norm is None and not self.scale_grad_by_freq and not self.sparse
         trained = torch.is_grad_enabled() and self.weight.requires_grad
-        if not (plain and trained and input.device.type == "cpu" and not torch.compiler.is_compiling()):
+        if not (plain and trained and _ours(input)):
             return super().forward(input)
         return embed(input, self.weight, self.padding_idx)
 
