@@ -369,7 +369,7 @@ def test_rows_come_from_a_file_of_the_users(tmp_path):
     use_file("toy set", tmp_path / "rows.jsonl")
     assert data.read() == [{"a": 1}, {"a": 2}]
     (tmp_path / "rows.jsonl").write_text('{"a": 1}\n{"a"\n')
-    with pytest.raises(InputError, match=r"rows\.jsonl, line 2: it is not JSON"):
+    with pytest.raises(InputError, match=r"rows\.jsonl, line 2: the line is not JSON"):
         data.read()
     with pytest.raises(InputError, match="no such file"):
         use_file("toy set", tmp_path / "none.jsonl")

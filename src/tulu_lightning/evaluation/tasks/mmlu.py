@@ -34,7 +34,7 @@ SUBJECTS = (
 
 
 def _from_hub(row: Mapping[str, Any], subject: str | None) -> Row:
-    return {**row, "subject": row.get("subject") or subject}
+    return row if subject is None else {**row, "subject": row.get("subject") or subject}
 
 
 def _data(name: str, split: str, count: int) -> DataSet:
