@@ -491,6 +491,31 @@ def test_the_mean_over_tasks_has_an_interval(tmp_path, capsys, monkeypatch):
     assert re.search(r"\+0\.0 \[-\d+\.\d, \+\d+\.\d\]", line)
 
 
+def test_a_metric_beyond_shares_has_its_own_interval_and_no_part_in_the_mean(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "160")
+    bleu = result([20.0, 30.0] * 20, task="bleu", bounded=False)
+    low, high = bleu.interval
+    assert 20 < low < bleu.score == 25 < high < 30
+    show([[bleu, result([1.0, 0.0], task="a"), result([0.0, 0.0], task="b")]], tmp_path)
+    said = capsys.readouterr().out
+    assert f"25.0 [{low:.1f}, {high:.1f}]" in said
+    assert re.search(r"mean +25\.0 \[", said)  # of a and b
+
+
+def test_the_settings_hash_knows_template_engine_dtype_and_seed(tiny):
+    tokenizer, given = AutoTokenizer.from_pretrained(tiny), task()
+    toy = model(tokenizer)._replace(manner=("local", "float32"))
+    tokenizer.chat_template = chat.chat_template("chatml", tokenizer).jinja
+
+    def hash_of(seed=0, **changes):
+        return run_task(given, given.examples(), toy._replace(**changes), seed=seed).settings
+
+    own = Asker(tokenizer, None, "toy")
+    hashes = [hash_of(), hash_of(seed=1), hash_of(manner=("local", "bfloat16")), hash_of(asker=own)]
+    assert len(set(hashes)) == 4
+    assert hash_of(digest="e", name="another") == hashes[0]
+
+
 def test_results_of_other_commands_stay(tmp_path, capsys):
     coins, again, sums = result([1.0, 0.0]), result([1.0, 1.0]), result([0.0, 1.0], task="sums")
     show([[coins]], tmp_path)

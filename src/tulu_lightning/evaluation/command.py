@@ -160,18 +160,23 @@ def show(results: Sequence[Sequence[TaskResult]], out: Path) -> None:
     record: list[dict[str, Any]] = []
     differences: list[tuple[float, float, float]] = []
     for place, result in enumerate(first):
-        cells = [result.task, str(result.n), _share(result.score, *result.interval)]
-        entry = dict(result.summary())
+        beside = [result, *(other[place] for other in others)]
+        shares = all(each.bounded for each in beside)  # else a number of the metric's own, which is no percentage
+        scores = [_share(each.score, *each.interval, scale=100 if shares else 1) for each in beside]
+        cells, entry = [result.task, str(result.n), *scores], dict(result.summary())
         if others:
             other = others[0][place]
             difference = compare_results(other, result)
-            differences.append((difference.difference, difference.low, difference.high))
-            cells += [_share(other.score, *other.interval), _points(*differences[-1])]
+            points = difference.difference, difference.low, difference.high
+            differences += [points] if shares else []
+            cells += [_points(*points, scale=100 if shares else 1)]
             entry |= {"against": other.summary(), "difference": asdict(difference)}
         record.append(entry)
         table.add_row(*(Text(cell) for cell in (*cells, result.metric)))
-    if len(first) > 1:
-        means = [_share(*mean_of([(each.score, *each.interval) for each in model])) for model in results]
+    averaged = [place for place in range(len(first)) if all(model[place].bounded for model in results)]
+    if len(averaged) > 1:
+        scored = [[(model[i].score, *model[i].interval) for i in averaged] for model in results]
+        means = [_share(*mean_of(each)) for each in scored]
         gained = [_points(*mean_of(differences))] if differences else []
         table.add_row(*(Text(cell) for cell in ("mean", "", *means, *gained, "each task counts the same")))
     Console().print(table)
@@ -204,9 +209,9 @@ def _title(results: Sequence[Sequence[TaskResult]]) -> str:
     return f"{names}: scores in %, with {results[0][0].confidence:.0%} intervals"
 
 
-def _share(score: float, low: float, high: float) -> str:
-    return f"{100 * score:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
+def _share(score: float, low: float, high: float, scale: float = 100) -> str:
+    return f"{scale * score:.1f} [{scale * low:.1f}, {scale * high:.1f}]"
 
 
-def _points(difference: float, low: float, high: float) -> str:
-    return f"{100 * difference:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
+def _points(difference: float, low: float, high: float, scale: float = 100) -> str:
+    return f"{scale * difference:+.1f} [{scale * low:+.1f}, {scale * high:+.1f}]"

@@ -85,14 +85,15 @@ def run_harness(
     digest = weights_digest(resolve_model(path))
     found = []
     for task, samples in done["samples"].items():
-        settings = _settings(done["configs"].get(task, {}), done["versions"].get(task), limit, seed, chat)
-        version = _version(done["versions"].get(task))
+        config, told = done["configs"].get(task, {}), done["versions"].get(task)
+        settings = _settings(config, told, [limit, seed, chat, engine.kind, engine.dtype])
+        version = _version(told)
         for name, items in _by_metric(task, samples).items():
             template = "model" if chat else ""
             metric = name.partition("/")[2]
-            found.append(
-                TaskResult(f"{PREFIX}{name}", version, settings, metric, "micro", path, digest, template, items)
-            )
+            bounded = all(0 <= item["score"] <= 1 for item in items)
+            named = f"{PREFIX}{name}", version, settings, metric
+            found.append(TaskResult(*named, "micro", path, digest, template, items, bounded=bounded))
     return found
 
 
@@ -104,10 +105,10 @@ def _version(told: Any) -> int:
         return 1
 
 
-def _settings(config: Mapping[str, Any], version: Any, limit: int | None, seed: int, chat: bool) -> str:
+def _settings(config: Mapping[str, Any], version: Any, others: Sequence[Any]) -> str:
     """Hash of everything but the weights. Functions of a task count by their name, so that the hash is the same tomorrow."""
     plain = json.dumps(
-        [config, version, limit, seed, chat], sort_keys=True, default=lambda v: getattr(v, "__name__", str(type(v)))
+        [config, version, *others], sort_keys=True, default=lambda v: getattr(v, "__name__", str(type(v)))
     )
     return hashlib.sha256(plain.encode()).hexdigest()[:16]
 

@@ -60,7 +60,8 @@ class TaskResult:
     task: str
     version: int
     settings: str
-    """`Task.settings`."""
+    """Hash of what the score belongs to: `Task.settings`, and of a model that is not in training its template's name, its kind
+    of engine, dtype and seed."""
     metric: str
     average: Average
     model: str
@@ -69,6 +70,8 @@ class TaskResult:
     template: str
     items: tuple[Item, ...]
     confidence: float = 0.95
+    bounded: bool = True
+    """Whether a score lies in [0, 1] by what it is; one of the harness's metrics may not (BLEU goes to 100)."""
 
     @property
     def n(self) -> int:
@@ -102,7 +105,7 @@ class TaskResult:
         if self.average == "micro" and set(self.per_item) <= {0.0, 1.0}:
             return wilson(sum(self.per_item), self.n, self.confidence)
         _, low, high = gain(Paired([0.0] * self.n, self.per_item, self._groups_of_items), self.confidence)
-        return max(0.0, low), min(1.0, high)
+        return (max(0.0, low), min(1.0, high)) if self.bounded else (low, high)
 
     @property
     def _groups_of_items(self) -> list[str] | None:

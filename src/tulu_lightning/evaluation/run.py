@@ -10,7 +10,7 @@ from tulu_lightning.core.step_plan import mix_seed
 from tulu_lightning.evaluation.asking import Asker, answer_text
 from tulu_lightning.evaluation.result import Answer, Item, TaskResult, pass_at_k
 from tulu_lightning.evaluation.sheet import Sheet, Text, is_answered
-from tulu_lightning.evaluation.task import Example, Task
+from tulu_lightning.evaluation.task import Example, Task, digest_of
 from tulu_lightning.rollout.engine import Engine, Progress
 from tulu_lightning.rollout.local import LocalEngine
 from tulu_lightning.rollout.scoring import Job, PoolLimits, Scorer, response_text
@@ -96,6 +96,8 @@ def run_task(
     items = [done.items[example.key] for example in examples]
     named = model.asker.template
     template = "" if not task.chat else "model" if named is None else named.name
+    if model.manner:  # a training run has one manner and one template, so its tasks' settings are all there is
+        settings = digest_of([settings, template, list(model.manner), seed])
     return TaskResult(
         task=task.name,
         version=task.version,
