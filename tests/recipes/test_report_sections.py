@@ -83,6 +83,19 @@ def test_scores_taken_otherwise_are_marked():
     assert "°" not in task_table(run_of(EMPTY._replace(before=task(0.1), after=task(0.4))))
 
 
+def test_scores_taken_otherwise_are_neither_the_best_nor_in_a_mean():
+    sft = EMPTY._replace(
+        before=task(0.1), after=task(0.2), tasks={when: {"b": task(0.3)} for when in ("before", "after")}
+    )
+    dpo = EMPTY._replace(name="dpo", after=task(0.9, "other"), tasks={"after": {"b": task(0.4)}})
+    table = task_table(run_of(sft, dpo))
+    assert "<b>20.0</b>" in table
+    assert "90.0°" in table
+    assert "<b>90.0" not in table
+    assert "65.0" not in table  # the mean of 90 and 40
+    assert "<b>25.0</b>" in table  # that of 20 and 30
+
+
 def test_one_checkpoint_makes_no_table():
     assert task_table(run_of(EMPTY._replace(before=task(0.1)))) == ""
 

@@ -68,17 +68,18 @@ def task_table(run: RunRecord) -> str:
     if len(found) < 2:
         return ""
     tasks = list(dict.fromkeys(task for checkpoint in found for task in checkpoint.scores))
-    rows, best = [], []
+    rows, best, comparable = [], [], []
     for task in tasks:
         line = [checkpoint.scores.get(task) for checkpoint in found]
         first = next(s for s in line if s is not None)
         n = f"n = {first.n:,}" if first.n else ""
-        rows.append(
-            [Cell(task, n), *(_cell(s, s is not None and s.settings_hash != first.settings_hash) for s in line)]
-        )
-        best.append(_best([None if s is None else s.accuracy for s in line]))
+        apart = [s is not None and s.settings_hash != first.settings_hash for s in line]
+        rows.append([Cell(task, n), *(_cell(s, other) for s, other in zip(line, apart, strict=True))])
+        alike = [None if other else s for s, other in zip(line, apart, strict=True)]
+        comparable.append(alike)
+        best.append(_best([None if s is None else s.accuracy for s in alike]))
     if len(tasks) > 1:
-        means = [_mean([checkpoint.scores.get(task) for task in tasks]) for checkpoint in found]
+        means = [_mean([line[place] for line in comparable]) for place in range(len(found))]
         rows.append([Cell(AVERAGE), *(Cell(NOTHING if m is None else f"{100 * m:.1f}") for m in means)])
         best.append(_best(means))
     table = cell_table(["Task", *(checkpoint.name for checkpoint in found)], rows, best=best)
