@@ -234,6 +234,13 @@ def test_the_page_hands_back_messages_in_parts_and_the_talk_goes_on(model):
     assert [message["content"] for message in last[0]] == ["Hi", first, "And?", expected]
 
 
+def test_a_turn_for_which_there_is_no_room_is_not_shown(model):
+    long = [{"role": "user", "content": "word " * 5000}, {"role": "assistant", "content": "Yes."}]
+    running = replies([model, model], [[], long], "And?", None, MANNER)
+    with pytest.raises(InputError, match=r"the model has 4096 positions. Start a new conversation"):
+        next(running)
+
+
 @pytest.mark.slow
 def test_a_terminal_is_asked_with_a_prompt_and_ctrl_d_leaves(folder):
     import os

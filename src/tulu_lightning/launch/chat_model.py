@@ -115,11 +115,11 @@ class ChatModel:
             raise InputError(self.name, what, f"Leave out --system, or use --template ({OURS}).") from error
         return self.tokenizer.encode(text, add_special_tokens=False)
 
-    def reply(self, messages: Sequence[chat.Message], manner: Manner) -> Iterator[str]:
-        """The assistant's next turn, in pieces as they are sampled.
+    def asked(self, messages: Sequence[chat.Message], manner: Manner) -> tuple[list[int], int]:
+        """Token ids of a conversation, and how many the answer may have.
 
         Raises:
-            InputError: the conversation leaves no room for an answer.
+            InputError: the conversation leaves no room for an answer, or see `prompt`.
         """
         prompt = self.prompt(messages)
         room = manner.max_new_tokens
@@ -127,7 +127,12 @@ class ChatModel:
             room = min(room, self.positions - len(prompt))
         if room < 1:
             what = f"the conversation is {len(prompt)} tokens long, and the model has {self.positions} positions"
-            raise InputError(self.name, what, "Start anew with /reset.")
+            raise InputError(self.name, what, "Start a new conversation (/reset in the terminal).")
+        return prompt, room
+
+    def reply(self, messages: Sequence[chat.Message], manner: Manner) -> Iterator[str]:
+        """The assistant's next turn, in pieces as they are sampled. Raises as `asked`."""
+        prompt, room = self.asked(messages, manner)
         sampling = Sampling(room, manner.temperature, self.stops, manner.top_p)
         stream = getattr(self.engine, "stream", None)
         tokens = (

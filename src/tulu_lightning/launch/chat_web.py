@@ -181,11 +181,13 @@ def replies(
         manner: how replies are sampled.
 
     Raises:
-        InputError: see `ChatModel.reply`.
+        InputError: see `ChatModel.asked`; then nothing was shown.
     """
     talks = [Conversation(model, system) for model in models]
     for talk, history in zip(talks, histories, strict=True):
         talk.messages += [{"role": m["role"], "content": _plain(m["content"])} for m in history or ()]
+    for talk in talks:  # before anything is shown: a turn that nobody answers would stay in the page's history
+        talk.model.asked([*talk.messages, {"role": "user", "content": text}], manner)
     shown = [[*talk.messages[bool(system) :], {"role": "user", "content": text}] for talk in talks]
     yield shown
     running = {place: talk.say(text, manner) for place, talk in enumerate(talks)}
