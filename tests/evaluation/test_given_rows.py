@@ -63,6 +63,7 @@ COUNTED = {"key": 1, "prompt": "Hi.", "instruction_id_list": ["count:words"], "k
         ("math", [BOXLESS], "row 1: .*no .boxed answer"),
         ("popqa", [{"id": 1}], "a row has no field 'prop_id'"),
         ("ifeval", [COUNTED], r"ifeval/1: .*count:words.* Correct the row"),
+        ("mmlu_pro", [MMLU_PRO_ROW | {"answer": None}], "mmlu_pro/70: its target is None"),
         ("mmlu_pro", [MMLU_PRO_ROW | {"answer": "all"}], r"mmlu_pro/70: 'all'"),
         ("mmlu_pro", [MMLU_PRO_ROW, MMLU_PRO_ROW | {"question": "Who?"}], "mmlu_pro/70: two rows .* are called so"),
     ],

@@ -171,7 +171,12 @@ class Task:
                 what = "two rows of the data set are called so"
                 raise InputError(f"task {self.name}, {example.key}", what, "Give each row an id or key of its own.")
             seen.add(example.key)
-            if complaint := judge.complaint(example.target):
+            text = isinstance(example.target, str)
+            if (
+                complaint := judge.complaint(example.target)
+                if text
+                else f"its target is {example.target!r}, not a text"
+            ):
                 remedy = "Correct the row, or leave it out: no answer to it could be judged."
                 raise InputError(f"task {self.name}, {example.key}", complaint, remedy)
 
