@@ -18,6 +18,7 @@ def no_files(monkeypatch):
 def no_judges(monkeypatch):
     """Likewise judges; and a server that fails is not asked again."""
     monkeypatch.setattr(judges, "_named", {})
+    monkeypatch.setattr(judges, "_looked_for", set())
     monkeypatch.setattr(judges, "RETRIES", 0)
 
 

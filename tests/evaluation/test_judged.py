@@ -3,15 +3,17 @@
 import json
 import math
 import random
+from dataclasses import replace
 
 import pytest
 import torch
 from transformers import AutoTokenizer
 
+from tulu_lightning.callbacks.suite import Suite
 from tulu_lightning.core.stats import bootstrap
 from tulu_lightning.data import chat
 from tulu_lightning.errors import InputError
-from tulu_lightning.evaluation import alpaca_judge
+from tulu_lightning.evaluation import alpaca_judge, judges
 from tulu_lightning.evaluation.alpaca_judge import AlpacaJudge, messages_of, preference_of, switched
 from tulu_lightning.evaluation.asking import Asker
 from tulu_lightning.evaluation.judges import use_judge
@@ -342,6 +344,40 @@ def test_what_is_wrong_is_told_before_weights_load(tiny, tmp_path, give, suite, 
     give("xstest", SAFETY_ROWS["xstest"])
     with pytest.raises(InputError, match=told):
         command(tiny, tmp_path, "--suite", suite, *(["--judge", judge] if judge else []))
+
+
+@pytest.mark.usefixtures("no_weights")
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (["--judge", "href=some-model@http://127.0.0.1:9/v1"], "--judge href: no task of these is judged by it"),
+        (["--lm_eval_path", "."], "--lm_eval_path: is given, and our own tasks do not read it"),
+        (["--lm_eval_chat"], "--lm_eval_chat: is given"),
+    ],
+)
+def test_an_option_that_no_task_reads_is_refused(tiny, tmp_path, give, options, told):
+    give("xstest", SAFETY_ROWS["xstest"])
+    with pytest.raises(InputError, match=told):
+        command(tiny, tmp_path, "--suite", "xstest", "--judge", "safety=keywords", *options)
+
+
+@pytest.mark.usefixtures("no_weights")
+@pytest.mark.parametrize("option", [["--template", "tulu"], ["--max_new_tokens", "9"]])
+def test_an_option_that_the_harness_does_not_read_is_refused(tiny, tmp_path, option):
+    with pytest.raises(InputError, match=rf"{option[0]}: is given, and lm_eval: tasks do not read it"):
+        command(tiny, tmp_path, "--suite", "lm_eval:hellaswag", *option)
+
+
+def test_what_no_task_of_a_run_reads_is_refused_too(tmp_path, give):
+    give("xstest", SAFETY_ROWS["xstest"])
+    suite = Suite(["xstest"], judges={"safety": "keywords"})
+    assert len(suite.read()[0][1]) == len(SAFETY_ROWS["xstest"])
+    with pytest.raises(InputError, match=r"Evaluate\.suite\.judges\.href: no task"):
+        replace(suite, judges={**suite.judges, "href": "m@http://127.0.0.1:9/v1"}).read()
+    judges._named.pop("href")
+    (tmp_path / "x.jsonl").write_text("{}")
+    with pytest.raises(InputError, match=r"Evaluate\.suite\.data\.xstst: no task .*'xstest'"):
+        replace(suite, data={"xstst": str(tmp_path / "x.jsonl")}).read()
 
 
 @pytest.mark.usefixtures("no_weights")

@@ -18,9 +18,9 @@ from tulu_lightning.core.promotion import HELD_OUT
 from tulu_lightning.core.settings import require
 from tulu_lightning.errors import InputError, nearest
 from tulu_lightning.evaluation.heldout import Scores
-from tulu_lightning.evaluation.judges import use_judge
+from tulu_lightning.evaluation.judges import check_judges, use_judge
 from tulu_lightning.evaluation.result import TaskResult
-from tulu_lightning.evaluation.rows import use_file
+from tulu_lightning.evaluation.rows import check_used, use_file
 from tulu_lightning.evaluation.suite import SUITES, TASKS, find_tasks
 from tulu_lightning.evaluation.task import Example, Task
 
@@ -77,14 +77,17 @@ class Suite:
         """The tasks with the items that are asked.
 
         Raises:
-            InputError: as `resolve`; or a data set is not there, or a judge.
+            InputError: as `resolve`; or a data set is not there, or a judge; or one is named that no task has.
         """
         tasks = self.resolve()
         for name, path in self.data.items():
             use_file(name, path)
         for name, who in self.judges.items():
             use_judge(name, who)
-        return [(task, task.examples(self.limits.get(task.name, self.limit))) for task in tasks]
+        found = [(task, task.examples(self.limits.get(task.name, self.limit))) for task in tasks]
+        check_used(f"{WHERE}.data.")
+        check_judges(f"{WHERE}.judges.")
+        return found
 
 
 def _own_task(name: str) -> Task:

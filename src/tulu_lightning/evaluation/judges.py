@@ -15,7 +15,7 @@ from tulu_lightning.verifiers.chat_server import (
     with_tries,
 )
 
-__all__ = ["JUDGED", "KEYWORDS", "Source", "judge_of", "server_of", "use_judge"]
+__all__ = ["JUDGED", "KEYWORDS", "Source", "check_judges", "judge_of", "server_of", "use_judge"]
 
 KEYWORDS = "keywords"
 """What stands in place of a judge where a rule looks for phrases of refusal."""
@@ -31,6 +31,8 @@ JUDGED: Mapping[str, str] = {
 SECONDS, RETRIES, BACKOFF = 120.0, 4, 1.0
 
 _named: dict[str, "Source"] = {}
+_looked_for: set[str] = set()
+"""Names of judges that a task has asked for."""
 
 
 @dataclass(frozen=True)
@@ -98,12 +100,27 @@ def use_judge(name: str, given: str) -> None:
     _named[name] = Source(model, url)
 
 
+def check_judges(where: str = "--judge ") -> None:
+    """Refuse judges that no task has: whoever named one believes that it judges.
+
+    Args:
+        where: what stands before the name in the message.
+
+    Raises:
+        InputError: a judge of `use_judge` was asked for by no task that was read.
+    """
+    for name in _named:
+        if name not in _looked_for:
+            raise InputError(f"{where}{name}", "no task of these is judged by it", "Leave it out, or name its task.")
+
+
 def judge_of(name: str) -> Source:
     """The judge that was named.
 
     Raises:
         InputError: none was.
     """
+    _looked_for.add(name)
     if name not in _named:
         raise InputError(f"judge {name}", "none is named, and its answers cannot be scored without", f"{JUDGED[name]}.")
     return _named[name]

@@ -32,8 +32,11 @@ def use_file(name: str, path: str | Path) -> None:
     _given[name] = Path(path)
 
 
-def check_used() -> None:
+def check_used(where: str = "--data ") -> None:
     """Refuse files that nothing has read: a name with a slip in it would leave the real data in its place, unsaid.
+
+    Args:
+        where: what stands before the name in the message.
 
     Raises:
         InputError: a file of `use_file` is of a data set that no task has read.
@@ -41,7 +44,7 @@ def check_used() -> None:
     for name in _given:
         if name not in _read:
             what = f"no task of these reads a data set {name!r}"
-            raise InputError(f"--data {name}", what, nearest(name, sorted(_read)) if _read else "Leave it out.")
+            raise InputError(f"{where}{name}", what, nearest(name, sorted(_read)) if _read else "Leave it out.")
 
 
 def is_given(name: str) -> bool:

@@ -48,13 +48,14 @@ def main(argv: Sequence[str]) -> int:
         if (value := getattr(options, name)) is not None and value < 1:
             raise InputError(f"--{name}", f"is {value}", "Use at least 1.")
     from tulu_lightning.evaluation.harness import check_harness, split_suite
-    from tulu_lightning.evaluation.judges import use_judge
+    from tulu_lightning.evaluation.judges import check_judges, use_judge
     from tulu_lightning.evaluation.rows import check_used, use_file
     from tulu_lightning.evaluation.suite import find_tasks
 
     own, harness = split_suite(options.suite)
     if harness and options.devices > 1:
         raise InputError("--devices", "is above 1, and lm_eval: tasks run in one process", "Run them on their own.")
+    _check_read(options, own, harness)
     manager = check_harness(harness, options.lm_eval_path) if harness else None
     tasks = [task.capped(options.max_new_tokens) for task in find_tasks(own)]
     for option, pairs, use in (("--data", options.data, use_file), ("--judge", options.judge, use_judge)):
@@ -65,6 +66,7 @@ def main(argv: Sequence[str]) -> int:
             use(name, value)
     examples = [task.examples(options.limit) for task in tasks]  # every data set is there, or nothing is loaded
     check_used()
+    check_judges()
     from tulu_lightning.evaluation.command import check_models, evaluate_models, show
     from tulu_lightning.evaluation.ranks import join, start
 
@@ -82,6 +84,17 @@ def main(argv: Sequence[str]) -> int:
     if settings.together.first:
         show(results, Path(options.out))
     return 0
+
+
+def _check_read(options: argparse.Namespace, own: Sequence[str], harness: Sequence[str]) -> None:
+    """Refuse options that nothing would read: those of the harness without a task of it, and ours with nothing else."""
+    if not harness:
+        where, names = "our own tasks", ("lm_eval_path", "lm_eval_chat")
+    else:
+        where, names = "lm_eval: tasks", () if own else ("template", "max_new_tokens")
+    for name in names:
+        if getattr(options, name) not in (None, False):
+            raise InputError(f"--{name}", f"is given, and {where} do not read it", "Leave it out.")
 
 
 def _by_harness(names: Sequence[str], path: str, manager: Any, options: argparse.Namespace, settings: Any) -> list[Any]:
