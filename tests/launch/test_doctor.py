@@ -9,9 +9,11 @@ from pathlib import Path
 import pytest
 
 from tulu_lightning import cli
+from tulu_lightning.assets import compiled as assets_compiled
 from tulu_lightning.errors import InputError
-from tulu_lightning.launch import doctor, packages, smoke
+from tulu_lightning.launch import devices, doctor, packages, smoke
 from tulu_lightning.launch.findings import Finding
+from tulu_lightning.rollout import compiled
 
 ROOT = Path(__file__).parents[2]
 
@@ -35,6 +37,19 @@ def test_this_machine_runs_the_demo(capsys):
     assert by_name["attention, cpu, float32, documents"]["text"] == "matmul"
     assert all(finding["remedy"] for finding in found["findings"] if finding["state"] in ("warn", "fails"))
     assert by_name["SFT and GRPO"]["state"] == "off"
+
+
+def test_decoding_without_a_compiler_is_told_with_what_would_do(monkeypatch):
+    monkeypatch.setenv("TULU_COMPILE", "0")
+    for cached in (compiled.kernels, assets_compiled.load_compiled):
+        cached.cache_clear()
+    try:
+        found = devices._decoding()
+    finally:
+        for cached in (compiled.kernels, assets_compiled.load_compiled):
+            cached.cache_clear()
+    assert (found.state, found.text) == ("off", "because TULU_COMPILE is 0; PyTorch's operators are taken")
+    assert "g++" in found.remedy
 
 
 @pytest.mark.slow

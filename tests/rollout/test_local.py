@@ -25,7 +25,7 @@ def model(tiny):
     return model.eval()
 
 
-@pytest.fixture(scope="module", params=["auto", "transformers"])
+@pytest.fixture(scope="module", params=["auto", "torch", "transformers"])
 def build(request):
     """Engines of each way to decode."""
     return partial(LocalEngine.from_model, decode=request.param)

@@ -16,7 +16,8 @@ from transformers import (
     Qwen3Config,
 )
 
-from tulu_lightning.rollout import batch, cached_attention, packed_weights
+from tulu_lightning.rollout import batch, cached_attention, llama, packed_weights
+from tulu_lightning.rollout.compiled import kernels
 from tulu_lightning.rollout.engine import RefreshError
 from tulu_lightning.rollout.llama import LlamaLM, recognise
 from tulu_lightning.rollout.local import LocalEngine
@@ -24,7 +25,7 @@ from tulu_lightning.types import Completion, Sampling
 
 SHAPE = {
     "vocab_size": 300,
-    "hidden_size": 32,
+    "hidden_size": 64,
     "intermediate_size": 48,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
@@ -43,7 +44,7 @@ ROPE3 = {
 TAKEN = {
     "tied": LlamaConfig(**SHAPE, tie_word_embeddings=True),
     "llama 3 positions": LlamaConfig(**SHAPE, rope_parameters=ROPE3),
-    "wide heads": LlamaConfig(**SHAPE, head_dim=16),
+    "wide heads": LlamaConfig(**SHAPE, head_dim=32),
     "biases everywhere": LlamaConfig(**SHAPE, attention_bias=True, mlp_bias=True),
     "qwen 2": Qwen2Config(**SHAPE),
     "mistral without a window": MistralConfig(**SHAPE, sliding_window=None),
@@ -62,6 +63,14 @@ LEFT = {
 }
 GENERATOR = torch.Generator().manual_seed(0)
 LONG = torch.randint(1, 300, (130,), generator=GENERATOR).tolist()
+
+
+@pytest.fixture(params=["compiled", "torch"], autouse=True)
+def way(request, monkeypatch):
+    if request.param == "torch":
+        monkeypatch.setattr(llama, "kernels", lambda *_: None)
+    elif kernels("cpu", torch.float32, 4, 2, 16) is None:
+        pytest.skip("no C++ compiler")
 
 
 def build(config, seed: int = 0):

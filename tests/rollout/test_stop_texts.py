@@ -20,7 +20,7 @@ def tokenizer(tiny):
     return AutoTokenizer.from_pretrained(tiny)
 
 
-@pytest.fixture(scope="module", params=["auto", "transformers"])
+@pytest.fixture(scope="module", params=["auto", "torch", "transformers"])
 def engine(request, tiny):
     return LocalEngine.from_model(AutoModelForCausalLM.from_pretrained(tiny), max_rows=4, decode=request.param)
 

@@ -90,6 +90,20 @@ def _kernels(torch: Any, device: str) -> Iterator[Finding]:
             name = f"attention, {device}, {str(dtype).removeprefix('torch.')}, {kind}"
             yield Finding(KERNELS, name, "ok", "; ".join([text, *off]))
     yield Finding(KERNELS, f"head and loss, {device}", "ok", _loss(device))
+    if device == "cpu":
+        yield _decoding()
+
+
+def _decoding() -> Finding:
+    try:
+        from tulu_lightning.rollout.compiled import available
+    except Exception as error:
+        return failed_import(KERNELS, "decoding", error, "Install the packages again: `make setup`.")
+    there, said = available()
+    if there:
+        return Finding(KERNELS, "decoding, cpu", "ok", f"compiled by {said}")
+    remedy = "Install g++ (Debian: apt install g++): the engine in this process is faster with it."
+    return Finding(KERNELS, "decoding, cpu", "off", f"because {said}; PyTorch's operators are taken", remedy)
 
 
 def _loss(device: str) -> str:

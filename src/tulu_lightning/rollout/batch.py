@@ -6,10 +6,11 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from tulu_lightning.rollout.cached_attention import Slots, attention, merge
+from tulu_lightning.rollout.cached_attention import Slots
 from tulu_lightning.rollout.llama import Causal, LlamaLM
 from tulu_lightning.rollout.plan import Job, Row, Section
 from tulu_lightning.rollout.sampling import pick
+from tulu_lightning.rollout.step_attention import StepAttention
 from tulu_lightning.rollout.stop_texts import StopTexts, ended
 from tulu_lightning.types import Completion, Sampling
 
@@ -145,9 +146,7 @@ class Batch:
         """One token of each row from slot `first` on; hands out and removes those that are done."""
         slots = torch.arange(first, len(self.rows), device=self.lm.device)
         step_B, sampling = self.step_B[slots], self.sampling
-        token_B, logp_B = pick(
-            logits_BV, sampling.temperature, self.uniform_BL[slots, step_B], sampling.top_p, sampling.top_k
-        )
+        token_B, logp_B = self._pick(logits_BV, self.uniform_BL[slots, step_B])
         self.ids_BL[slots, step_B], self.logp_BL[slots, step_B] = token_B, logp_B
         self.drawn = token_B
         self.last_B[slots], self.step_B[slots] = token_B, step_B + 1
@@ -158,6 +157,12 @@ class Batch:
         yield {self.rows[first + i]: self._completion(first + i, bool(stop_B[i]), ends.get(i)) for i in done}
         if done:
             self._remove([first + i for i in done])
+
+    def _pick(self, logits_BV: Tensor, uniform_B: Tensor) -> tuple[Tensor, Tensor]:
+        how = self.sampling
+        if self.lm.compiled is not None and how.top_p == 1 and not how.top_k:
+            return self.lm.compiled.draw(logits_BV, how.temperature, uniform_B)
+        return pick(logits_BV, how.temperature, uniform_B, how.top_p, how.top_k)
 
     def _completion(self, slot: int, stopped: bool, end: int | None) -> Completion:
         length, stopped = end or int(self.step_B[slot]), stopped or end is not None
@@ -200,66 +205,8 @@ class Batch:
     def _decode(self) -> Tensor:
         """Logits after the last token of each running row."""
         count = len(self.rows)
-        attend = _Step(self, self.filled_B[:count])
+        attend = StepAttention(self.lm, self.own, self.shared, self.filled_B[:count], self.group_B, self.size_P)
         hidden_BD = self.lm.hidden(self.last_B[:count], self.position_B[:count], attend)
         self.filled_B[:count] += 1
         self.position_B[:count] += 1
         return self.lm.logits(hidden_BD)
-
-
-class _Step:
-    """Attention of one new token a row: over the row's own tokens, and over those that it shares."""
-
-    def __init__(self, batch: Batch, filled_B: Tensor) -> None:
-        self.own, self.shared, self.lm = batch.own, batch.shared, batch.lm
-        least, most = (int(x) for x in torch.aminmax(filled_B))
-        self.count, self.places = len(filled_B), most + 1
-        ragged = least < most
-        self.where = self.own.lines(filled_B) if ragged else most
-        self.own_mask = self._mask(filled_B + 1, self.places) if ragged else None
-        self.sizes = batch.size_P
-        if self.sizes:
-            size_P = torch.tensor(self.sizes, device=filled_B.device)
-            self.shared_mask = self._mask(size_P, max(self.sizes)) if min(self.sizes) < max(self.sizes) else None
-            self._arrange(batch.group_B)
-
-    def _mask(self, length_B: Tensor, places: int) -> Tensor:
-        """0 for the places of a row, -inf past them, [B, 1, 1, S]."""
-        past = torch.arange(places, device=length_B.device) >= length_B[:, None]
-        mask = torch.zeros(past.shape, dtype=self.lm.dtype, device=past.device).masked_fill_(past, -torch.inf)
-        return mask[:, None, None]
-
-    def _arrange(self, group_B: Sequence[int]) -> None:
-        """Rows of one group side by side, as many places for each group; None where they lie so already."""
-        members: list[list[int]] = [[] for _ in self.sizes]
-        for row, group in enumerate(group_B):
-            members[group].append(row)
-        self.members = max(map(len, members))
-        flat = [row for rows in members for row in [*rows, *([rows[0]] * (self.members - len(rows)))]]
-        where = [0] * len(group_B)
-        for group, rows in enumerate(members):
-            for at, row in enumerate(rows):
-                where[row] = group * self.members + at
-        self.gather = self.spread = None
-        if flat != list(range(self.count)):
-            self.gather, self.spread = (torch.tensor(x, device=self.lm.device) for x in (flat, where))
-
-    def __call__(self, layer: int, qkv: Tensor) -> Tensor:
-        """See `llama.Attend`."""
-        self.own.append(layer, qkv[:, self.lm.heads :], self.where)
-        q = qkv[:, : self.lm.heads].unflatten(1, (self.lm.key_heads, -1))
-        keys, values = self.own.read(layer, self.count, self.places)
-        own = attention(q, keys, values, self.own_mask)
-        seen = merge([self._over_shared(layer, q), own]) if self.sizes else own[0]
-        return seen.reshape(self.count, -1)
-
-    def _over_shared(self, layer: int, q: Tensor) -> tuple[Tensor, Tensor]:
-        """All rows of a group at once: the group's keys are read once, not once a row."""
-        groups, (_, heads, group, width) = len(self.sizes), q.shape
-        if self.gather is not None:
-            q = q[self.gather]
-        q = q.unflatten(0, (groups, self.members)).transpose(1, 2).reshape(groups, heads, -1, width)
-        keys, values = self.shared.read(layer, groups, max(self.sizes))
-        parts = attention(q, keys, values, self.shared_mask)
-        out, lse = (x.unflatten(2, (self.members, group)).transpose(1, 2).flatten(0, 1) for x in (parts[0], parts[1]))
-        return (out, lse) if self.spread is None else (out[self.spread], lse[self.spread])

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from tulu_lightning.rollout.compiled import Kernels, kernels
 from tulu_lightning.rollout.packed_weights import Matrix, fuse
 
 __all__ = ["Attend", "Causal", "LlamaLM", "recognise"]
@@ -27,13 +28,16 @@ _log = logging.getLogger(__name__)
 
 
 class _Norm:
-    """RMS norm as the model's own, in two thirds of its operations."""
+    """RMS norm as the model's own, in two thirds of its operations, or compiled."""
 
-    def __init__(self, module: Any) -> None:
+    def __init__(self, module: Any, compiled: Kernels | None) -> None:
         self.weight_D: Tensor = module.weight
+        self.epsilon, self.compiled = float(module.variance_epsilon), compiled
         self.eps = torch.tensor(module.variance_epsilon, device=module.weight.device)
 
     def __call__(self, x_TD: Tensor) -> Tensor:
+        if self.compiled is not None:
+            return self.compiled.norm(x_TD, self.weight_D, self.epsilon)
         wide_TD = x_TD.float()
         norm_T1 = torch.linalg.vector_norm(wide_TD, dim=-1, keepdim=True)
         rms_T1 = torch.addcmul(self.eps, norm_T1, norm_T1, value=1 / x_TD.shape[-1]).rsqrt_()
@@ -55,9 +59,10 @@ class LlamaLM:
 
     Args:
         model: its linear layers' weights become views of the fused matrices.
+        compiled: whether to use compiled functions where there are some (`rollout.compiled`), in `compiled` then.
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, compiled: bool = True) -> None:
         decoder: Any = model.get_decoder()
         names = {id(module): name for name, module in model.named_modules()}
 
@@ -66,16 +71,19 @@ class LlamaLM:
 
         first = decoder.layers[0].self_attn
         self.model, self.decoder, self.head = model, decoder, fused(model.get_output_embeddings())
-        self.norm, self.width = _Norm(decoder.norm), int(first.head_dim)
+        self.width = int(first.head_dim)
         self.heads = first.q_proj.out_features // self.width
         self.key_heads = first.k_proj.out_features // self.width
+        shape = (self.heads, self.key_heads, self.width)
+        self.compiled = kernels(model.device.type, model.dtype, *shape) if compiled else None
+        self.norm = _Norm(decoder.norm, self.compiled)
         self.scale: float = getattr(first, "scaling", self.width**-0.5)
         self.layers = [
             _Layer(
-                _Norm(layer.input_layernorm),
+                _Norm(layer.input_layernorm, self.compiled),
                 fused(layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj),
                 fused(layer.self_attn.o_proj),
-                _Norm(layer.post_attention_layernorm),
+                _Norm(layer.post_attention_layernorm, self.compiled),
                 fused(layer.mlp.gate_proj),
                 fused(layer.mlp.up_proj),
                 fused(layer.mlp.down_proj),
@@ -113,12 +121,8 @@ class LlamaLM:
 
     # -- forward --
 
-    def _rotary(self, positions_T: Tensor) -> tuple[Tensor, Tensor]:
-        """Cosines and signed sines [T, H + K, d], from a table that the model's own rotary module fills.
-
-        Those of the queries are multiplied by the scale of the scores.
-        """
-        need = int(positions_T.max()) + 1
+    def _tables(self, need: int) -> None:
+        """Cosines and signed sines [S, d] of at least so many positions, filled by the model's own rotary module."""
         if len(self._cos_Sd) < need:
             size = max(need, 2 * len(self._cos_Sd), 256)
             like = self.head.weight_NK[:1, :1]
@@ -126,20 +130,31 @@ class LlamaLM:
             # The module turns halves: (x1, x2) -> (-x2, x1). With its sign in the sines that is a flip.
             sign = torch.ones(self.width, device=sin.device, dtype=sin.dtype)
             sign[: self.width // 2] = -1
-            self._cos_Sd, self._sin_Sd = cos[0], sin[0] * sign
-        scale = self._cos_Sd.new_ones(self.heads + self.key_heads, 1)
+            self._cos_Sd, self._sin_Sd = cos[0].contiguous(), sin[0] * sign
+
+    def _turning(self, positions_T: Tensor) -> Callable[[Tensor], object]:
+        """What turns queries and keys in [T, H + K + K, d] in place, and multiplies queries by the scores' scale."""
+        self._tables(int(positions_T.max()) + 1)
+        compiled, turned = self.compiled, self.heads + self.key_heads
+        if compiled is not None:
+            return lambda qkv: compiled.turn_(qkv, self._cos_Sd, self._sin_Sd, positions_T, self.scale)
+        scale = self._cos_Sd.new_ones(turned, 1)
         scale[: self.heads] = self.scale
-        return self._cos_Sd[positions_T][:, None] * scale, self._sin_Sd[positions_T][:, None] * scale
+        cos, sin = self._cos_Sd[positions_T][:, None] * scale, self._sin_Sd[positions_T][:, None] * scale
+
+        def turn(qkv: Tensor) -> None:
+            qk = qkv[:, :turned]
+            torch.addcmul(qk * cos, qk.unflatten(-1, (2, -1)).flip(-2).flatten(-2), sin, out=qk)
+
+        return turn
 
     def hidden(self, ids_T: Tensor, positions_T: Tensor, attend: Attend) -> Tensor:
         """Hidden states [T, D] before the last norm; `attend` decides who sees whom."""
-        turned = self.heads + self.key_heads
-        cos, sin = self._rotary(positions_T)
+        turn = self._turning(positions_T)
         x_TD = self.decoder.embed_tokens(ids_T)
         for index, layer in enumerate(self.layers):
             qkv = layer.qkv(layer.norm(x_TD)).view(len(ids_T), -1, self.width)
-            qk = qkv[:, :turned]
-            torch.addcmul(qk * cos, qk.unflatten(-1, (2, -1)).flip(-2).flatten(-2), sin, out=qk)
+            turn(qkv)
             x_TD = layer.out.plus(attend(index, qkv), x_TD)
             normed_TD = layer.mlp_norm(x_TD)
             x_TD = layer.down.plus(layer.up.times(normed_TD, layer.gate.silu(normed_TD)), x_TD)
@@ -203,14 +218,14 @@ _PARTS = {
 
 
 @torch.no_grad()
-def recognise(model: PreTrainedModel) -> LlamaLM | None:
+def recognise(model: PreTrainedModel, compiled: bool = True) -> LlamaLM | None:
     """The model for fast decoding, or None if its architecture is another one; says so in the log.
 
     The weights must be loaded: the first 24 positions are computed both ways and compared.
     """
     reason = _unlike(model)
     if reason is None:
-        lm = LlamaLM(model)
+        lm = LlamaLM(model, compiled)
         difference = _difference(lm)
         if difference <= TOLERANCE[lm.dtype]:
             return lm

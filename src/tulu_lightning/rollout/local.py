@@ -45,8 +45,9 @@ class LocalEngine:
         max_rows: rows decoded together at most. Bounds the logits: rows x vocabulary x 4 bytes, three times over.
         batch_tokens: prompt and new tokens of the rows decoded together, at most (one row is always decoded). Bounds
             the cache of keys and values; a prompt that rows share counts once.
-        decode: "auto" takes the fast path for models that it fits, "transformers" the model's own forward for all. The
-            fast path keeps a packed copy of the matrices on a CPU.
+        decode: "auto" takes the fast path for models that it fits, compiled where it can be (`rollout.compiled`);
+            "torch" the fast path in PyTorch's operators alone; "transformers" the model's own forward for all. The fast
+            path keeps a packed copy of the matrices on a CPU.
     """
 
     def __init__(
@@ -55,7 +56,7 @@ class LocalEngine:
         version: int = 0,
         max_rows: int = 256,
         batch_tokens: int = 16384,
-        decode: Literal["auto", "transformers"] = "auto",
+        decode: Literal["auto", "torch", "transformers"] = "auto",
     ) -> None:
         for name, value in (("max_rows", max_rows), ("batch_tokens", batch_tokens)):
             if value < 1:
@@ -65,7 +66,7 @@ class LocalEngine:
         self.max_rows, self.batch_tokens = max_rows, batch_tokens
         self._lm = CachedLM(model)
         self._fast: LlamaLM | None = None
-        self._chosen = decode == "transformers"
+        self._chosen, self._compiled = decode == "transformers", decode == "auto"
 
     @classmethod
     def from_folder(
@@ -276,7 +277,7 @@ class LocalEngine:
     def _fast_path(self) -> LlamaLM | None:
         """Chosen when weights are first used: the choice compares logits, and an engine may be built without weights."""
         if not self._chosen:
-            self._fast, self._chosen = recognise(self._model), True
+            self._fast, self._chosen = recognise(self._model, self._compiled), True
         return self._fast
 
 
