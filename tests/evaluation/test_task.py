@@ -5,7 +5,7 @@ import json
 import math
 import re
 from dataclasses import dataclass, replace
-from itertools import combinations
+from itertools import combinations, islice
 
 import pytest
 import torch
@@ -26,6 +26,7 @@ from tulu_lightning.evaluation.sheet import Sheet
 from tulu_lightning.evaluation.shots import conversation, one_text
 from tulu_lightning.evaluation.suite import find_tasks
 from tulu_lightning.evaluation.task import Example, Task, Turn, shares
+from tulu_lightning.rollout.scoring import Scorer
 from tulu_lightning.types import Completion, Verdict
 from tulu_lightning.verifiers.code import Code
 
@@ -217,6 +218,22 @@ def test_a_run_that_broke_off_goes_on_and_ends_as_one_that_did_not(tokenizer, tm
     other = model(tokenizer, say, digest="other weights")
     run_task(given, given.examples(), other, sheet)
     assert len(other.engine.asked) == 5, "another model's items are not gone on with"
+
+
+def test_a_judge_that_fails_in_the_middle_is_not_asked_twice_for_a_verdict(tokenizer, tmp_path, monkeypatch):
+    given, sheet, each, asked = task(), tmp_path / "sums.jsonl", Scorer.each, []
+
+    def dying(scorer, jobs):
+        yield from islice(each(scorer, jobs), 3)
+        raise RuntimeError("the judge is down")
+
+    monkeypatch.setattr(Scorer, "each", dying)
+    with pytest.raises(RuntimeError, match="judge"):
+        run_task(given, given.examples(), model(tokenizer), sheet)
+    monkeypatch.setattr(Scorer, "each", lambda scorer, jobs: asked.append(len(jobs)) or each(scorer, jobs))
+    found = run_task(given, given.examples(), model(tokenizer), sheet)
+    assert asked == [2]
+    assert found == run_task(given, given.examples(), model(tokenizer))
 
 
 def test_a_kill_costs_the_answers_that_are_being_written_and_no_other(tokenizer, tmp_path):

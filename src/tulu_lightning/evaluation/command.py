@@ -156,7 +156,7 @@ def show(results: Sequence[Sequence[TaskResult]], out: Path) -> None:
     table = Table(box=box.SIMPLE_HEAD, title=_title(results), title_justify="left", padding=(0, 1))
     headings = ["Task", "n", "Score", *(["Against", "Difference"] if others else []), "Metric"]
     for heading in headings:
-        table.add_column(heading, justify="left" if heading in ("Task", "Metric") else "right")
+        table.add_column(heading, justify="left" if heading in ("Task", "Metric") else "right", overflow="fold")
     record: list[dict[str, Any]] = []
     differences: list[tuple[float, float, float]] = []
     for place, result in enumerate(first):

@@ -87,11 +87,10 @@ def run_task(
                 told(before + answered, len(examples))
 
             ranked = bool(part[0].choices)
-            done.add(
-                _ranked(task, part, model, scorer)
-                if ranked
-                else _sampled(task, part, model, scorer, seed, done, within)
-            )
+            if ranked:
+                done.add(_ranked(task, part, model, scorer))
+            else:
+                _sampled(task, part, model, scorer, seed, done, within)
             told(before + len(part), len(examples))
     items = [done.items[example.key] for example in examples]
     named = model.asker.template
@@ -117,7 +116,7 @@ def judge_rest(task: Task, examples: Sequence[Example], sheet: Sheet) -> None:
     left = [(example, texts) for example, texts in left if not is_answered(example, sheet.items)]
     if left:
         with _scorer(task) as scorer:
-            sheet.add(_judged(task, [example for example, _ in left], [texts for _, texts in left], scorer))
+            _judged(task, [example for example, _ in left], [texts for _, texts in left], scorer, sheet)
 
 
 def head_of(task: Task, model: Model, seed: int) -> dict[str, Any]:
@@ -161,7 +160,7 @@ def _key(example: Example) -> int:
 
 def _sampled(
     task: Task, examples: Sequence[Example], model: Model, scorer: Scorer, seed: int, sheet: Sheet, within: Progress
-) -> list[Item]:
+) -> None:
     """Items of examples that are answered in words; each answer is kept as soon as the engine has it."""
     sampling = Sampling(task.max_new_tokens, task.temperature, model.stop_ids, task.top_p)
     prompts = model.asker.prompts(task, examples)
@@ -177,21 +176,29 @@ def _sampled(
     model.engine.generate(
         prompts, task.samples, sampling, mix_seed(seed), keys=keys, progress=within, made=made, stop_texts=stops
     )
-    return _judged(task, examples, [sheet.texts(example) or [] for example in examples], scorer)
+    _judged(task, examples, [sheet.texts(example) or [] for example in examples], scorer, sheet)
 
 
-def _judged(task: Task, examples: Sequence[Example], said: Sequence[Sequence[Text]], scorer: Scorer) -> list[Item]:
-    """Items of examples and what was answered to each."""
-    pairs = [(example, text) for example, texts in zip(examples, said, strict=True) for text in texts]
-    verdicts = iter(scorer.verdicts([Job(task.verifier, text["text"], example.target) for example, text in pairs]))
-    items = []
-    for example, texts in zip(examples, said, strict=True):
-        answers = [
-            Answer(text=t["text"], outcome=v.outcome, score=v.score, tokens=t["tokens"], finish=t["finish"])
-            for t, v in zip(texts, verdicts, strict=False)  # verdicts go on
-        ]
-        items.append(_item(example, _score(task, answers), answers))
-    return items
+def _judged(
+    task: Task, examples: Sequence[Example], said: Sequence[Sequence[Text]], scorer: Scorer, sheet: Sheet
+) -> None:
+    """Judge what was answered to each example; an item is kept as soon as its last verdict is there: judges cost money."""
+    owners = [(i, j) for i, texts in enumerate(said) for j in range(len(texts))]
+    found: list[dict[int, Answer]] = [{} for _ in said]
+    jobs = [Job(task.verifier, said[i][j]["text"], examples[i].target) for i, j in owners]
+    for at, verdict in scorer.each(jobs):
+        i, j = owners[at]
+        text = said[i][j]
+        found[i][j] = Answer(
+            text=text["text"],
+            outcome=verdict.outcome,
+            score=verdict.score,
+            tokens=text["tokens"],
+            finish=text["finish"],
+        )
+        if len(found[i]) == len(said[i]):
+            answers = [found[i][place] for place in range(len(said[i]))]
+            sheet.add([_item(examples[i], _score(task, answers), answers)])
 
 
 def _score(task: Task, answers: Sequence[Answer]) -> float:

@@ -18,7 +18,7 @@ __all__ = ["build", "replies", "serve"]
 
 POLICY = (
     "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:; style-src 'self' 'unsafe-inline'; "
-    "img-src 'self' data: blob:; font-src 'self' data:; connect-src 'self' ws: wss:; frame-src 'none'; object-src 'none'"
+    "img-src 'self' data: blob:; font-src 'self' data:; connect-src 'self'; frame-src 'none'; object-src 'none'"
 )
 CSS = """
 .gradio-container { width: 100% !important; max-width: 1400px !important; margin: 0 auto !important; }
@@ -149,7 +149,10 @@ def build(models: Sequence[ChatModel], manner: Manner, system: str | None) -> An
                 seed = gradio.Number(manner.seed, precision=0, label="Seed")
 
         def answer(text: str, system: str, *values: Any) -> Iterator[tuple[Any, ...]]:
-            chosen, histories = Manner(values[0], values[1], int(values[2]), int(values[3])), values[4:]
+            histories = values[4:]
+            if None in values[:4]:
+                raise gradio.Error("Settings: a number is missing. Fill in reply length and seed.", print_exception=False)
+            chosen = Manner(values[0], values[1], int(values[2]), int(values[3]))
             if not text.strip():
                 yield text, *histories
                 return
