@@ -151,7 +151,9 @@ def build(models: Sequence[ChatModel], manner: Manner, system: str | None) -> An
         def answer(text: str, system: str, *values: Any) -> Iterator[tuple[Any, ...]]:
             histories = values[4:]
             if None in values[:4]:
-                raise gradio.Error("Settings: a number is missing. Fill in reply length and seed.", print_exception=False)
+                raise gradio.Error(
+                    "Settings: a number is missing. Fill in reply length and seed.", print_exception=False
+                )
             chosen = Manner(values[0], values[1], int(values[2]), int(values[3]))
             if not text.strip():
                 yield text, *histories

@@ -15,26 +15,6 @@ template <int D> struct Running {
     float most = -INFINITY, sum = 0, q[D], out[D] = {}, score[BLOCK];
 };
 
-// Lines of D numbers as floats: where they are, or a copy.
-template <int D> inline const float *wide(const float *from, float *, int) { return from; }
-template <int D> inline const float *wide(const bf16 *from, float *room, int count) {
-    for (int i = 0; i < count * D; i += LANES) store(room + i, load(from + i));
-    return room;
-}
-
-// Scores of one query with `count` keys.
-template <int D> inline void scores(Running<D> &query, const float *keys, int count) {
-    for (int s = 0; s < count; s += LANES) {
-        vec sum[LANES] = {};
-        for (int i = 0; i < D; i += LANES) {
-            vec q = load(query.q + i);
-            for (int j = 0; j < LANES; j++) sum[j] += q * load(keys + (s + j < count ? s + j : count - 1) * D + i);
-        }
-        store(query.score + s, totals(sum));
-    }
-    for (int s = count; s % LANES; s++) query.score[s] = -INFINITY;
-}
-
 // Scores become weights: e to their distance from the maximum so far.
 template <int D> inline void exponentials(Running<D> &query, int count) {
     float most = query.most;
@@ -50,6 +30,117 @@ template <int D> inline void exponentials(Running<D> &query, int count) {
     query.sum = query.sum * keep + total(sum);
     query.most = most;
     for (int i = 0; i < D; i++) query.out[i] *= keep;
+}
+
+template <class T> inline void fetch(const T *from, int count) {  // asks memory for it, without waiting
+    for (int i = 0; i < count; i += 64 / sizeof(T)) __builtin_prefetch(from + i);
+}
+
+// -- few queries: every line is used as it is read, by all of them --
+
+// Scores of N queries with `count` keys; asks for as much at `next`.
+template <class T, int D, int N> inline void few_scores(Running<D> *query, const T *keys, const T *next, int count) {
+    for (int s = 0; s < count; s += 4) {
+        const T *line[4];
+        for (int j = 0; j < 4; j++) line[j] = keys + (s + j < count ? s + j : count - 1) * D;
+        vec sum[N][4] = {};
+        fetch(next + s * D, 4 * D);
+#pragma GCC unroll 8
+        for (int i = 0; i < D; i += LANES)
+#pragma GCC unroll 4
+            for (int j = 0; j < 4; j++) {
+                vec key = load(line[j] + i);
+#pragma GCC unroll 8
+                for (int n = 0; n < N; n++) sum[n][j] += load(query[n].q + i) * key;
+            }
+#pragma GCC unroll 8
+        for (int n = 0; n < N; n++) {
+            vec four = totals(sum[n][0], sum[n][1], sum[n][2], sum[n][3]);
+            std::memcpy(query[n].score + s, &four, 4 * sizeof(float));
+        }
+    }
+    for (int n = 0; n < N; n++)
+        for (int s = count; s % LANES; s++) query[n].score[s] = -INFINITY;
+}
+
+// Adds `count` weighted values to the sums of N queries; asks for `coming` lines at `next`.
+template <class T, int D, int N>
+inline void few_weigh(Running<D> *query, const T *values, int count, const T *next, int64_t coming) {
+    constexpr int WIDE = D / LANES, FIT = REGISTERS / N;
+    constexpr int AT_ONCE = FIT >= WIDE ? WIDE : FIT >= 4 && WIDE % 4 == 0 ? 4 : FIT >= 2 && WIDE % 2 == 0 ? 2 : 1;
+    for (int i = 0; i < D; i += AT_ONCE * LANES) {
+        vec sum[N][AT_ONCE];
+#pragma GCC unroll 8
+        for (int n = 0; n < N; n++)
+#pragma GCC unroll 8
+            for (int j = 0; j < AT_ONCE; j++) sum[n][j] = load(query[n].out + i + j * LANES);
+        for (int s = 0; s < count; s++) {
+            if (s < coming) fetch(next + s * D + i, AT_ONCE * LANES);
+#pragma GCC unroll 8
+            for (int j = 0; j < AT_ONCE; j++) {
+                vec value = load(values + s * D + i + j * LANES);
+#pragma GCC unroll 8
+                for (int n = 0; n < N; n++) sum[n][j] += query[n].score[s] * value;
+            }
+        }
+#pragma GCC unroll 8
+        for (int n = 0; n < N; n++)
+#pragma GCC unroll 8
+            for (int j = 0; j < AT_ONCE; j++) store(query[n].out + i + j * LANES, sum[n][j]);
+    }
+}
+
+template <class T, int D, int N> void fold_few(Running<D> *query, const T *keys, const T *values, int64_t places) {
+    for (int64_t start = 0; start < places; start += BLOCK, keys += BLOCK * D, values += BLOCK * D) {
+        int count = int(places - start < BLOCK ? places - start : BLOCK);
+        few_scores<T, D, N>(query, keys, values, count);
+        for (int n = 0; n < N; n++) exponentials<D>(query[n], count);
+        few_weigh<T, D, N>(query, values, count, keys + BLOCK * D, places - start - BLOCK);
+    }
+}
+
+// -- many queries: a block of lines is made floats, and turned, once for all of them --
+
+// Lines of D numbers as floats: where they are, or a copy.
+template <int D> inline const float *wide(const float *from, float *, int) { return from; }
+template <int D> inline const float *wide(const bf16 *from, float *room, int count) {
+    for (int i = 0; i < count * D; i += LANES) store(room + i, load(from + i));
+    return room;
+}
+
+// Lines of D numbers as floats, turned: [D, BLOCK].
+template <class T, int D> inline void turned(const T *from, float *to, int count) {
+    for (int i = 0; i < D; i += LANES)
+        for (int s = 0; s < count; s += LANES) {
+            vec x[LANES];
+#pragma GCC unroll 16
+            for (int j = 0; j < LANES; j++) x[j] = load(from + (s + j < count ? s + j : count - 1) * D + i);
+            transpose(x);
+#pragma GCC unroll 16
+            for (int j = 0; j < LANES; j++) store(to + (i + j) * BLOCK + s, x[j]);
+        }
+}
+
+// Scores of N queries with `count` turned keys: sums go down the lanes, and none has to be made across them.
+template <int D, int N> inline void scores(Running<D> *query, const float *keys, int count) {
+    constexpr int WIDE = REGISTERS / N >= 4 ? 4 : 2;
+    for (int s = 0; s < count; s += WIDE * LANES) {
+        vec sum[N][WIDE] = {};
+        for (int i = 0; i < D; i++) {
+#pragma GCC unroll 4
+            for (int j = 0; j < WIDE; j++) {
+                vec key = load(keys + i * BLOCK + s + j * LANES);
+#pragma GCC unroll 4
+                for (int n = 0; n < N; n++) sum[n][j] += query[n].q[i] * key;
+            }
+        }
+#pragma GCC unroll 4
+        for (int n = 0; n < N; n++)
+#pragma GCC unroll 4
+            for (int j = 0; j < WIDE; j++) store(query[n].score + s + j * LANES, sum[n][j]);
+    }
+    for (int n = 0; n < N; n++)
+        for (int s = count; s < BLOCK; s++) query[n].score[s] = -INFINITY;
 }
 
 // Adds `count` weighted values to the sums of N queries.
@@ -69,29 +160,35 @@ template <int D, int N> inline void weigh(Running<D> *query, const float *values
     }
 }
 
-template <class T> inline void fetch(const T *from, int count) {
-    for (int i = 0; i < count; i += 64 / sizeof(T)) __builtin_prefetch(from + i);
+template <class T, int D>
+void fold_many(Running<D> *query, int count, const T *keys, const T *values, int64_t places) {
+    float room[BLOCK * D];
+    for (int64_t start = 0; start < places; start += BLOCK, keys += BLOCK * D, values += BLOCK * D) {
+        int lines = int(places - start < BLOCK ? places - start : BLOCK), part = (lines + count - 1) / count, n = 0;
+        turned<T, D>(keys, room, lines);
+        for (; n + 4 <= count; n += 4) scores<D, 4>(query + n, room, lines);
+        for (; n < count; n++) scores<D, 1>(query + n, room, lines);
+        for (n = 0; n < count; n++) {
+            fetch(values + n * part * D, (lines - n * part < part ? lines - n * part : part) * D);
+            exponentials<D>(query[n], lines);
+        }
+        const float *line = wide<D>(values, room, lines);
+        for (n = 0; n + 4 <= count; n += 4) weigh<D, 4>(query + n, line, lines);
+        for (; n + 2 <= count; n += 2) weigh<D, 2>(query + n, line, lines);
+        if (n < count) weigh<D, 1>(query + n, line, lines);
+    }
 }
 
 // Folds `places` lines of keys and values into the running softmaxes of `count` queries.
 template <class T, int D> void fold(Running<D> *query, int count, const T *keys, const T *values, int64_t places) {
-    float room[BLOCK * D];
-    for (int64_t start = 0; start < places; start += BLOCK) {
-        int lines = int(places - start < BLOCK ? places - start : BLOCK);
-        const float *line = wide<D>(keys + start * D, room, lines);
-        for (int n = 0; n < count; n++) {
-            // Memory is asked for what comes next, a part with each query.
-            int part = (lines + count - 1) / count, left = lines - n * part;
-            if (left > 0) fetch(values + (start + n * part) * D, (left < part ? left : part) * D);
-            scores<D>(query[n], line, lines);
-            exponentials<D>(query[n], lines);
-        }
-        line = wide<D>(values + start * D, room, lines);
-        fetch(keys + (start + BLOCK) * D, int(places - start - BLOCK < BLOCK ? places - start - BLOCK : BLOCK) * D);
-        int n = 0;
-        for (; n + 4 <= count; n += 4) weigh<D, 4>(query + n, line, lines);
-        for (; n + 2 <= count; n += 2) weigh<D, 2>(query + n, line, lines);
-        if (n < count) weigh<D, 1>(query + n, line, lines);
+    switch (count) {
+        case 1: return fold_few<T, D, 1>(query, keys, values, places);
+        case 2: return fold_few<T, D, 2>(query, keys, values, places);
+        case 3: return fold_few<T, D, 3>(query, keys, values, places);
+        case 4: return fold_few<T, D, 4>(query, keys, values, places);
+        case 5: return fold_few<T, D, 5>(query, keys, values, places);
+        case 6: return fold_few<T, D, 6>(query, keys, values, places);
+        default: return fold_many<T, D>(query, count, keys, values, places);
     }
 }
 
@@ -115,6 +212,7 @@ void attend(T *qkv, T *keys, T *values, const T *shared_keys, const T *shared_va
         for (int64_t pair = 0; pair < shape->slots * shape->key_heads; pair++) {
             int64_t slot = pair / shape->key_heads, head = pair % shape->key_heads;
             query.assign((shape->first[slot + 1] - shape->first[slot]) * group, Running<D>());
+            if (query.empty()) continue;
             for (size_t n = 0; n < query.size(); n++) {
                 const T *q = qkv + shape->member[shape->first[slot] + n / group] * line + (head * group + n % group) * D;
                 for (int i = 0; i < D; i++) query[n].q[i] = get(q[i]);

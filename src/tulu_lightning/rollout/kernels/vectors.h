@@ -65,16 +65,31 @@ template <int... I> inline vec mixed(vec a, vec b) { return __builtin_shufflevec
 template <int... I> inline vec mixed(vec a, vec b) { return __builtin_shuffle(a, b, ints{I...}); }
 #endif
 
+// Turns a square of LANES vectors over its diagonal, by ever smaller blocks.
+template <int H, int... L> inline void swapped(vec &a, vec &b, std::integer_sequence<int, L...>) {
+    vec first = mixed<(L & H ? LANES + (L ^ H) : L)...>(a, b);
+    b = mixed<(L & H ? LANES + L : L ^ H)...>(a, b);
+    a = first;
+}
+template <int H = LANES / 2> inline void transpose(vec *x) {
+#pragma GCC unroll 16
+    for (int i = 0; i < LANES; i++)
+        if (!(i & H)) swapped<H>(x[i], x[i + H], std::make_integer_sequence<int, LANES>());
+    if constexpr (H > 1) transpose<H / 2>(x);
+}
+
 // Lanes without bit H: sums of a's lanes that differ in it alone; lanes with it: the same of b.
 template <int H, int... L> inline vec halved(vec a, vec b, std::integer_sequence<int, L...>) {
     return mixed<(L & H ? LANES + (L ^ H) : L)...>(a, b) + mixed<(L & H ? LANES + L : L ^ H)...>(a, b);
 }
 
-// The totals of LANES vectors, as one.
-template <int H = LANES / 2> inline vec totals(vec *x) {
-    for (int i = 0; i < H; i++) x[i] = halved<H>(x[i], x[i + H], std::make_integer_sequence<int, LANES>());
-    if constexpr (H > 1) return totals<H / 2>(x);
-    return x[0];
+// The totals of four vectors, in the first four lanes.
+inline vec totals(vec a, vec b, vec c, vec d) {
+    constexpr std::make_integer_sequence<int, LANES> lanes;
+    vec sum = halved<2>(halved<1>(a, b, lanes), halved<1>(c, d, lanes), lanes);
+    if constexpr (LANES > 4) sum = halved<4>(sum, sum, lanes);
+    if constexpr (LANES > 8) sum = halved<8>(sum, sum, lanes);
+    return sum;
 }
 
 // e^x for x <= 0, within 2 units in the last place; NaN stays. By 2^n e^r with |r| <= ln(2) / 2, as in Cephes' expf.
