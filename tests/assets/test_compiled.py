@@ -36,8 +36,12 @@ needs_compiler = pytest.mark.skipif(compiler() is None, reason="no C++ compiler"
 
 @needs_compiler
 def test_a_file_is_compiled_once_for_each_set_of_macros(source, tmp_path, monkeypatch):
-    for number in (3, 4):
-        library = load_compiled(source, (("NUMBER", number),)).library
+    before = os.umask(0o002)  # Debian's for users with a group of their own
+    try:
+        libraries = {number: load_compiled(source, (("NUMBER", number),)).library for number in (3, 4)}
+    finally:
+        os.umask(before)
+    for number, library in libraries.items():
         assert library is not None
         assert (library.twice(21), library.named()) == (42, number)
     assert len(list((tmp_path / "cache").glob("small-*"))) == 2
@@ -71,6 +75,17 @@ def test_what_the_compiler_refuses_is_told_in_its_words_and_leaves_nothing(sourc
     assert "small.cpp is not compiled" in caplog.text
     assert "error" in caplog.text
     assert not [path for path in (tmp_path / "cache").iterdir() if path.is_dir()]
+
+
+@needs_compiler
+@pytest.mark.parametrize("others", ["library.so", "."])
+def test_a_library_that_others_can_write_is_not_loaded(source, tmp_path, caplog, others):
+    assert load_compiled(source, (("NUMBER", 1),)).library is not None
+    load_compiled.cache_clear()
+    (made,) = (tmp_path / "cache").glob("small-*")
+    (made / others).chmod(0o777)
+    assert load_compiled(source, (("NUMBER", 1),)).library is None
+    assert "can be written by others" in caplog.text
 
 
 def test_no_compiler_is_no_error(source, monkeypatch, caplog):

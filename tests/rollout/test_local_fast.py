@@ -122,6 +122,12 @@ def test_llama_shaped_models_are_taken_and_give_their_own_numbers(name, dtype):
     assert recognise(build(TAKEN[name]).to(dtype)) is not None
 
 
+def test_weights_of_two_dtypes_are_left_to_the_operators_that_know_them():
+    model = build(TAKEN["tied"]).to(torch.bfloat16)
+    model.model.norm.float()
+    assert LlamaLM(model).compiled is None
+
+
 @pytest.mark.parametrize("name", LEFT)
 def test_other_models_keep_their_own_forward_and_the_log_says_why(name, caplog):
     model = build(LEFT[name])

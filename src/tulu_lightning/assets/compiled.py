@@ -1,7 +1,7 @@
 """C++ of this package, compiled on the machine that runs it, for that machine's instructions, once.
 
 The source has no dependencies, so compiling takes about a second; the result lies in the cache, under a name made of
-the source, the compiler and the processor. Where there is no compiler, or it fails, callers go on without; so they do
+the source, the compiler, the processor and the user. Where there is no compiler, or it fails, callers go on without; so they do
 with `TULU_COMPILE=0`.
 """
 
@@ -72,7 +72,10 @@ def _load(source: Path, defined: Mapping[str, int]) -> Compiled:
     if path is None:
         return Compiled(None, "no C++ compiler is installed ($CXX, g++ or clang++)")
     try:
-        return Compiled(ctypes.CDLL(str(_built(path, source, defined) / "library.so")), path)
+        library = _built(path, source, defined) / "library.so"
+        if not _ours(library):
+            return Compiled(None, f"{library} can be written by others, and what it holds would run as you")
+        return Compiled(ctypes.CDLL(str(library)), path)
     except subprocess.CalledProcessError as error:
         lines = [*(error.stderr or "").strip().splitlines(), f"nothing and ended with {error.returncode}"]
         return Compiled(None, f"{path} says {next((line for line in lines if 'error' in line), lines[0])}")
@@ -83,14 +86,21 @@ def _load(source: Path, defined: Mapping[str, int]) -> Compiled:
 def _built(program: str, source: Path, defined: Mapping[str, int]) -> Path:
     macros = [f"-D{name}={value}" for name, value in sorted(defined.items())]
     texts = [path.read_text(encoding="utf-8") for path in (source, *sorted(source.parent.glob("*.h")))]
-    told = [*texts, *FLAGS, *macros, _version(program), _processor()]
+    told = [*texts, *FLAGS, *macros, _version(program), _processor(), str(os.getuid())]  # a cache may be shared
     key = hashlib.sha256("\0".join(told).encode()).hexdigest()[:20]
 
     def build(folder: Path) -> None:
         command = [program, *FLAGS, *macros, "-o", str(folder / "library.so"), str(source)]
         subprocess.run(command, check=True, capture_output=True, text=True, timeout=SECONDS)
+        (folder / "library.so").chmod(0o755)  # whatever the umask: see `_ours`
 
     return build_once(f"{source.stem}-{key}", build)
+
+
+def _ours(library: Path) -> bool:
+    """Whether nobody but this user or root can have written it, or can put another one there."""
+    facts = [path.stat() for path in (library, library.parent)]
+    return all(each.st_uid in (os.getuid(), 0) and not each.st_mode & 0o022 for each in facts)
 
 
 def _version(program: str) -> str:

@@ -75,7 +75,8 @@ class LlamaLM:
         self.heads = first.q_proj.out_features // self.width
         self.key_heads = first.k_proj.out_features // self.width
         shape = (self.heads, self.key_heads, self.width)
-        self.compiled = kernels(model.device.type, model.dtype, *shape) if compiled else None
+        one_dtype = {weight.dtype for weight in model.parameters()} == {model.dtype}
+        self.compiled = kernels(model.device.type, model.dtype, *shape) if compiled and one_dtype else None
         self.norm = _Norm(decoder.norm, self.compiled)
         self.scale: float = getattr(first, "scaling", self.width**-0.5)
         self.layers = [
