@@ -99,4 +99,13 @@ def _copy(value: Any, known: dict[Any, Tensor]) -> Any:
 
 
 def _on_cpu(own: Tensor) -> Tensor:
-    return own.clone() if own.device.type == "cpu" else own.to("cpu")
+    if own.device.type != "cpu":
+        return own.to("cpu")
+    if type(own) is Tensor:
+        return own.clone()
+    # Of what is made of tensors (a shard, 8-bit moments, a shard of those) each is copied: torchao's has no clone.
+    made: Any = own
+    names, rest = made.__tensor_flatten__()
+    held = {name: getattr(own, name) for name in names}
+    parts = {name: _on_cpu(part) if isinstance(part, Tensor) else part for name, part in held.items()}
+    return type(made).__tensor_unflatten__(parts, rest, own.shape, own.stride())
