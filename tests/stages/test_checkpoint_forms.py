@@ -13,7 +13,7 @@ from test_sharding import CONFIGS, lines, two_processes
 
 from tulu_lightning import cli
 from tulu_lightning.errors import InputError
-from tulu_lightning.models.saved import header_of
+from tulu_lightning.models.saved import Header, check_ranks, header_of
 from tulu_lightning.models.single_file import read_folder
 
 OWN = "tulu_lightning.callbacks."
@@ -261,3 +261,26 @@ def test_8_bit_moments_go_on_as_they_are_and_are_refused_on_other_ranks(tmp_path
         status, said = start(config(folder, "sft", **ADAPTERS["8 bits"]), first)
         assert status == 0, said
         assert f"(step {STOP})" in said
+
+
+MOMENTS = {"optimizer.state_bits": 8}
+
+
+@pytest.mark.parametrize(
+    ("saved", "now", "said"),
+    [
+        ([1, 4, 1], [1, 4, 1], None),
+        ([1, 4, 1], [2, 2, 1], r"of 4 sharded ranks, and this is 4 sharded ranks \(replicas 2\)\. Go on with as many"),
+        ([2, 1, 2], [1, 4, 1], r"of 4 sharded ranks \(replicas 2, tensor_parallel 2\), and this is 4 sharded ranks\."),
+        (None, [1, 2, 2], None),  # of an older version, which did not say
+    ],
+)
+def test_8_bit_moments_of_as_many_ranks_over_another_mesh_are_refused(tmp_path, saved, now, said):
+    """torchao divides them between blocks of rows alone; everything else goes on over any mesh."""
+    header = Header(1, "SFT", 3, 4, {}, MOMENTS, mesh=saved)
+    check_ranks(tmp_path, header._replace(identity={"optimizer.state_bits": 32}), 4, True, now)
+    if said is None:
+        check_ranks(tmp_path, header, 4, True, now)
+        return
+    with pytest.raises(InputError, match=said):
+        check_ranks(tmp_path, header, 4, True, now)

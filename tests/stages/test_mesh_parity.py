@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from test_sharding import lines, sharded_sizes
 
 from tulu_lightning import cli
+from tulu_lightning.models.saved import header_of
 
 HERE = Path(__file__).parent
 CONFIGS = HERE.parents[1] / "configs"
@@ -204,7 +205,9 @@ def test_sft_split_over_two_ranks_is_that_of_one(tmp_path):
     assert done.returncode == 0, done.stderr[-4000:]
     check_run(tmp_path / "one/run", tmp_path / "two/run")
     check_rows(tmp_path / "one/run", tmp_path / "two/run", [0, 0])
-    sizes = sharded_sizes(next((tmp_path / "two/run/checkpoints").glob("step-*.ckpt")))
+    checkpoint = next((tmp_path / "two/run/checkpoints").glob("step-*.ckpt"))
+    assert header_of(checkpoint).mesh == [1, 1, 2]
+    sizes = sharded_sizes(checkpoint)
     parts = {name: len(chunks) for name, chunks in sizes.items() if "_proj" in name or "embed" in name}
     assert any("exp_avg" in name for name in parts)
     assert {n for name, n in parts.items() if not name.endswith("step")} == {2}, "each rank wrote its part"

@@ -104,7 +104,8 @@ class Checkpoints(L.Callback):
         if self.resumes is not None:
             path, header = self.resumes
             check_run(path, header.identity, pl_module)
-            check_ranks(Path(path), header, trainer.world_size, isinstance(trainer.strategy, Fsdp2))
+            mesh = getattr(trainer.strategy, "mesh", None)
+            check_ranks(Path(path), header, trainer.world_size, isinstance(trainer.strategy, Fsdp2), mesh)
         if _left(run, *LEFT, SCORES):
             check_run(str(run), read_identity(run), pl_module)
         if self.check_disk and trainer.is_global_zero:
@@ -180,6 +181,7 @@ class Checkpoints(L.Callback):
             "stage": type(pl_module).__name__,
             "step": pl_module.step,
             "ranks": trainer.world_size,
+            "mesh": getattr(trainer.strategy, "mesh", None),
             "versions": versions(),
             "identity": pl_module.identity(),
             "config": self.config,

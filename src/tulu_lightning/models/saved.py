@@ -54,6 +54,8 @@ class Header(NamedTuple):
     """The command's config; None where the run was started from Python."""
     files: dict[str, tuple[int, str]] | None = None
     """Size and digest of each file of a folder."""
+    mesh: list[int] | None = None
+    """Of sharded ranks, how many there are along each axis (`models.mesh.Sizes`); None where it is not known."""
 
 
 def step_of(checkpoint: str | Path) -> int | None:
@@ -190,28 +192,39 @@ def remedy_for(path: Path) -> str:
     return f"Remove {path}; ckpt_path: auto then goes on from {newest.name}."
 
 
-def check_ranks(path: Path, header: Header | None, ranks: int, sharded: bool) -> None:
-    """Refuse 8-bit moments of another number of ranks: they are kept in blocks of what a rank holds.
+def check_ranks(
+    path: Path, header: Header | None, ranks: int, sharded: bool, mesh: Sequence[int] | None = None
+) -> None:
+    """Refuse 8-bit moments of other ranks, or of as many over another mesh: they are kept in blocks of what a rank holds.
 
     Args:
         path: the checkpoint.
         header: what it says of itself.
         ranks: of this run.
         sharded: whether they share one model, even if it is one rank.
+        mesh: of sharded ranks, how many there are along each axis.
 
     Raises:
         InputError: the checkpoint has such moments, and is of others.
     """
-    if header is None or (header.ranks == ranks and path.is_dir() == sharded):
+    if header is None:
+        return
+    same = header.mesh is None or mesh is None or list(header.mesh) == list(mesh)  # an older version did not say
+    if same and header.ranks == ranks and path.is_dir() == sharded:
         return
     eight = [name for name, value in header.identity.items() if name.endswith("state_bits") and value == 8]
     if eight:
-        what = f"has 8-bit moments ({eight[0]}) of {_ranks(header.ranks, path.is_dir())}, and this is {_ranks(ranks, sharded)}"
+        of, this = _ranks(header.ranks, path.is_dir(), header.mesh), _ranks(ranks, sharded, mesh)
+        what = f"has 8-bit moments ({eight[0]}) of {of}, and this is {this}"
         raise InputError(str(path), what, "Go on with as many ranks as it was saved by, and the same strategy.")
 
 
-def _ranks(count: int, sharded: bool) -> str:
-    return f"{count} sharded {'rank' if count == 1 else 'ranks'}" if sharded else "one process"
+def _ranks(count: int, sharded: bool, mesh: Sequence[int] | None = None) -> str:
+    if not sharded:
+        return "one process"
+    replicas, _, tensor = mesh or (1, count, 1)
+    axes = ", ".join(f"{n} {size}" for n, size in (("replicas", replicas), ("tensor_parallel", tensor)) if size > 1)
+    return f"{count} sharded {'rank' if count == 1 else 'ranks'}{axes and f' ({axes})'}"
 
 
 def check_names(where: str, saved: Mapping[str, Sequence[int]], built: Mapping[str, Sequence[int]]) -> None:

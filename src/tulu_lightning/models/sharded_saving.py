@@ -45,6 +45,11 @@ class ShardedSaving(WatchedRanks):
     _writing: Background | None = None
     _group: Any = None  # of the writing threads: their collectives must not come between those of training
 
+    @property
+    def mesh(self) -> list[int] | None:
+        """How many ranks there are along each axis of `models.mesh.Sizes`; a checkpoint's header says it."""
+        return None
+
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         """The state of an optimiser, one that has not made a step yet included (PPO's policy while its critic warms up).
 
@@ -121,7 +126,7 @@ class ShardedSaving(WatchedRanks):
             InputError: it holds another model, or 8-bit moments of another number of ranks.
         """
         path = Path(self.broadcast(checkpoint_path))
-        check_ranks(path, read_header(path), self.world_size, True)
+        check_ranks(path, read_header(path), self.world_size, True, self.mesh)
         if path.is_dir():
             # Read here first: what comes after unpickles the same table as it stands.
             saved = SafeReader(path).read_metadata().state_dict_metadata

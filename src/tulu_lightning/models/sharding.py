@@ -89,6 +89,11 @@ class Fsdp2(ShardedSaving):
         assert self._meshes is not None
         return self._meshes
 
+    @property
+    def mesh(self) -> list[int] | None:
+        """How many ranks there are along each axis, once they have started."""
+        return None if self._meshes is None else [*self._meshes.sizes]
+
     def placed(self, build: Callable[[], Any], config: Backbone) -> Any:
         """A network on this rank: its slice of what `build` makes.
 
