@@ -70,6 +70,7 @@ def remove(path: Path) -> None:
 def remove_whole(path: Path) -> None:
     """Remove a file or folder that others take for whole while it has its name: a kill leaves a hidden rest."""
     beside = path.with_name(f".{path.name}.gone.tmp")
+    remove(beside)  # of a kill before
     os.replace(path, beside)
     remove(beside)
 

@@ -2,12 +2,16 @@
 
 import json
 import os
+import shutil
+from contextlib import suppress
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from tulu_lightning import files
 from tulu_lightning.assets.models import load_tokenizer
 from tulu_lightning.checkpoints import shards
 from tulu_lightning.checkpoints.export import export, publish, weights_of
@@ -101,7 +105,7 @@ def test_killed_midway_it_leaves_no_half_folder(method, policy, tmp_path, monkey
     folder = tmp_path / "exports" / "step-000001"
     with monkeypatch.context() as patch:
         if method == "rename":
-            patch.setattr(os, "rename", die)
+            patch.setattr(os, "replace", die)
         else:
             patch.setattr(shards, "save_file", die)
         with pytest.raises(Killed):
@@ -123,6 +127,39 @@ def test_a_failed_second_export_leaves_the_first_one(policy, tmp_path, monkeypat
     with pytest.raises(OSError, match="No space left"):
         write(policy, folder)
     assert (folder / "model.safetensors").read_bytes() == before
+
+
+def test_killed_while_the_first_one_is_removed_the_name_is_never_half_a_folder(policy, tmp_path, monkeypatch):
+    """Twice, so that the rest of the first kill is in the way; and all that was written is on the disk by then."""
+    folder, *_ = write(policy, tmp_path / "step-000001")
+    whole, synced = sorted(path.name for path in folder.iterdir()), []
+    monkeypatch.setattr(files, "sync", lambda path: synced.append(path.name))
+    for _ in range(2):
+        with monkeypatch.context() as patch:
+            patch.setattr(shutil, "rmtree", part_of(shutil.rmtree, "step-000001"))
+            with suppress(Killed):
+                write(policy, folder)
+        assert not folder.exists() or sorted(path.name for path in folder.iterdir()) == whole
+    write(policy, folder)
+    assert {*whole} <= {*synced}
+    assert [path.name for path in tmp_path.iterdir()] == ["step-000001"]
+
+
+class Killed(BaseException):
+    pass
+
+
+def part_of(rmtree, name):
+    """What a kill leaves of `rmtree` when it comes to a finished folder of that name: one file less."""
+
+    def cut(path, *args, **kwargs):
+        path = Path(path)
+        if name in path.name and (path / "config.json").is_file() and not path.name.endswith(f"{name}.tmp"):
+            (path / "config.json").unlink()
+            raise Killed
+        rmtree(path, *args, **kwargs)
+
+    return cut
 
 
 def test_promoted_points_to_the_old_or_the_new_export_and_never_nowhere(tmp_path, monkeypatch):

@@ -16,6 +16,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from transformers.core_model_loading import WeightRenaming, revert_weight_conversion
 
 from tulu_lightning.checkpoints.shards import SHARD_BYTES, ShardWriter
+from tulu_lightning.files import put_in_place
 from tulu_lightning.models.weights import full, plain_weights
 
 __all__ = ["as_files_name_them", "export", "publish", "weights_of", "write_beside_weights"]
@@ -67,8 +68,7 @@ def export(
             writer.name_files()
             write_beside_weights(lm, tokenizer, beside, chat_template, stop_ids, stored_dtype(lm))
             extra(beside)
-            shutil.rmtree(folder, ignore_errors=True)
-            os.rename(beside, folder)
+            put_in_place(beside, folder)
     except BaseException:
         shutil.rmtree(beside, ignore_errors=True)  # half a folder would keep a full disk full
         raise

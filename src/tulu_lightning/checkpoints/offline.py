@@ -1,7 +1,6 @@
 """A Hugging Face folder, or a peft adapter, out of a training checkpoint: tensor by tensor, without a network in memory."""
 
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from tulu_lightning.checkpoints.export import as_files_name_them, write_beside_w
 from tulu_lightning.checkpoints.reading import TrainingCheckpoint
 from tulu_lightning.checkpoints.shards import SHARD_BYTES, write_shards
 from tulu_lightning.errors import InputError
+from tulu_lightning.files import put_in_place
 from tulu_lightning.models.limits import read_config
 from tulu_lightning.models.lora import Lora
 from tulu_lightning.models.quantize import Linear4bit, Quantize
@@ -167,8 +167,7 @@ def _beside(out: Path, write: Callable[[Path], None]) -> Path:
     except BaseException:
         shutil.rmtree(beside, ignore_errors=True)
         raise
-    shutil.rmtree(out, ignore_errors=True)
-    os.rename(beside, out)
+    put_in_place(beside, out)
     return out
 
 
