@@ -16,6 +16,7 @@ from tulu_lightning.launch import machine
 from tulu_lightning.launch.plan import known_rows, plan_of
 from tulu_lightning.launch.planned import Layout, peak_parts
 from tulu_lightning.launch.reckoned import DEVICES, disk, reckon, remedies
+from tulu_lightning.models.architectures import find_architecture
 from tulu_lightning.models.backbone import Backbone
 from tulu_lightning.models.heads import PackedValue
 from tulu_lightning.models.lora import Lora
@@ -296,6 +297,20 @@ def test_a_folder_without_shapes(tmp_path, capsys):
     status, heard = told(capsys, "--config", str(CONFIGS / "sft_8b.yaml"), "--model.backbone.path", "model")
     assert status == 2
     assert "config.json: has no 'intermediate_size'" in heard.err
+
+
+def test_a_mixture_of_experts_is_not_planned_as_one_expert(capsys):
+    """Mixtral 8x7B has 46.7B parameters; its config.json reads like a dense model's of 7.2B."""
+    shapes = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32}
+    more = {"num_key_value_heads": 8, "vocab_size": 32000, "num_local_experts": 8}
+    Path("model").mkdir()
+    Path("model", "config.json").write_text(json.dumps({**shapes, **more}))
+    status, heard = told(capsys, "--config", str(CONFIGS / "sft_8b.yaml"), "--model.backbone.path", "model")
+    assert status == 2
+    assert "config.json: has num_local_experts 8: a mixture of experts" in heard.err
+    assert find_architecture("model", experts=True).kv == 1024  # keys and values are told all the same
+    Path("model", "config.json").write_text(json.dumps({**shapes, **more, "num_local_experts": 1}))
+    assert find_architecture("model").parameters == 7_241_732_096
 
 
 # Against what is allocated --------------------------------------------------------------------------------------------

@@ -17,12 +17,19 @@ KNOWN = {
 }
 """Llama 3.1, and what Tülu 3 made of it (config.json of meta-llama/Llama-3.1-*)."""
 
+EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+"""Names that mixtures of experts give their number in config.json."""
 
-def find_architecture(path: str) -> Architecture:
+
+def find_architecture(path: str, experts: bool = False) -> Architecture:
     """Shapes of a model folder, a named model, or a Llama 3.1 or Tülu 3 on the hub; no weights are read.
 
+    Args:
+        path: of the model.
+        experts: whether a mixture of experts will do, of which the MLPs are those of one expert.
+
     Raises:
-        InputError: it is none of these, or its config.json lacks a number.
+        InputError: it is none of these, its config.json lacks a number, or it is a mixture of experts.
     """
     if path not in NAMED_MODELS and not Path(path).is_dir():
         for size, shapes in KNOWN.items():
@@ -34,6 +41,10 @@ def find_architecture(path: str) -> Architecture:
         raise InputError(path, "its shapes are not known, and the hub is not asked", remedy)
     folder = Path(path) if Path(path, "config.json").is_file() else resolve_model(path)
     config: Any = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    many = next((name for name in EXPERTS if (config.get(name) or 1) > 1), None)
+    if many is not None and not experts:
+        what = f"has {many} {config[many]}: a mixture of experts, whose shapes are not reckoned with"
+        raise InputError(str(folder / "config.json"), what, "Plan for a dense, Llama-like model.")
     try:
         heads = config["num_attention_heads"]
         size = config.get("head_dim") or config["hidden_size"] // heads

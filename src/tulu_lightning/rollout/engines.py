@@ -145,7 +145,7 @@ def check_cache(settings: EngineSettings, folder: str) -> None:
     limits = read_limits(folder)
     tokens = min(settings.max_model_len or limits.positions or 0, limits.positions or settings.max_model_len or 0)
     try:
-        shapes = find_architecture(folder)
+        shapes = find_architecture(folder, experts=True)
     except InputError:
         return
     needed = math.ceil(cache_bytes(shapes, tokens, 2 if settings.dtype == "bfloat16" else 4) / (1 << 20))
