@@ -271,6 +271,17 @@ def test_disk_is_what_the_run_itself_reserves(tiny, case):
     assert reckoned["export"] == space.export
 
 
+@pytest.mark.parametrize(("every", "copies"), [(1, 0), (3, 1)])
+def test_a_checkpoint_has_the_engines_weights_where_they_may_be_older(every, copies):
+    """As `space_of` reserves it; `tests/stages/test_saving.py` holds that against files."""
+    own = "tulu_lightning.callbacks."
+    refresh = {"class_path": own + "refresh.RolloutRefresh", "init_args": {"every_n_steps": every}}
+    callbacks = [{"class_path": own + "records.Records"}, refresh]
+    plan = planned("ppo_tiny", "--trainer.callbacks", json.dumps(callbacks))
+    engine = 4 * plan.networks["policy"].parameters
+    assert disk(plan)["checkpoint"] == disk(replace(plan, engine_saved=False))["checkpoint"] + copies * engine
+
+
 MESH = '{"class_path": "tulu_lightning.models.sharding.Fsdp2", "init_args": {"tensor_parallel": 3}}'
 
 

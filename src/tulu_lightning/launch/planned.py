@@ -3,6 +3,7 @@
 from dataclasses import dataclass, replace
 from typing import Any
 
+from tulu_lightning.core.kl import Kl
 from tulu_lightning.core.memory import (
     Architecture,
     Network,
@@ -102,6 +103,8 @@ class Planned:
     """Bytes that the sampler has for keys and values."""
     engine_stays: bool = False
     """Whether it holds them through training too, as vLLM does; the engine of this package takes them anew each time."""
+    engine_saved: bool = False
+    """Whether checkpoints hold its weights, which may be older than the policy's."""
     keep: int = 1
     """Checkpoints that stay."""
 
@@ -183,16 +186,13 @@ def read_plan(config: Any, device: str, devices: int, rows: int | None) -> Plann
     kind = config.model.class_path.rpartition(".")[2]
     model, data = config.model.init_args, config.data.init_args
     policy = _network(model.backbone, getattr(model, "optimizer", None), scalar=kind == "RewardModel")
-    networks = {"policy": policy}
-    engine_bytes, engine_cache = 0, 0.0
+    networks, engine_bytes, engine_cache = {"policy": policy}, 0, 0.0
     if kind == "PPO":
         if "GAE" in str(_get(model, "advantage", "class_path") or "GAE"):
             path = _get(model, "critic", "path") or model.backbone.path
             own, arch = _network(model.backbone, _get(model, "critic", "optimizer"), True), find_architecture(path)
             layers = _get(model, "critic", "layers") or arch.layers
             networks["critic"] = own._replace(arch=arch._replace(layers=layers))
-        from tulu_lightning.core.kl import Kl
-
         if (model.kl or Kl()).coefficient > 0 and not policy.lora:  # left out, it is the paper's
             networks["reference"] = policy._replace(trained=False)
         check_shared(model.rollout.engine, device == "cuda")
@@ -213,7 +213,8 @@ def read_plan(config: Any, device: str, devices: int, rows: int | None) -> Plann
         engine_bytes=engine_bytes,
         engine_cache=engine_cache,
         engine_stays=kind == "PPO" and model.rollout.engine.kind == "vllm",
-        keep=_keep(config.trainer.callbacks or []),
+        engine_saved=kind == "PPO" and _setting(config.trainer.callbacks, "RolloutRefresh", "every_n_steps", 1) > 1,
+        keep=_setting(config.trainer.callbacks, "Checkpoints", "keep", 0),
     )
 
 
@@ -294,6 +295,6 @@ def _sizes(kind: str, model: Any, data: Any, rows: int | None) -> Sizes:
     )
 
 
-def _keep(callbacks: list[Any]) -> int:
-    saving = (callback for callback in callbacks if str(_get(callback, "class_path")).endswith(".Checkpoints"))
-    return next((int(_get(callback, "init_args", "keep") or 1) for callback in saving), 0)
+def _setting(callbacks: list[Any] | None, kind: str, name: str, without: int) -> int:
+    found = (each for each in callbacks or [] if str(_get(each, "class_path")).endswith(f".{kind}"))
+    return next((int(_get(each, "init_args", name) or 1) for each in found), without)

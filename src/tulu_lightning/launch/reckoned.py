@@ -187,5 +187,6 @@ def disk(plan: Planned) -> dict[str, float]:
             whole = parts["weights"] if not network.four_bits else network.trainable * 4
             one += whole + parts["optimizer"]
     policy = plan.networks["policy"]
+    one += policy.parameters * policy.weight_bytes * plan.engine_saved
     export = float(policy.parameters * (2 if policy.weight_bytes == 2 and not policy.lora else 4))
     return {"checkpoint": one, "export": export, "total": one * (plan.keep + 1) + export if plan.keep else export}
