@@ -149,6 +149,29 @@ def test_the_first_failure_is_the_runs(store):
     assert not follows(ValueError("another thing"), cause)
 
 
+def test_a_rank_that_loses_the_store_with_its_connection_follows_and_another_error_is_its_own():
+    """Rank 0 holds the store where no torchrun does: what it failed of it has said itself, and nobody can look it up."""
+
+    class Gone:
+        def check(self, keys):
+            raise dist.DistNetworkError("Connection reset by peer")
+
+        set = get = compare_set = check
+
+    class Closing:
+        def clone(self):
+            return dist.HashStore()
+
+    watch = Watch(Closing(), 1, 2, 30.0)
+    watch._store = Gone()
+    lost = RuntimeError("[gloo/transport/tcp/pair.cc] Connection closed by peer [127.0.0.1]:9894")
+    cause = watch.raised(lost)
+    assert cause is not None
+    assert "store is gone (rank 0, or its torchrun)" in cause.text
+    assert follows(lost, cause)
+    assert watch.raised(ValueError("no such row")) is None
+
+
 def test_a_process_that_left_without_a_word_is_found_and_one_that_was_done_is_not(store):
     child = subprocess.Popen(["true"])  # ended and not waited for: a zombie, as a killed rank under torchrun
     while not gone(child.pid):

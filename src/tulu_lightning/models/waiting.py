@@ -37,6 +37,9 @@ SILENCE = 120.0
 """Seconds without a sign of life after which a rank on another machine is given up."""
 
 
+STORELESS = Failure((), "the process that holds the ranks' store is gone (rank 0, or its torchrun)")
+
+
 class Watch:
     """The thread of one rank. It lives from `start` to `done`, or to the end of the process after a failure.
 
@@ -99,8 +102,8 @@ class Watch:
                     break
                 time.sleep(POLL / 4)
             failure = failure or self._blame(Failure((self.rank,), text))
-        except RuntimeError:
-            return None
+        except RuntimeError:  # the store is gone, and if that is why, what happened there was said there
+            return STORELESS if of_the_connection(error) else None
         return None if self.rank in failure.ranks else failure
 
     # The thread --------------------------------------------------------------------------------------------------
@@ -119,7 +122,7 @@ class Watch:
             if (orphan := self._orphaned()) is not None:
                 self._leave(orphan)
             if min(self._main.waits, time.monotonic() - self._lost) > GRACE:
-                self._leave(Failure((), "the process that holds the ranks' store is gone (rank 0, or its torchrun)"))
+                self._leave(STORELESS)
 
     def _look(self) -> None:
         self._beats += 1
