@@ -26,10 +26,12 @@ STRIDE, PIECE = 64 << 20, 1 << 20
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write beside the file and rename: a kill leaves the old file or the new one, never half of one."""
+    """Write beside the file, and rename once the disk has it: what stops us leaves the old file or the new one, whole."""
     beside = path.with_name(f".{path.name}.tmp")
     beside.write_text(text, encoding="utf-8")
+    sync(beside)
     beside.replace(path)
+    sync(path.parent)
 
 
 def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
