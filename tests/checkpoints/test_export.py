@@ -2,7 +2,9 @@
 
 import json
 import os
+import resource
 import shutil
+import signal
 from contextlib import suppress
 from pathlib import Path
 
@@ -212,3 +214,16 @@ def test_sizes_are_read(text, size):
 def test_what_is_no_size_is_refused(text):
     with pytest.raises(InputError, match="max_shard_size: is"):
         shards.parse_size("max_shard_size", text)
+
+
+def test_a_disk_that_refuses_weights_is_told_with_the_file(tmp_path):
+    path, before = tmp_path / "model.safetensors", resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+        with pytest.raises(OSError, match="File too large") as caught:
+            shards.save_tensors({"a": torch.ones(1000)}, path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert caught.value.filename == str(path)

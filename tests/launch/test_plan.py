@@ -375,3 +375,14 @@ def test_a_smaller_pass_takes_less():
     half = replace(plan, sizes=replace(plan.sizes, micro_tokens=plan.sizes.micro_tokens // 2))
     assert peak_parts(half)["activations"] == pytest.approx(peak_parts(plan)["activations"] / 2)
     assert peak_parts(half)["weights"] == peak_parts(plan)["weights"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "said", "tied"),
+    [("gemma", {}, True), ("llama", {}, False), ("gemma", {"tie_word_embeddings": False}, False), ("new", {}, False)],
+)
+def test_a_config_that_does_not_say_whether_its_head_is_tied_means_its_kinds_default(tmp_path, kind, said, tied):
+    shapes = {"hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = {"model_type": kind, "vocab_size": 100, **shapes, **said}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert find_architecture(str(tmp_path)).tied == tied

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
@@ -20,7 +19,7 @@ from transformers import (
 
 from tulu_lightning.checkpoints.export import as_files_name_them, write_beside_weights
 from tulu_lightning.checkpoints.reading import TrainingCheckpoint
-from tulu_lightning.checkpoints.shards import SHARD_BYTES, write_shards
+from tulu_lightning.checkpoints.shards import SHARD_BYTES, save_tensors, write_shards
 from tulu_lightning.errors import InputError
 from tulu_lightning.files import put_in_place
 from tulu_lightning.models.limits import read_config
@@ -149,7 +148,7 @@ def write_adapter(
         tensors["base_model.model.score.weight"] = checkpoint.read(f"{PREFIX}score.weight").clone()
 
     def write(folder: Path) -> None:
-        save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+        save_tensors(tensors, folder / "adapter_model.safetensors")
         settings.save_pretrained(str(folder))
         tokenizer.chat_template = chat_template
         tokenizer.save_pretrained(folder)

@@ -2,20 +2,38 @@
 
 import json
 import os
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from tulu_lightning.errors import InputError
 
-__all__ = ["SHARD_BYTES", "ShardWriter", "parse_size", "write_shards"]
+__all__ = ["SHARD_BYTES", "ShardWriter", "parse_size", "save_tensors", "write_shards"]
 
 SHARD_BYTES = 5_000_000_000
 """Largest file of weights, in bytes, as on the hub."""
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
+
+
+def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Write one file as PyTorch's tensors.
+
+    Raises:
+        OSError: the disk refuses; names the file, which safetensors does not.
+    """
+    try:
+        save_file(dict(tensors), path, metadata={"format": "pt"})
+    except (SafetensorError, OSError) as error:
+        told = re.search(r"\(os error (\d+)\)", str(error))
+        code = error.errno if isinstance(error, OSError) else int(told[1]) if told else None
+        if code is None:
+            raise
+        raise OSError(code, os.strerror(code), str(path)) from error
 
 
 def parse_size(where: str, text: str) -> int:
@@ -100,7 +118,7 @@ class ShardWriter:
 
     def _flush(self) -> None:
         if self._mine:
-            save_file(self._held, self._part(self._shard), metadata={"format": "pt"})
+            save_tensors(self._held, self._part(self._shard))
             self._held = {}
         self._shard, self._bytes = self._shard + 1, 0
 

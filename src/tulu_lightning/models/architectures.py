@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from transformers import CONFIG_MAPPING
+
 from tulu_lightning.assets.models import NAMED_MODELS, resolve_model
 from tulu_lightning.core.memory import Architecture
 from tulu_lightning.errors import InputError
@@ -55,7 +57,15 @@ def find_architecture(path: str, experts: bool = False) -> Architecture:
             heads * size,
             (config.get("num_key_value_heads") or heads) * size,
             config["vocab_size"],
-            bool(config.get("tie_word_embeddings", False)),
+            _is_tied(config),
         )
     except KeyError as error:
         raise InputError(str(folder / "config.json"), f"has no {error}", "Plan for a Llama-like model.") from None
+
+
+def _is_tied(config: Any) -> bool:
+    """Whether the head is the embedding; where config.json does not say, as its kind of model has it by itself."""
+    if "tie_word_embeddings" in config:
+        return bool(config["tie_word_embeddings"])
+    kind = config.get("model_type")
+    return kind in CONFIG_MAPPING and bool(CONFIG_MAPPING[kind]().tie_word_embeddings)
