@@ -94,6 +94,16 @@ def test_norms_equal_the_models_own(dtype, width):
     torch.testing.assert_close(made(dtype).norm(x, weight, 1e-5), expected, **CLOSE[dtype])
 
 
+@pytest.mark.parametrize("width", [1, 16, 48, 50, 1536])
+def test_gates(dtype, width):
+    both = torch.randn(5, 2 * width).to(dtype)
+    both[0, 0], both[1, 0], both[2, 0] = 100.0, -100.0, math.nan
+    gate, up = both.float().chunk(2, -1)
+    found = made(dtype).gated(both).float()
+    torch.testing.assert_close(found, gate * gate.sigmoid() * up, **CLOSE[dtype], equal_nan=True)
+    assert found[2, 0].isnan()
+
+
 def test_turning_queries_and_keys_leaves_values_alone(dtype):
     heads, key_heads, width = shape = (4, 2, 32)
     angle = torch.rand(9, width // 2) * 6

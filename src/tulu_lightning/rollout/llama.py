@@ -49,8 +49,7 @@ class _Layer(NamedTuple):
     qkv: Matrix
     out: Matrix
     mlp_norm: _Norm
-    gate: Matrix
-    up: Matrix
+    gate_up: Matrix
     down: Matrix
 
 
@@ -85,8 +84,7 @@ class LlamaLM:
                 fused(layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj),
                 fused(layer.self_attn.o_proj),
                 _Norm(layer.post_attention_layernorm, self.compiled),
-                fused(layer.mlp.gate_proj),
-                fused(layer.mlp.up_proj),
+                fused(layer.mlp.gate_proj, layer.mlp.up_proj),
                 fused(layer.mlp.down_proj),
             )
             for layer in decoder.layers
@@ -108,7 +106,7 @@ class LlamaLM:
     def _matrices(self) -> Iterator[Matrix]:
         yield self.head
         for layer in self.layers:
-            yield from (layer.qkv, layer.out, layer.gate, layer.up, layer.down)
+            yield from (layer.qkv, layer.out, layer.gate_up, layer.down)
 
     def repack(self) -> None:
         """Make the packed copies anew, after the model's weights were written."""
@@ -157,9 +155,14 @@ class LlamaLM:
             qkv = layer.qkv(layer.norm(x_TD)).view(len(ids_T), -1, self.width)
             turn(qkv)
             x_TD = layer.out.plus(attend(index, qkv), x_TD)
-            normed_TD = layer.mlp_norm(x_TD)
-            x_TD = layer.down.plus(layer.up.times(normed_TD, layer.gate.silu(normed_TD)), x_TD)
+            x_TD = layer.down.plus(self._gated(layer.gate_up(layer.mlp_norm(x_TD))), x_TD)
         return x_TD
+
+    def _gated(self, both_TF: Tensor) -> Tensor:
+        if self.compiled is not None:
+            return self.compiled.gated(both_TF)
+        gate, up = both_TF.chunk(2, -1)
+        return F.silu(gate).mul_(up)
 
     def logits(self, hidden_TD: Tensor) -> Tensor:
         """[T, V] in the weights' dtype."""

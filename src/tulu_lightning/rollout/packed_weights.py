@@ -33,9 +33,7 @@ def packs(dtype: torch.dtype) -> bool:
         plain, other = F.linear(x, weight), torch.ones(len(x), len(weight), dtype=dtype) / 3
         tried = {
             _product(x, packed, None): plain,
-            _product(x, packed, None, "swish"): F.silu(plain),
-            _combined(x, packed, None, other, "mul"): plain * other,
-            _combined(x, packed, None, other, "add"): plain + other,
+            _sum(x, packed, None, other): plain + other,
         }
         near = all(torch.allclose(found, right, rtol=0.02, atol=0.1) for found, right in tried.items())
         return near and torch.equal(packed.to_dense(), weight)
@@ -47,12 +45,12 @@ def _pack(weight_NK: Tensor) -> Tensor:
     return torch.ops.mkldnn._reorder_linear_weight(weight_NK, ROWS)
 
 
-def _product(x: Tensor, packed: Tensor, bias_N: Tensor | None, then: str = "none") -> Tensor:
-    return torch.ops.mkldnn._linear_pointwise.default(x, packed, bias_N, then, [], "")
+def _product(x: Tensor, packed: Tensor, bias_N: Tensor | None) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise.default(x, packed, bias_N, "none", [], "")
 
 
-def _combined(x: Tensor, packed: Tensor, bias_N: Tensor | None, other: Tensor, how: str) -> Tensor:
-    return torch.ops.mkldnn._linear_pointwise.binary(x, other, packed, bias_N, how)
+def _sum(x: Tensor, packed: Tensor, bias_N: Tensor | None, other: Tensor) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise.binary(x, other, packed, bias_N, "add")
 
 
 class Matrix:
@@ -81,19 +79,9 @@ class Matrix:
             return linear(x, self.weight_NK, self.bias_N)
         return _product(x, self.packed, self.bias_N)
 
-    def silu(self, x: Tensor) -> Tensor:
-        """silu(product), the sigmoid of the product times the product."""
-        if self.packed is None:
-            return F.silu(self(x))
-        return _product(x, self.packed, self.bias_N, "swish")
-
-    def times(self, x: Tensor, other: Tensor) -> Tensor:
-        """Product times `other` [..., N], in one pass."""
-        return self(x) * other if self.packed is None else _combined(x, self.packed, self.bias_N, other, "mul")
-
     def plus(self, x: Tensor, other: Tensor) -> Tensor:
         """Product plus `other` [..., N], in one pass."""
-        return self(x) + other if self.packed is None else _combined(x, self.packed, self.bias_N, other, "add")
+        return self(x) + other if self.packed is None else _sum(x, self.packed, self.bias_N, other)
 
     def used(self) -> Iterator[tuple[str, Tensor]]:
         """Each weight by its name as it is read back from what products are made with, not from the plain matrix."""

@@ -46,6 +46,24 @@ void turn(T *qkv, const T *cos, const T *sin, const int64_t *position, int64_t r
     }
 }
 
+// silu(gate) * up, the sigmoid of the gate times the gate times up, of rows that hold `width` gates and then as many ups.
+template <class T> void gated(const T *both, T *out, int64_t rows, int64_t width, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t row = 0; row < rows; row++) {
+        const T *gate = both + 2 * row * width, *up = gate + width;
+        T *to = out + row * width;
+        int64_t i = 0;
+        for (; i + LANES <= width; i += LANES) {
+            vec x = load(gate + i), small = exp_of(x > vec{} ? -x : x);
+            store(to + i, (x > vec{} ? x : x * small) / (small + 1.0f) * load(up + i));
+        }
+        for (; i < width; i++) {
+            float x = get(gate[i]);
+            put(to[i], x / (1.0f + std::exp(-x)) * get(up[i]));
+        }
+    }
+}
+
 // A vector of the row that ends at `end`, -inf past it.
 template <class T> inline vec load_until(const T *from, const T *end) {
     if (end - from >= LANES) return load(from);
@@ -116,6 +134,9 @@ void draw(const T *logits, const float *uniform, int64_t *token, float *logp, in
     extern "C" void norm_##NAME(const T *x, const T *weight, T *out, int64_t rows, int64_t width, float eps,         \
                                 int threads) {                                                                        \
         norm(x, weight, out, rows, width, eps, threads);                                                              \
+    }                                                                                                                 \
+    extern "C" void gated_##NAME(const T *both, T *out, int64_t rows, int64_t width, int threads) {                  \
+        gated(both, out, rows, width, threads);                                                                       \
     }                                                                                                                 \
     extern "C" void turn_##NAME(T *qkv, const T *cos, const T *sin, const int64_t *position, int64_t rows,           \
                                 int64_t heads, int64_t key_heads, int64_t width, float scale, int threads) {         \

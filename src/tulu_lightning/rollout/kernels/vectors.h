@@ -52,6 +52,10 @@ typedef halves loose_halves __attribute__((aligned(2), may_alias));
 inline vec load(const float *from) { return *(const loose_vec *)from; }
 inline vec load(const bf16 *from) { return (vec)(__builtin_convertvector(*(const loose_halves *)from, words) << 16); }
 inline void store(float *to, vec x) { *(loose_vec *)to = x; }
+inline void store(bf16 *to, vec x) {
+    words bits = (words)x, rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16, none = words{} + 0x7fc0;
+    *(loose_halves *)to = __builtin_convertvector((bits & 0x7fffffff) > 0x7f800000 ? none : rounded, halves);
+}
 
 inline float total(vec x) {
     float sum = 0;
