@@ -4,7 +4,6 @@ import errno
 import importlib
 import logging
 import os
-import re
 import select
 import sys
 from collections.abc import Sequence
@@ -13,6 +12,7 @@ from typing import NamedTuple
 
 from tulu_lightning import __version__
 from tulu_lightning.errors import InputError, Preempted, RunStopped, nearest
+from tulu_lightning.files import system_code
 
 __all__ = ["main"]
 
@@ -216,8 +216,6 @@ def disk_fault(error: BaseException | None) -> str | None:
 
 
 def _disk_code(error: BaseException) -> tuple[int, str]:
-    """The system's error number (0 for none) and the file; libraries in Rust, such as safetensors, tell it in words."""
-    if isinstance(error, OSError):
-        return error.errno or 0, os.fsdecode(error.filename2 or error.filename or "the disk")
-    told = re.search(r"\(os error (\d+)\)", str(error))
-    return int(told[1]) if told else 0, "the disk"
+    """The system's error number (0 for none) and the file."""
+    named = (error.filename2 or error.filename) if isinstance(error, OSError) else None
+    return system_code(error), os.fsdecode(named or "the disk")

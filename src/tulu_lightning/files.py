@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -50,6 +51,14 @@ def put_in_place(beside: Path, path: Path) -> None:
         remove_whole(path)
     os.replace(beside, path)
     sync(path.parent)
+
+
+def system_code(error: BaseException) -> int:
+    """The system's error number, 0 for none; libraries in Rust, such as safetensors, tell it in words."""
+    if isinstance(error, OSError):
+        return error.errno or 0
+    told = re.search(r"\(os error (\d+)\)", str(error))
+    return int(told[1]) if told else 0
 
 
 def sync(path: Path) -> None:

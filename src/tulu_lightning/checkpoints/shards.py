@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from tulu_lightning.errors import InputError
+from tulu_lightning.files import system_code
 
 __all__ = ["SHARD_BYTES", "ShardWriter", "parse_size", "save_tensors", "write_shards"]
 
@@ -29,9 +29,8 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
     try:
         save_file(dict(tensors), path, metadata={"format": "pt"})
     except (SafetensorError, OSError) as error:
-        told = re.search(r"\(os error (\d+)\)", str(error))
-        code = error.errno if isinstance(error, OSError) else int(told[1]) if told else None
-        if code is None:
+        code = system_code(error)
+        if not code:
             raise
         raise OSError(code, os.strerror(code), str(path)) from error
 

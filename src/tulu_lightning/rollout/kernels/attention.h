@@ -36,6 +36,34 @@ template <class T> inline void fetch(const T *from, int count) {  // asks memory
     for (int i = 0; i < count; i += 64 / sizeof(T)) __builtin_prefetch(from + i);
 }
 
+// Adds `count` weighted values to the sums of N queries; asks for `coming` lines at `next`.
+template <class T, int D, int N>
+inline void weigh(Running<D> *query, const T *values, int count, const T *next = nullptr,
+                  int64_t coming = 0) {
+    constexpr int WIDE = D / LANES, FIT = REGISTERS / N;
+    constexpr int AT_ONCE = FIT >= WIDE ? WIDE : FIT >= 4 && WIDE % 4 == 0 ? 4 : FIT >= 2 && WIDE % 2 == 0 ? 2 : 1;
+    for (int i = 0; i < D; i += AT_ONCE * LANES) {
+        vec sum[N][AT_ONCE];
+#pragma GCC unroll 8
+        for (int n = 0; n < N; n++)
+#pragma GCC unroll 8
+            for (int j = 0; j < AT_ONCE; j++) sum[n][j] = load(query[n].out + i + j * LANES);
+        for (int s = 0; s < count; s++) {
+            if (s < coming) fetch(next + s * D + i, AT_ONCE * LANES);
+#pragma GCC unroll 8
+            for (int j = 0; j < AT_ONCE; j++) {
+                vec value = load(values + s * D + i + j * LANES);
+#pragma GCC unroll 8
+                for (int n = 0; n < N; n++) sum[n][j] += query[n].score[s] * value;
+            }
+        }
+#pragma GCC unroll 8
+        for (int n = 0; n < N; n++)
+#pragma GCC unroll 8
+            for (int j = 0; j < AT_ONCE; j++) store(query[n].out + i + j * LANES, sum[n][j]);
+    }
+}
+
 // -- few queries: every line is used as it is read, by all of them --
 
 // Scores of N queries with `count` keys; asks for as much at `next`.
@@ -63,39 +91,12 @@ template <class T, int D, int N> inline void few_scores(Running<D> *query, const
         for (int s = count; s % LANES; s++) query[n].score[s] = -INFINITY;
 }
 
-// Adds `count` weighted values to the sums of N queries; asks for `coming` lines at `next`.
-template <class T, int D, int N>
-inline void few_weigh(Running<D> *query, const T *values, int count, const T *next, int64_t coming) {
-    constexpr int WIDE = D / LANES, FIT = REGISTERS / N;
-    constexpr int AT_ONCE = FIT >= WIDE ? WIDE : FIT >= 4 && WIDE % 4 == 0 ? 4 : FIT >= 2 && WIDE % 2 == 0 ? 2 : 1;
-    for (int i = 0; i < D; i += AT_ONCE * LANES) {
-        vec sum[N][AT_ONCE];
-#pragma GCC unroll 8
-        for (int n = 0; n < N; n++)
-#pragma GCC unroll 8
-            for (int j = 0; j < AT_ONCE; j++) sum[n][j] = load(query[n].out + i + j * LANES);
-        for (int s = 0; s < count; s++) {
-            if (s < coming) fetch(next + s * D + i, AT_ONCE * LANES);
-#pragma GCC unroll 8
-            for (int j = 0; j < AT_ONCE; j++) {
-                vec value = load(values + s * D + i + j * LANES);
-#pragma GCC unroll 8
-                for (int n = 0; n < N; n++) sum[n][j] += query[n].score[s] * value;
-            }
-        }
-#pragma GCC unroll 8
-        for (int n = 0; n < N; n++)
-#pragma GCC unroll 8
-            for (int j = 0; j < AT_ONCE; j++) store(query[n].out + i + j * LANES, sum[n][j]);
-    }
-}
-
 template <class T, int D, int N> void fold_few(Running<D> *query, const T *keys, const T *values, int64_t places) {
     for (int64_t start = 0; start < places; start += BLOCK, keys += BLOCK * D, values += BLOCK * D) {
         int count = int(places - start < BLOCK ? places - start : BLOCK);
         few_scores<T, D, N>(query, keys, values, count);
         for (int n = 0; n < N; n++) exponentials<D>(query[n], count);
-        few_weigh<T, D, N>(query, values, count, keys + BLOCK * D, places - start - BLOCK);
+        weigh<T, D, N>(query, values, count, keys + BLOCK * D, places - start - BLOCK);
     }
 }
 
@@ -143,23 +144,6 @@ template <int D, int N> inline void scores(Running<D> *query, const float *keys,
         for (int s = count; s < BLOCK; s++) query[n].score[s] = -INFINITY;
 }
 
-// Adds `count` weighted values to the sums of N queries.
-template <int D, int N> inline void weigh(Running<D> *query, const float *values, int count) {
-    constexpr int AT_ONCE = D / LANES <= 4 ? D / LANES : D / LANES % 4 == 0 ? 4 : D / LANES % 3 == 0 ? 3 : 1;
-    for (int i = 0; i < D; i += AT_ONCE * LANES) {
-        vec sum[N][AT_ONCE];
-        for (int n = 0; n < N; n++)
-            for (int j = 0; j < AT_ONCE; j++) sum[n][j] = load(query[n].out + i + j * LANES);
-        for (int s = 0; s < count; s++)
-            for (int j = 0; j < AT_ONCE; j++) {
-                vec value = load(values + s * D + i + j * LANES);
-                for (int n = 0; n < N; n++) sum[n][j] += query[n].score[s] * value;
-            }
-        for (int n = 0; n < N; n++)
-            for (int j = 0; j < AT_ONCE; j++) store(query[n].out + i + j * LANES, sum[n][j]);
-    }
-}
-
 template <class T, int D>
 void fold_many(Running<D> *query, int count, const T *keys, const T *values, int64_t places) {
     float room[BLOCK * D];
@@ -173,9 +157,9 @@ void fold_many(Running<D> *query, int count, const T *keys, const T *values, int
             exponentials<D>(query[n], lines);
         }
         const float *line = wide<D>(values, room, lines);
-        for (n = 0; n + 4 <= count; n += 4) weigh<D, 4>(query + n, line, lines);
-        for (; n + 2 <= count; n += 2) weigh<D, 2>(query + n, line, lines);
-        if (n < count) weigh<D, 1>(query + n, line, lines);
+        for (n = 0; n + 4 <= count; n += 4) weigh<float, D, 4>(query + n, line, lines);
+        for (; n + 2 <= count; n += 2) weigh<float, D, 2>(query + n, line, lines);
+        if (n < count) weigh<float, D, 1>(query + n, line, lines);
     }
 }
 
