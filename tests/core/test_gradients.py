@@ -6,9 +6,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tulu_lightning.core import nll as core_nll
 from tulu_lightning.core.gradients import accumulating, room_for
-from tulu_lightning.core.layers import embed
 from tulu_lightning.core.logprobs import token_logprobs
+from tulu_lightning.core.matmul import low_linear
 from tulu_lightning.core.nll import weighted_nll
+from tulu_lightning.models.layers import embed, gated_mlp
 
 ROWS, VOCABULARY, WIDTH = 6, 300, 8
 
@@ -49,6 +50,34 @@ def test_a_table_that_is_embedding_and_head_gets_the_sum_of_all_its_gradients(lo
     assert plain.abs().max() > 0.1
     torch.testing.assert_close(added, plain, rtol=1e-6, atol=1e-6)
     assert len(set(held)) == 1
+
+
+def layers(x, weights):
+    """Each weight once by itself and once in a gated MLP."""
+    gate, up, down = weights
+    inner = low_linear(low_linear(x, gate, gate.detach().to(x.dtype)), down, down.detach().to(x.dtype))
+    low = tuple(weight.detach().to(x.dtype) for weight in weights)
+    return gated_mlp(inner, (gate, up, down), low).float().square().sum()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_products_are_added_to_the_sum_of_those_before(dtype):
+    g = torch.Generator().manual_seed(0)
+    batches = [torch.randn(5, 16, generator=g).to(dtype) for _ in range(3)]
+    start = [torch.randn(shape, generator=g) / 4 for shape in ((32, 16), (32, 16), (16, 32))]
+    results = []
+    for on in (False, True):
+        weights = [weight.clone().requires_grad_() for weight in start]
+        first = []
+        for x in batches:
+            with accumulating(on):
+                layers(x, weights).backward()
+            first.append([weight.grad.data_ptr() for weight in weights])
+        assert first[1] == first[2], "the sum moved"
+        results.append([weight.grad for weight in weights])
+    for plain, added in zip(*results, strict=True):
+        assert plain.abs().max() > 1
+        torch.testing.assert_close(added, plain, rtol=1e-5 if dtype == torch.float32 else 2e-2, atol=1e-3)
 
 
 class Sizes(TorchDispatchMode):

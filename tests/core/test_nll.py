@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from tulu_lightning.core import nll
 from tulu_lightning.core.logprobs import token_logprobs
-from tulu_lightning.core.nll import weighted_nll
+from tulu_lightning.core.nll import compiled_finish, weighted_nll
 
 
 def inputs(rows=37, width=16, vocabulary=300):
@@ -54,10 +54,10 @@ def test_in_bf16_it_is_the_log_prob_function_to_the_rounding_of_the_products():
 def test_compiled_it_is_the_same(dtype):
     hidden, head, target, weight = inputs()
     results = []
-    for fused in (False, True):
+    for finish in ({}, {"finish": compiled_finish}):
         low = hidden.detach().to(dtype).requires_grad_()
         head.grad = None
-        found = weighted_nll(low, head, target, weight, chunk_bytes=8 * 300 * 4, fused=fused)
+        found = weighted_nll(low, head, target, weight, chunk_bytes=8 * 300 * 4, **finish)
         found.loss.backward()
         results.append((found.loss.detach(), found.logp_N, low.grad.float(), head.grad.clone()))
     tolerance = 1e-6 if dtype == torch.float32 else 2**-8
@@ -65,10 +65,9 @@ def test_compiled_it_is_the_same(dtype):
         assert (plain - compiled).norm() <= tolerance * plain.norm()
 
 
-def test_weights_of_zero_compute_nothing_and_still_give_gradients_for_the_collectives(monkeypatch):
+def test_weights_of_zero_compute_nothing_and_still_give_gradients_for_the_collectives():
     hidden, head, target, _ = inputs()
-    monkeypatch.setattr(nll, "_finish", None)
-    result = weighted_nll(hidden, head, target, torch.zeros(37))
+    result = weighted_nll(hidden, head, target, torch.zeros(37), finish=lambda *_: pytest.fail("was computed"))
     result.loss.backward()
     assert result.loss.item() == 0
     assert not hidden.grad.any()

@@ -17,7 +17,7 @@ H100, T4, CPU = Machine("cuda", (9, 0), True), Machine("cuda", (7, 5), True), Ma
 @pytest.mark.parametrize(
     ("requested", "machine", "plain", "shared"),
     [
-        ("auto", CPU, ("matmul",), ("matmul",)),
+        ("auto", CPU, ("compiled", "matmul"), ("compiled", "matmul")),
         ("auto", H100, ("varlen", "flex", "sdpa"), ("flex", "sdpa")),
         ("auto", Machine("mps"), ("sdpa",), ("sdpa",)),
         ("sdpa", H100, ("sdpa",), ("sdpa",)),

@@ -20,7 +20,10 @@ from typing import NamedTuple
 from tulu_lightning.assets.cache import build_once
 from tulu_lightning.errors import InputError
 
-__all__ = ["Compiled", "compiler", "load_compiled"]
+__all__ = ["KERNELS", "Compiled", "compiler", "load_compiled"]
+
+KERNELS = Path(__file__).parent / "kernels"
+"""The sources."""
 
 # -ffast-math would also set the whole process to flush denormal numbers to zero (GCC's start-up code for it does).
 FLAGS = (

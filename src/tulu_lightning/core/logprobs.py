@@ -13,7 +13,7 @@ entropy H = logsumexp(z) - sum p z, dH/dz = -p (log p + H).
 """
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ from torch.autograd.function import once_differentiable
 from tulu_lightning.core.gradients import room_for
 from tulu_lightning.core.matmul import product
 
-__all__ = ["TokenStats", "token_logprobs"]
+__all__ = ["TileMath", "TokenStats", "token_logprobs"]
 
 TILE_BYTES = {"cpu": 16 << 20, "cuda": 256 << 20}
 """fp32 logits alive at once: on CPU what a cache holds (each tile is read several times), else what fills the device."""
@@ -41,29 +41,123 @@ class TokenStats(NamedTuple):
     """float32 scalar, sum of weight · -log p; None unless weights were given, and then it alone has a gradient."""
 
 
+class TileMath(Protocol):
+    """What is done to a tile of logits z / temperature, [N, K] fp32 or bf16; inside it is fp32."""
+
+    def fold_(self, logits_NK: Tensor, by: float, maximum_N: Tensor, sum_N: Tensor, moment_N: Tensor | None) -> None:
+        """Take a tile into the running sums of e^(z - maximum), and of z - maximum weighted by that; it is used up.
+
+        Args:
+            logits_NK: the tile.
+            by: what its numbers are multiplied by first.
+            maximum_N: fp32, the largest z so far; like the sums, changed in place.
+            sum_N: fp32.
+            moment_N: fp32, if it is wanted.
+        """
+        ...
+
+    def slope_(
+        self,
+        logits_NK: Tensor,
+        by: float,
+        place_N: Tensor,
+        lse_N: Tensor,
+        up_N: Tensor,
+        entropy_N: Tensor | None,
+        more_N: Tensor | None,
+    ) -> None:
+        """Make a tile its gradient: by · (up · onehot(target) - p (up + more (log p + entropy))), rounded once.
+
+        Args:
+            logits_NK: the tile.
+            by: as above.
+            place_N: int64, the target's column, or -1 where it is not in this tile.
+            lse_N: fp32, log of the whole row's sum.
+            up_N: fp32, the gradient of the row's log-prob.
+            entropy_N: fp32, the row's, if its gradient counts.
+            more_N: fp32, the gradient of that.
+        """
+        ...
+
+
+class _InOperators:
+    """By PyTorch's operators, on any device."""
+
+    def __init__(self) -> None:
+        self.room: Tensor | None = None
+
+    def _wide(self, logits_NK: Tensor) -> Tensor:
+        """The tile itself, or an fp32 copy of it, in a room that is kept: fresh memory costs more than the copying."""
+        if logits_NK.dtype != torch.bfloat16:
+            return logits_NK
+        if self.room is None or len(self.room) < logits_NK.numel():
+            self.room = torch.empty(logits_NK.numel(), dtype=torch.float32, device=logits_NK.device)
+        return self.room[: logits_NK.numel()].view(logits_NK.shape).copy_(logits_NK)
+
+    def fold_(self, logits_NK: Tensor, by: float, maximum_N: Tensor, sum_N: Tensor, moment_N: Tensor | None) -> None:
+        z_NK = self._wide(logits_NK)
+        if by != 1:
+            z_NK.mul_(by)
+        higher_N = torch.maximum(maximum_N, z_NK.amax(-1))
+        shift_N = maximum_N - higher_N
+        maximum_N.copy_(higher_N)
+        z_NK.sub_(maximum_N[:, None])
+        if moment_N is None:
+            sum_N.mul_(shift_N.exp()).add_(z_NK.exp_().sum(-1))
+            return
+        p_NK = z_NK.exp()  # the sums of z - maximum are taken along when the maximum moves
+        moment_N.copy_(shift_N.exp() * (moment_N + shift_N * sum_N) + z_NK.mul_(p_NK).sum(-1))
+        sum_N.mul_(shift_N.exp()).add_(p_NK.sum(-1))
+
+    def slope_(
+        self,
+        logits_NK: Tensor,
+        by: float,
+        place_N: Tensor,
+        lse_N: Tensor,
+        up_N: Tensor,
+        entropy_N: Tensor | None,
+        more_N: Tensor | None,
+    ) -> None:
+        z_NK = self._wide(logits_NK)
+        if by != 1:
+            z_NK.mul_(by)
+        z_NK.sub_(lse_N[:, None])  # log p
+        if entropy_N is not None and more_N is not None:
+            factor_NK = z_NK.add(entropy_N[:, None]).mul_(more_N[:, None]).add_(up_N[:, None])
+            z_NK.exp_().mul_(factor_NK.mul_(-by))
+        else:
+            z_NK.exp_().mul_(up_N[:, None] * -by)
+        own_N = torch.where(place_N >= 0, up_N, 0.0) * by
+        z_NK.scatter_add_(1, place_N.clamp(min=0)[:, None], own_N[:, None])
+        if z_NK is not logits_NK:
+            logits_NK.copy_(z_NK)
+
+
 class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden_ND: Tensor, head_VD: Tensor, target_N: Tensor, temperature: float, tile: int, entropy: bool
+        ctx: Any,
+        hidden_ND: Tensor,
+        head_VD: Tensor,
+        target_N: Tensor,
+        by: float,
+        tile: int,
+        entropy: bool,
+        maths: TileMath,
     ) -> tuple[Tensor, Tensor]:
-        maximum_N = torch.full(target_N.shape, LEAST, dtype=torch.float32, device=hidden_ND.device)
+        work = torch.float64 if hidden_ND.dtype == torch.float64 else torch.float32
+        maximum_N = torch.full(target_N.shape, LEAST, dtype=work, device=hidden_ND.device)
         sum_N, moment_N, logit_N = (torch.zeros_like(maximum_N) for _ in range(3))
-        for part, _, logits_NK, _ in _tiles(hidden_ND, head_VD, temperature, tile):
-            inside_N, place_N1 = _place(target_N, part)
-            logit_N = torch.where(inside_N, logits_NK.gather(1, place_N1)[:, 0], logit_N)
-            higher_N = torch.maximum(maximum_N, logits_NK.amax(-1))
-            shift_N, maximum_N = maximum_N - higher_N, higher_N
-            logits_NK.sub_(maximum_N[:, None])
-            if entropy:  # of z - maximum, whose sums are taken along when the maximum moves
-                p_NK = logits_NK.exp()
-                moment_N = shift_N.exp() * (moment_N + shift_N * sum_N) + logits_NK.mul_(p_NK).sum(-1)
-                sum_N = shift_N.exp() * sum_N + p_NK.sum(-1)
-            else:
-                sum_N = shift_N.exp() * sum_N + logits_NK.exp_().sum(-1)
+        for part, _, logits_NK in _tiles(hidden_ND, head_VD, tile):
+            place_N = _place(target_N, part)
+            own_N = logits_NK.gather(1, place_N.clamp(min=0)[:, None])[:, 0].to(work) * by
+            logit_N = torch.where(place_N >= 0, own_N, logit_N)
+            maths.fold_(logits_NK, by, maximum_N, sum_N, moment_N if entropy else None)
         lse_N = maximum_N + sum_N.log()
         entropy_N = sum_N.log() - moment_N / sum_N if entropy else lse_N.new_empty(0)
         ctx.save_for_backward(hidden_ND, head_VD, target_N, lse_N, entropy_N)
-        ctx.temperature, ctx.tile, ctx.entropy = temperature, tile, entropy
+        ctx.by, ctx.tile, ctx.entropy, ctx.maths = by, tile, entropy, maths
         if not entropy:
             ctx.mark_non_differentiable(entropy_N)
         return logit_N - lse_N, entropy_N
@@ -71,23 +165,17 @@ class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        up_N, up_entropy_N = grad_outputs
+        up_N, more_N = grad_outputs
         hidden_ND, head_VD, target_N, lse_N, entropy_N = ctx.saved_tensors
-        ctx.entropy = ctx.entropy and bool(up_entropy_N.any())  # asked for as a number only: no work for its gradient
-        live_N = (up_N != 0) | (up_entropy_N != 0) if ctx.entropy else up_N != 0
-        grad_hidden, grad_head = None, None
-        if bool(live_N.all()):
-            grad_hidden, grad_head = _backward(ctx, hidden_ND, head_VD, target_N, lse_N, entropy_N, up_N, up_entropy_N)
-        else:  # clipped tokens of PPO, fillers: their rows are not computed
-            rows = live_N.nonzero()[:, 0]
-            of_entropy = (x[rows] if ctx.entropy else x for x in (entropy_N, up_entropy_N))
-            own_entropy_N, own_up_entropy_N = of_entropy
-            part, grad_head = _backward(
-                ctx, hidden_ND[rows], head_VD, target_N[rows], lse_N[rows], own_entropy_N, up_N[rows], own_up_entropy_N
-            )
-            if part is not None:
-                grad_hidden = torch.zeros_like(hidden_ND).index_copy_(0, rows, part)
-        return grad_hidden, grad_head, None, None, None, None
+        ctx.entropy = ctx.entropy and bool(more_N.any())  # asked for as a number only: no work for its gradient
+        live_N = (up_N != 0) | (more_N != 0) if ctx.entropy else up_N != 0
+        rows = slice(None) if bool(live_N.all()) else live_N.nonzero()[:, 0]  # not those of clipped tokens and fillers
+        of_entropy = (entropy_N[rows], more_N[rows].contiguous()) if ctx.entropy else (None, None)
+        own = hidden_ND[rows], head_VD, target_N[rows], lse_N[rows], up_N[rows].contiguous(), *of_entropy
+        grad_hidden, grad_head = _backward(ctx, *own)
+        if grad_hidden is not None and not isinstance(rows, slice):
+            grad_hidden = torch.zeros_like(hidden_ND).index_copy_(0, rows, grad_hidden)
+        return grad_hidden, grad_head, None, None, None, None, None
 
 
 def _backward(
@@ -96,61 +184,42 @@ def _backward(
     head_VD: Tensor,
     target_N: Tensor,
     lse_N: Tensor,
-    entropy_N: Tensor,
     up_N: Tensor,
-    up_entropy_N: Tensor,
+    entropy_N: Tensor | None,
+    more_N: Tensor | None,
 ) -> tuple[Tensor | None, Tensor | None]:
     """Gradients of hidden states and head, where they are needed."""
     need_hidden, need_head = ctx.needs_input_grad[:2]
     # fp32: tiles are summed, and a bf16 running sum would lose small ones.
-    grad_ND = torch.zeros_like(hidden_ND, dtype=torch.float32) if need_hidden else None
+    grad_ND = torch.zeros_like(hidden_ND, dtype=lse_N.dtype) if need_hidden else None
     room_VD = room_for(head_VD) if need_head else None
     grad_VD = torch.zeros_like(head_VD) if need_head and room_VD is None else room_VD
-    tiles = _tiles(hidden_ND, head_VD, ctx.temperature, ctx.tile) if len(hidden_ND) else ()
-    for part, weight_KD, logits_NK, product_NK in tiles:
-        logits_NK.sub_(lse_N[:, None])  # log p
-        if ctx.entropy:
-            slope_NK = logits_NK.add(entropy_N[:, None]).mul_(up_entropy_N[:, None]).add_(up_N[:, None])
-            logits_NK.exp_().mul_(slope_NK.neg_())
-        else:
-            logits_NK.exp_().mul_(-up_N[:, None])
-        inside_N, place_N1 = _place(target_N, part)
-        logits_NK.scatter_add_(1, place_N1, torch.where(inside_N, up_N, 0.0)[:, None])
-        if ctx.temperature != 1:
-            logits_NK.div_(ctx.temperature)
-        product_NK.copy_(logits_NK)
+    for part, weight_KD, logits_NK in _tiles(hidden_ND, head_VD, ctx.tile) if len(hidden_ND) else ():
+        ctx.maths.slope_(logits_NK, ctx.by, _place(target_N, part), lse_N, up_N, entropy_N, more_N)
         if grad_ND is not None:
-            grad_ND += product(product_NK, weight_KD.T)
+            grad_ND += product(logits_NK, weight_KD.T)
         if grad_VD is not None:
-            grad_VD[part] += product(product_NK.T, hidden_ND.T)
+            grad_VD[part] += product(logits_NK.T, hidden_ND.T)
     return None if grad_ND is None else grad_ND.to(hidden_ND.dtype), None if room_VD is not None else grad_VD
 
 
-def _tiles(
-    hidden_ND: Tensor, head_VD: Tensor, temperature: float, tile_bytes: int
-) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
-    """For each run of the vocabulary: where it is, its rows of the head, its fp32 logits, and these as multiplied.
+def _tiles(hidden_ND: Tensor, head_VD: Tensor, tile_bytes: int) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """For each run of the vocabulary: where it is, its rows of the head, and their logits, which may be written over.
 
-    The product runs in the dtype of the hidden states, everything after it in fp32; in fp32 the last two are one.
+    The product runs in the dtype of the hidden states.
     """
     rows, vocabulary = hidden_ND.shape[0], head_VD.shape[0]
     width = min(vocabulary, max(128, tile_bytes // (4 * max(rows, 1)) // 128 * 128))
     room = torch.empty(rows * width, dtype=hidden_ND.dtype, device=hidden_ND.device)
-    wide = None if room.dtype == torch.float32 else room.float()
     for start in range(0, vocabulary, width):
         part = slice(start, min(start + width, vocabulary))
         weight_KD = head_VD[part].to(hidden_ND.dtype)
-        size = rows * len(weight_KD)
-        product_NK = product(hidden_ND, weight_KD, room[:size].view(rows, len(weight_KD)))
-        logits_NK = product_NK if wide is None else wide[:size].view(rows, len(weight_KD)).copy_(product_NK)
-        yield part, weight_KD, logits_NK if temperature == 1 else logits_NK.div_(temperature), product_NK
+        yield part, weight_KD, product(hidden_ND, weight_KD, room[: rows * len(weight_KD)].view(rows, len(weight_KD)))
 
 
-def _place(target_N: Tensor, part: slice) -> tuple[Tensor, Tensor]:
-    """Which targets lie in a tile, and where; somewhere in it for the others."""
-    place_N = target_N - part.start
-    inside_N = (place_N >= 0) & (target_N < part.stop)
-    return inside_N, place_N.clamp(0, part.stop - part.start - 1)[:, None]
+def _place(target_N: Tensor, part: slice) -> Tensor:
+    """Where targets lie in a tile; -1 for those that do not."""
+    return torch.where((target_N >= part.start) & (target_N < part.stop), target_N - part.start, -1)
 
 
 def token_logprobs(
@@ -160,6 +229,7 @@ def token_logprobs(
     temperature: float = 1.0,
     entropy: bool = False,
     tile_bytes: int | None = None,
+    maths: TileMath | None = None,
 ) -> TokenStats:
     """Log-prob of each target under `softmax(hidden @ head.T / temperature)`, never holding all logits.
 
@@ -170,6 +240,7 @@ def token_logprobs(
         temperature: what logits are divided by; the sampler's own, so that both sides speak of one policy.
         entropy: also return the entropy at each place (differentiable, too).
         tile_bytes: fp32 logits alive at once, about; `TILE_BYTES` of the device if left out.
+        maths: what is done to a tile; PyTorch's operators if left out.
 
     Returns:
         float32 log-probs in nats (and entropies). Gradients flow to `hidden_ND` and `head_VD`; tokens whose upstream
@@ -182,5 +253,8 @@ def token_logprobs(
         raise ValueError(f"temperature is {temperature}; log-probs need one above 0")
     tile = tile_bytes or TILE_BYTES.get(hidden_ND.device.type, TILE_BYTES["cuda"])
     with torch.autocast(hidden_ND.device.type, enabled=False):  # dtypes here are chosen by hand
-        logp_N, entropy_N = _TokenLogprobs.apply(hidden_ND, head_VD, target_N, temperature, tile, entropy)  # type: ignore[misc]
+        made: Any = _TokenLogprobs.apply(
+            hidden_ND, head_VD, target_N, 1 / temperature, tile, entropy, maths or _InOperators()
+        )
+        logp_N, entropy_N = made
     return TokenStats(logp_N, entropy_N if entropy else None)

@@ -18,7 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-__all__ = ["fp32_library", "linear", "low_linear", "product"]
+from tulu_lightning.core.gradients import room_of
+
+__all__ = ["fp32_library", "linear", "low_linear", "product", "weight_gradient"]
 
 
 @functools.cache
@@ -79,6 +81,19 @@ def product(a_MK: Tensor, b_NK: Tensor, out_MN: Tensor | None = None) -> Tensor:
         return torch.mm(a_MK, b_NK.T, out=out_MN)
 
 
+def weight_gradient(grad_MN: Tensor, x_MK: Tensor, weight_NK: Tensor) -> Tensor | None:
+    """grad.T @ x, in the weight's dtype; None where it has been added to the weight's `.grad` (`core.gradients`)."""
+    sum_NK = room_of(weight_NK)
+    if sum_NK is None:
+        return product(grad_MN.T, x_MK.T).to(weight_NK.dtype)
+    with torch.no_grad():
+        if grad_MN.dtype == sum_NK.dtype and not _takes(grad_MN, x_MK):
+            sum_NK.addmm_(grad_MN.T, x_MK)
+        else:
+            sum_NK += product(grad_MN.T, x_MK.T)
+    return None
+
+
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_MK: Tensor, weight_NK: Tensor, used_NK: Tensor) -> Tensor:
@@ -92,7 +107,7 @@ class _Linear(torch.autograd.Function):
         need_x, need_weight, _ = ctx.needs_input_grad
         grad_MN = grads[0].contiguous()  # an expanded gradient has strides that oneDNN does not read
         grad_x = product(grad_MN, weight_NK.to(x_MK.dtype).T) if need_x else None
-        grad_weight = product(grad_MN.T, x_MK.T).to(weight_NK.dtype) if need_weight else None
+        grad_weight = weight_gradient(grad_MN, x_MK, weight_NK) if need_weight else None
         return grad_x, grad_weight, None
 
 

@@ -171,9 +171,9 @@ def _layer_bytes(network: Network, this: Pass, keep_mlp: bool) -> float:
     normed = 2 * arch.width * c
     attention = (2 * arch.query + 2 * arch.kv) * c / tp
     mlp = 2 * arch.mlp * c / tp if keep_mlp else 0.0
-    if network.lora:  # adapters take the MLP apart: its activation and product are kept too, and A's outputs
+    if network.lora:  # adapters take the MLP apart: gate times up is kept too, and A's outputs
         names = {*(network.targets or LINEAR)}
-        mlp += (3 if low else 2) * arch.mlp * c / tp * bool(names & {*MLP}) + len(names) * network.lora * FP32
+        mlp += (2 if low else 1) * arch.mlp * c / tp * bool(names & {*MLP}) + len(names) * network.lora * FP32
         normed += 4 * arch.width * c if low else 0
     return residual + normed + attention + mlp + 2 * FP32
 

@@ -6,6 +6,7 @@ gradient of the logits, of the hidden states and of the head. Only the rows' sum
 first, so the chunks are runs of rows here, of which some hundred are alive at once.
 """
 
+from collections.abc import Callable
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -16,7 +17,11 @@ from torch.autograd.function import once_differentiable
 from tulu_lightning.core.gradients import room_for
 from tulu_lightning.core.matmul import product
 
-__all__ = ["WeightedNll", "weighted_nll"]
+__all__ = ["Finish", "WeightedNll", "compiled_finish", "weighted_nll"]
+
+Finish = Callable[[Tensor, Tensor, bool], Tensor]
+"""Takes logits [C, V], targets [C], and whether there is to be a gradient; returns fp32 log-probs of the targets, and
+writes `p - onehot(target)`, the gradient of -log p, over the logits if so."""
 
 CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 256 << 20}
 """Logits alive at once: each chunk passes once over the head's whole gradient, so there should be few."""
@@ -45,7 +50,7 @@ class _WeightedNll(torch.autograd.Function):
         weight_N: Tensor,
         train: bool,
         chunk: int,
-        fused: bool,
+        finish: Finish,
         room_VD: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         rows = weight_N.nonzero()[:, 0]
@@ -54,7 +59,7 @@ class _WeightedNll(torch.autograd.Function):
         grad_ND = torch.zeros_like(own_ND) if need_hidden else None
         own_VD = torch.zeros_like(head_VD, dtype=torch.float32) if need_head and room_VD is None else None
         grad_VD = own_VD if room_VD is None else room_VD
-        logp_N = _run(own_ND, head_VD, target_N[rows], weight_N[rows], grad_ND, grad_VD, chunk, fused)
+        logp_N = _run(own_ND, head_VD, target_N[rows], weight_N[rows], grad_ND, grad_VD, chunk, finish)
         if grad_ND is not None and own_ND is not hidden_ND:
             grad_ND = torch.zeros_like(hidden_ND).index_copy_(0, rows, grad_ND)
         # Not saved, but given away by backward: a gradient that nobody else holds becomes the parameter's as it is,
@@ -92,7 +97,7 @@ def _run(
     grad_ND: Tensor | None,
     grad_VD: Tensor | None,
     chunk: int,
-    fused: bool,
+    finish: Finish,
 ) -> Tensor:
     """Log-probs; adds the loss's gradients to `grad_ND` and `grad_VD` where they are given."""
     rows, vocabulary = hidden_ND.shape[0], head_VD.shape[0]
@@ -109,10 +114,7 @@ def _run(
     for start in range(0, rows, count):
         part = slice(start, min(start + count, rows))
         logits_CV = product(hidden_ND[part], weight_VD, logits[: part.stop - start])
-        if fused and gradient:
-            logp_N[part] = _finish_fused(logits_CV, target_N[part])
-        else:
-            logp_N[part] = _finish(logits_CV, target_N[part], gradient)
+        logp_N[part] = finish(logits_CV, target_N[part], gradient)
         if grad_ND is not None:
             grad_ND[part] = product(logits_CV, weight_VD.T) * weight_N[part, None]
         if grad_VD is not None:
@@ -123,7 +125,7 @@ def _run(
 
 
 def _finish(logits_CV: Tensor, target_C: Tensor, gradient: bool) -> Tensor:
-    """Log-probs of the targets; turns the logits into `p - onehot(target)`, the gradient of -log p."""
+    """As `Finish`, in PyTorch's operators."""
     logp_C = torch.empty(target_C.shape, dtype=torch.float32, device=logits_CV.device)
     size = BLOCK_BYTES.get(logits_CV.device.type, BLOCK_BYTES["cuda"])
     block = max(1, size // (4 * logits_CV.shape[1]))
@@ -141,8 +143,10 @@ def _finish(logits_CV: Tensor, target_C: Tensor, gradient: bool) -> Tensor:
     return logp_C
 
 
-def _finish_fused(logits_CV: Tensor, target_C: Tensor) -> Tensor:
-    """What `_finish` does with a gradient, in a few passes over the logits and with nothing beside them."""
+def compiled_finish(logits_CV: Tensor, target_C: Tensor, gradient: bool) -> Tensor:
+    """As `Finish`, by `torch.compile`: on a GPU a few passes over the logits in place of some twelve."""
+    if not gradient:
+        return _finish(logits_CV, target_C, gradient)
     # Here, not compiled: torch 2.11 was seen to read it after the logits had been written over.
     logit_C = logits_CV.gather(1, target_C[:, None])[:, 0].float()
     return logit_C - _compiled()(logits_CV, target_C)
@@ -167,7 +171,7 @@ def weighted_nll(
     target_N: Tensor,
     weight_N: Tensor,
     chunk_bytes: int | None = None,
-    fused: bool = False,
+    finish: Finish = _finish,
 ) -> WeightedNll:
     """Sum of `-weight · log p(target)` under `softmax(hidden @ head.T)`; equals `token_logprobs` weighted and summed.
 
@@ -178,8 +182,7 @@ def weighted_nll(
         weight_N: float32; rows of weight 0 are not computed. Give weights that the loss need not be divided by any more:
             a factor after this costs a pass over the head's gradient.
         chunk_bytes: logits alive at once, about; `CHUNK_BYTES` of the device if left out.
-        fused: compile what is done to a chunk between its products (`torch.compile`): on a GPU a few passes over the
-            logits in place of some twelve.
+        finish: what is done to a chunk between its products.
 
     Returns:
         The loss and the log-probs. Gradients flow from the loss to `hidden_ND` and `head_VD`, and are made in this
@@ -190,5 +193,5 @@ def weighted_nll(
     with torch.autocast(hidden_ND.device.type, enabled=False):  # dtypes here are chosen by hand
         train = torch.is_grad_enabled()
         room_VD = room_for(head_VD) if train else None
-        made: Any = _WeightedNll.apply(hidden_ND, head_VD, target_N, weight_N, train, chunk, fused, room_VD)
+        made: Any = _WeightedNll.apply(hidden_ND, head_VD, target_N, weight_N, train, chunk, finish, room_VD)
         return WeightedNll(*made)

@@ -20,6 +20,7 @@ from tulu_lightning.core.nll import weighted_nll
 from tulu_lightning.errors import InputError
 from tulu_lightning.models import attention
 from tulu_lightning.models.backends import Chooser, Requested, check_request
+from tulu_lightning.models.compiled import head_kernels
 from tulu_lightning.models.liger import Loss, head_loss
 from tulu_lightning.models.linear import recompute_mlps, use_fast_layers
 from tulu_lightning.models.loading import decoder_layers, load_causal_lm, load_scorer
@@ -237,7 +238,8 @@ class PackedLM(Packed):
         hidden_ND = self.source_hidden(self.lm.get_decoder(), pack, noise_TD)  # type: ignore[arg-type]
         head: Any = self.lm.get_output_embeddings()
         if weight_N is None:
-            return token_logprobs(hidden_ND, head.weight, pack.target_N, temperature, entropy)
+            maths = head_kernels(hidden_ND, head.weight)
+            return token_logprobs(hidden_ND, head.weight, pack.target_N, temperature, entropy, maths=maths)
         if temperature != 1 or entropy:
             raise ValueError("with weights there is neither a temperature nor an entropy")
         if self._head_loss is None and torch.is_grad_enabled():

@@ -4,6 +4,7 @@
 |---|---|---|
 | varlen | CUDA, capability 8.0 or more, bf16 | plain documents (flash attention) |
 | flex | CUDA with triton | any: prompts shared by several answers, too |
+| compiled | CPU with a C++ compiler, heads of a multiple of 16 | any |
 | matmul | CPU | any |
 | sdpa | everywhere | any |
 
@@ -23,6 +24,7 @@ from torch import Tensor
 from tulu_lightning.errors import InputError
 from tulu_lightning.models.fused import Flex, Varlen
 from tulu_lightning.models.matmul import MatmulTiles
+from tulu_lightning.models.segments import CompiledSegments, segment_kernels
 from tulu_lightning.models.tiles import SdpaTiles
 from tulu_lightning.types import Span
 
@@ -46,7 +48,13 @@ class Backend(Protocol):
     def __call__(self, spans: Sequence[Span], device: torch.device | None = None) -> Attend: ...
 
 
-BACKENDS: dict[str, Backend] = {"varlen": Varlen, "flex": Flex, "matmul": MatmulTiles, "sdpa": SdpaTiles}
+BACKENDS: dict[str, Backend] = {
+    "varlen": Varlen,
+    "flex": Flex,
+    "compiled": CompiledSegments,
+    "matmul": MatmulTiles,
+    "sdpa": SdpaTiles,
+}
 
 
 class Machine(NamedTuple):
@@ -95,7 +103,7 @@ def candidates(requested: Requested, trees: bool, machine: Machine) -> tuple[str
     if requested != "auto":
         return (requested,)
     if machine.device == "cpu":
-        return ("matmul",)
+        return ("compiled", "matmul")
     if machine.device == "cuda":
         return ("flex", "sdpa") if trees else ("varlen", "flex", "sdpa")
     return ("sdpa",)
@@ -168,20 +176,33 @@ def _report(name: str, trees: bool, device: str, dtype: torch.dtype, left_out: t
     rank_zero_info(f"attention: {name} ({device}, {str(dtype).removeprefix('torch.')}){kind}{why}")
 
 
-@torch.inference_mode(False)
-@torch.enable_grad()
 def trial(name: str, trees: bool, device: torch.device, dtype: torch.dtype, config: Any) -> str | None:
     """Run a backend on random tokens, forward and backward; says what is wrong with it, None if nothing is.
 
     Three sizes: compilers specialise on the first one they see, and on what lies below a block. Once without gradients,
     which compiles another kernel. Backends of PyTorch's plain operations are taken as tested.
     """
-    if name not in ("varlen", "flex"):
+    if name not in ("varlen", "flex", "compiled"):
         return None
     config = config.get_text_config(decoder=True)
     heads = config.num_attention_heads
     key_heads = getattr(config, "num_key_value_heads", None) or heads
     width = getattr(config, "head_dim", None) or config.hidden_size // heads
+    if name == "compiled":
+        try:
+            segment_kernels(width)
+        except RuntimeError as error:
+            return str(error)
+    return _trial(BACKENDS[name], trees, device, dtype, (heads, key_heads, width))
+
+
+@cache
+@torch.inference_mode(False)
+@torch.enable_grad()
+def _trial(
+    backend: Backend, trees: bool, device: torch.device, dtype: torch.dtype, shape: tuple[int, int, int]
+) -> str | None:
+    heads, key_heads, width = shape
     for ends in ((0, 70, 71, 200), (0, 30, 31, 90), (0, 210, 213, 600)):
         parents = (-1, 0, 0) if trees else (-1, -1, -1)
         spans = [Span(start, end, p) for (start, end), p in zip(pairwise(ends), parents, strict=True)]
@@ -189,9 +210,9 @@ def trial(name: str, trees: bool, device: torch.device, dtype: torch.dtype, conf
         sizes = [(1, count, ends[-1], width) for count in (heads, key_heads, key_heads)]
         inputs = [torch.randn(size, generator=generator).to(device, dtype) for size in sizes]
         try:
-            found = _numbers(BACKENDS[name], spans, inputs)
+            found = _numbers(backend, spans, inputs)
             with torch.no_grad():
-                found.append(BACKENDS[name](spans, device)(inputs[0], inputs[1], inputs[2], width**-0.5))
+                found.append(backend(spans, device)(inputs[0], inputs[1], inputs[2], width**-0.5))
         except Exception as error:  # whatever a kernel or its compiler may raise
             return f"it fails here ({(str(error).strip().splitlines() or [type(error).__name__])[0][:200]})"
         wanted = _numbers(SdpaTiles, spans, [x.float() for x in inputs])

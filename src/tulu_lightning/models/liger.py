@@ -1,8 +1,9 @@
-"""SFT's head loss on CUDA: ours, ours with its softmax compiled, or Liger's; the fastest one that is right.
+"""SFT's head loss: on a CPU ours with the compiled softmax; on CUDA ours, ours with its softmax compiled, or Liger's.
 
-Asked once, at the first micro-batch: all run on it with uneven token weights (older Liger releases sum them wrongly in
-backward); another one than ours is taken if loss and gradients agree and its last run takes less time. What was chosen is
-printed. A choice by timing may fall otherwise when a run goes on, so two starts agree to rounding only.
+There the fastest one that is right, asked once, at the first micro-batch: all run on it with uneven token weights (older
+Liger releases sum them wrongly in backward); another one than ours is taken if loss and gradients agree and its last run
+takes less time. What was chosen is printed. A choice by timing may fall otherwise when a run goes on, so two starts agree
+to rounding only.
 
 Seen on an H100 (12,500 tokens, 128,256 words, another job beside it): Liger's 111 ms, ours 114. The compiled one has run
 on no GPU yet.
@@ -17,7 +18,8 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
-from tulu_lightning.core.nll import WeightedNll, weighted_nll
+from tulu_lightning.core.nll import WeightedNll, compiled_finish, weighted_nll
+from tulu_lightning.models.compiled import head_kernels
 
 __all__ = ["Loss", "choose", "head_loss"]
 
@@ -30,11 +32,13 @@ WORTH_COMPILING = 1 << 26
 
 def head_loss(hidden_ND: Tensor, head_VD: Tensor, target_N: Tensor) -> Loss:
     """`weighted_nll`, or what is faster. The tensors are the first micro-batch's, and are not changed."""
+    if (compiled := head_kernels(hidden_ND, head_VD)) is not None:  # no trial by time, which may fall otherwise
+        return partial(weighted_nll, finish=compiled.softmax_less_)
     if hidden_ND.device.type != "cuda" or not len(target_N):
         return weighted_nll
     others: dict[str, Loss] = {}
     if len(target_N) * len(head_VD) >= WORTH_COMPILING:
-        others["ours, compiled"] = partial(weighted_nll, fused=True)
+        others["ours, compiled"] = partial(weighted_nll, finish=compiled_finish)
     if (liger := _liger()) is not None:
         others["liger"] = liger
     return choose(weighted_nll, others, hidden_ND, head_VD, target_N)

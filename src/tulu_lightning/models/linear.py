@@ -1,8 +1,8 @@
 """A Llama-like model's layers, computed the way that is fast on a CPU; names and parameters stay as they are.
 
 Five kinds of modules get another `forward`: linear layers (fp32 by `core.matmul`; under bf16 autocast without
-autocast's bookkeeping), embeddings, RMS norms and gated MLPs (`core.layers`), and attention (the rotary embedding of
-`core.layers`). Off the CPU, while compiling, and for every architecture whose layers are not known here, transformers'
+autocast's bookkeeping), embeddings, RMS norms and gated MLPs (`models.layers`), and attention (the rotary embedding of
+`models.layers`). Off the CPU, while compiling, and for every architecture whose layers are not known here, transformers'
 own code runs.
 """
 
@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from tulu_lightning.core.layers import embed, gated_mlp, rms_norm, rotary
 from tulu_lightning.core.matmul import fp32_library, linear, low_linear
 from tulu_lightning.models.attention import segment_attention
+from tulu_lightning.models.layers import embed, gated, gated_mlp, rms_norm, rotary
 
 __all__ = ["recompute_mlps", "use_fast_layers"]
 
@@ -74,16 +74,16 @@ def _ours(x: Tensor) -> bool:
 class _Linear(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         dtype = _dtype(input)
-        if not _ours(input) or dtype == self.weight.dtype or self.bias is not None:
+        if not _ours(input) or self.bias is not None or type(self.weight) is not nn.Parameter:
             return linear(input, self.weight, self.bias)
         return low_linear(input.to(dtype), self.weight, self.low(dtype))
 
     def low(self, dtype: torch.dtype) -> Tensor:
-        """The weight in a dtype: itself, or a fresh copy.
+        """The weight in a dtype, without a gradient: itself, or a fresh copy.
 
         Not kept from one pass to the next: torch's fused optimisers change weights without raising their version.
         """
-        return self.weight if dtype == self.weight.dtype else self.weight.detach().to(dtype)
+        return self.weight.detach().to(dtype)
 
 
 class _Embedding(nn.Embedding):
@@ -141,15 +141,18 @@ class _Mlp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         parts: Any = (self.gate_proj, self.up_proj, self.down_proj)
-        plain = all(type(part) is _Linear and part.bias is None for part in parts)
-        if not (plain and _ours(x) and _is_silu(self.act_fn)):  # LoRA, say, puts other modules there
-            known: Any = super().forward
-            return checkpoint(known, x, use_reentrant=False) if self.recompute and self.training else known(x)
+        if not (_ours(x) and _is_silu(self.act_fn) and type(x) is Tensor):
+            return self._kept(super().forward, x)
+        if not all(type(part) is _Linear and part.bias is None for part in parts):  # LoRA, say, puts others there
+            return self._kept(lambda x: parts[2](gated(parts[0](x), parts[1](x))), x)
         dtype = _dtype(x)
         gate, up, down = (part.low(dtype) for part in parts)
         weights = (parts[0].weight, parts[1].weight, parts[2].weight)
         with torch.autocast("cpu", enabled=False):
             return gated_mlp(x.to(dtype), weights, (gate, up, down), self.recompute)
+
+    def _kept(self, forward: Any, x: Tensor) -> Tensor:
+        return checkpoint(forward, x, use_reentrant=False) if self.recompute and self.training else forward(x)
 
 
 def _is_silu(activation: Any) -> bool:

@@ -1,4 +1,4 @@
-"""`kernels/decode.cpp` as functions of tensors: norms, rotary embedding and attention of a decoding step on a CPU.
+"""`assets/kernels/decode.cpp` as functions of tensors: norms, rotary embedding and attention of a decoding step on a CPU.
 
 They are used only where a trial gives what PyTorch's own operators give.
 """
@@ -7,17 +7,16 @@ import ctypes
 import functools
 import logging
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from tulu_lightning.assets.compiled import load_compiled
+from tulu_lightning.assets.compiled import KERNELS, load_compiled
 
 __all__ = ["Kernels", "Shared", "available", "kernels"]
 
-SOURCE = Path(__file__).parent / "kernels" / "decode.cpp"
+SOURCE = KERNELS / "decode.cpp"
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 LANES = 16
 """Numbers in the widest registers there are: a head's width must be a multiple of it."""

@@ -2,7 +2,8 @@
 
 PyTorch's autograd keeps every intermediate result of a norm or a gated MLP, in fp32 under autocast, and passes over
 memory once for each. Here a norm keeps its input and one number a token, an MLP its input and two projections; the rest
-is computed again in backward, in place. The arithmetic is that of transformers' Llama, and the norm's is fp32.
+is computed again in backward, in place. The arithmetic is that of transformers' Llama, and the norm's is fp32. Where
+`models.compiled` has functions for it, each of them passes over memory once.
 
 The gated MLP: down(silu(gate(x)) · up(x)). With s = sigmoid(g): d silu / dg = s · (1 + g · (1 - s)).
 The norm (Zhang and Sennrich 2019): y = w · x · r, r = (mean(x²) + eps)^-1/2.
@@ -16,9 +17,15 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from tulu_lightning.core.gradients import room_for
-from tulu_lightning.core.matmul import product
+from tulu_lightning.core.matmul import product, weight_gradient
+from tulu_lightning.models.compiled import LANES, NORMS, LayerKernels, layer_kernels, takes
 
-__all__ = ["embed", "gated_mlp", "rms_norm", "rotary"]
+__all__ = ["embed", "gated", "gated_mlp", "rms_norm", "rotary"]
+
+
+def _compiled(width: int, *tensors: Tensor) -> LayerKernels | None:
+    """The compiled functions, where they can be handed these tensors, whose rows are of this width."""
+    return layer_kernels() if width % LANES == 0 and takes(*tensors) else None
 
 
 class _Embed(torch.autograd.Function):
@@ -58,6 +65,12 @@ def embed(ids: Tensor, table_VD: Tensor, padding: int | None = None) -> Tensor:
 class _RmsNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight_D: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+        ctx.compiled = _compiled(x.shape[-1], x, weight_D) if (x.dtype, dtype) in NORMS else None
+        if ctx.compiled is not None:
+            x = x.contiguous()
+            out, scale = ctx.compiled.norm(x, weight_D, eps, dtype)
+            ctx.save_for_backward(x, weight_D, scale)
+            return out
         wide = x.float()
         scale = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
         ctx.save_for_backward(x, weight_D, scale)
@@ -68,6 +81,9 @@ class _RmsNorm(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         x, weight_D, scale = ctx.saved_tensors
         width = x.shape[-1]
+        if ctx.compiled is not None:
+            grad_x, grad_weight = ctx.compiled.norm_back(grads[0].contiguous(), x, weight_D, scale)
+            return grad_x, grad_weight.to(weight_D.dtype), None, None
         normed = x.to(scale.dtype) * scale
         grad = grads[0].to(scale.dtype)
         along = grad * normed
@@ -103,27 +119,36 @@ class _GatedMlp(torch.autograd.Function):
         g_MF, u_MF = product(x_MD, low[0]), product(x_MD, low[1])
         # The parameters, not their low copies: these are made again in backward, which costs less than keeping them.
         ctx.save_for_backward(x_MD, gate, up, down, *(() if recompute else (g_MF, u_MF)))
-        activated_MF = F.silu(g_MF, inplace=recompute)
-        return product(activated_MF.mul_(u_MF), low[2])
+        compiled = _compiled(g_MF.shape[1], g_MF, u_MF)
+        if compiled is not None:
+            activated_MF = compiled.gated_(g_MF, u_MF, g_MF if recompute else torch.empty_like(g_MF))
+        else:
+            activated_MF = F.silu(g_MF, inplace=recompute).mul_(u_MF)
+        return product(activated_MF, low[2])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         x_MD, *saved = ctx.saved_tensors  # read once: activation checkpointing allows no second time
-        dtype = saved[0].dtype
         gate, up, down = (weight.to(x_MD.dtype) for weight in saved[:3])
         g_MF, u_MF = saved[3:] or (product(x_MD, gate), product(x_MD, up))
         need_x, *need = ctx.needs_input_grad[:4]
         grad_MD = grads[0].contiguous()
-        # Two tensors of this size are made and written over: fresh memory costs more than the arithmetic.
-        activated = F.silu(g_MF)
-        inner = activated * u_MF
-        grad_down = product(grad_MD.T, inner.T).to(dtype) if need[2] else None
-        grad_h = product(grad_MD, down.T, inner)
-        grad_u = activated.mul_(grad_h)
-        grad_g = torch.ops.aten.silu_backward.grad_input(grad_h.mul_(u_MF), g_MF, grad_input=grad_h)
-        grad_gate = product(grad_g.T, x_MD.T).to(dtype) if need[0] else None
-        grad_up = product(grad_u.T, x_MD.T).to(dtype) if need[1] else None
+        compiled = _compiled(g_MF.shape[1], g_MF, u_MF, grad_MD)
+        if compiled is not None:
+            inner, grad_g, grad_u = compiled.gated_back_(g_MF, u_MF, product(grad_MD, down.T))
+            grad_down = weight_gradient(grad_MD, inner, saved[2]) if need[2] else None
+        else:
+            # Two tensors of this size are made and written over: fresh memory costs more than the arithmetic.
+            activated = F.silu(g_MF)
+            inner = activated * u_MF
+            grad_down = weight_gradient(grad_MD, inner, saved[2]) if need[2] else None
+            grad_h = product(grad_MD, down.T, inner)
+            grad_u = activated.mul_(grad_h)
+            grad_g = torch.ops.aten.silu_backward.grad_input(grad_h.mul_(u_MF), g_MF, grad_input=grad_h)
+        del inner
+        grad_gate = weight_gradient(grad_g, x_MD, saved[0]) if need[0] else None
+        grad_up = weight_gradient(grad_u, x_MD, saved[1]) if need[1] else None
         grad_x = product(grad_g, gate.T).add_(product(grad_u, up.T)) if need_x else None
         return grad_x, grad_gate, grad_up, grad_down, None, None
 
@@ -144,18 +169,55 @@ def gated_mlp(
     return out.view(x.shape)  # type: ignore[union-attr]
 
 
+class _Gated(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+        gate, up = gate.contiguous(), up.contiguous()
+        ctx.save_for_backward(gate, up)
+        compiled = _compiled(gate.shape[-1], gate, up)
+        if compiled is None:
+            return F.silu(gate).mul_(up)
+        return compiled.gated_(gate, up, torch.empty_like(gate))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        gate, up = ctx.saved_tensors
+        compiled = _compiled(gate.shape[-1], gate, up, grads[0])
+        if compiled is not None:
+            return compiled.gated_back_(gate, up, grads[0].clone(memory_format=torch.contiguous_format))[1:]
+        return torch.ops.aten.silu_backward(grads[0] * up, gate), F.silu(gate).mul_(grads[0])
+
+
+def gated(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) · up, where the products before and after it are others' (LoRA's); bit for bit as in `gated_mlp`."""
+    return _Gated.apply(gate, up)  # type: ignore[return-value]
+
+
 class _Rotary(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         ctx.save_for_backward(cos, sin)
+        compiled = _compiled(x.shape[-1] // 2, x, cos, sin)
+        if compiled is not None and _rows(x):
+            return compiled.turn(x, cos[0, 0].contiguous(), sin[0, 0].contiguous())
         (cos_1, cos_2), (sin_1, sin_2) = cos.chunk(2, -1), sin.chunk(2, -1)
         return _turn(x, (cos_1, -sin_1), (cos_2, sin_2))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        (cos_1, cos_2), (sin_1, sin_2) = (part.chunk(2, -1) for part in ctx.saved_tensors)
+        cos, sin = ctx.saved_tensors
+        compiled = _compiled(cos.shape[-1] // 2, grads[0], cos, sin)
+        if compiled is not None and _rows(grads[0]):
+            return compiled.turn(grads[0], cos[0, 0].contiguous(), sin[0, 0].contiguous(), back=True), None, None
+        (cos_1, cos_2), (sin_1, sin_2) = cos.chunk(2, -1), sin.chunk(2, -1)
         return _turn(grads[0], (cos_1, sin_2), (cos_2, -sin_1)), None, None
+
+
+def _rows(x: Tensor) -> bool:
+    """Whether heads are contiguous, and the rest lies densely in some order, so that a result can lie likewise."""
+    return x.shape[0] == 1 and x.stride(-1) == 1 and torch.empty_like(x, device="meta").stride() == x.stride()
 
 
 def _turn(x: Tensor, first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> Tensor:

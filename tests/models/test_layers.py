@@ -3,8 +3,8 @@ import torch
 import torch.nn.functional as F
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from tulu_lightning.core.layers import embed, gated_mlp, rms_norm, rotary
 from tulu_lightning.core.matmul import low_linear
+from tulu_lightning.models.layers import embed, gated_mlp, rms_norm, rotary
 
 
 def leaves(*shapes):

@@ -5,7 +5,7 @@
 // and float in registers. rollout/compiled.py compiles this file, tries it against PyTorch, and says what each argument
 // is.
 
-#include "attention.h"
+#include "slots.h"
 
 namespace {
 
