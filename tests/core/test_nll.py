@@ -50,6 +50,7 @@ def test_in_bf16_it_is_the_log_prob_function_to_the_rounding_of_the_products():
         assert (a - b).norm() <= 2**-7 * b.norm()
 
 
+@pytest.mark.slow  # the compiler takes a minute
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_compiled_it_is_the_same(dtype):
     hidden, head, target, weight = inputs()

@@ -154,6 +154,7 @@ def scores_beside_the_harness(package, *options):
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
+@pytest.mark.slow
 def test_scores_of_ifeval_are_those_of_the_harness():
     loose, strict = scores_beside_the_harness("eval_framework", "ifeval", "--limit", "8", "--max_new_tokens", "48")
     assert (loose["n"], loose["answers_equal"]) == (8, 8)

@@ -305,6 +305,7 @@ def test_personas_come_once_before_any_comes_again_and_the_plan_is_the_seeds(ser
         synthesize(replace(again, seed=1))
 
 
+@pytest.mark.slow  # what holds here is held at each run by the test of that name for `tulu generate`
 def test_sigkill_loses_and_doubles_no_row(server, tmp_path):
     asked = []
 
