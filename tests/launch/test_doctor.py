@@ -7,13 +7,17 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from tulu_lightning import cli
 from tulu_lightning.assets import compiled as assets_compiled
+from tulu_lightning.assets.compiled import compiler
 from tulu_lightning.errors import InputError
 from tulu_lightning.launch import devices, doctor, packages, smoke
 from tulu_lightning.launch.findings import Finding
-from tulu_lightning.rollout import compiled
+from tulu_lightning.models.backends import Machine, lacks
+from tulu_lightning.models.compiled import layer_kernels
+from tulu_lightning.rollout import compiled as decoding
 
 ROOT = Path(__file__).parents[2]
 
@@ -34,22 +38,28 @@ def test_this_machine_runs_the_demo(capsys):
     assert found["reasons"] == []
     by_name = {finding["name"]: finding for finding in found["findings"]}
     assert by_name["torch"]["state"] == "ok"
-    assert by_name["attention, cpu, float32, documents"]["text"] == "matmul"
+    there = "compiled, if it passes its trial; else matmul"
+    without = "matmul; compiled is off because no C++ compiler is installed ($CXX, g++ or clang++)"
+    assert by_name["attention, cpu, float32, documents"]["text"] == (there if compiler() else without)
     assert all(finding["remedy"] for finding in found["findings"] if finding["state"] in ("warn", "fails"))
     assert by_name["SFT and GRPO"]["state"] == "off"
 
 
-def test_decoding_without_a_compiler_is_told_with_what_would_do(monkeypatch):
+def test_what_is_not_compiled_is_told_with_what_would_do(monkeypatch):
     monkeypatch.setenv("TULU_COMPILE", "0")
-    for cached in (compiled.kernels, assets_compiled.load_compiled):
+    caches = (decoding.kernels, layer_kernels, assets_compiled.load_compiled)
+    for cached in caches:
         cached.cache_clear()
     try:
-        found = devices._decoding()
+        found = list(devices._compiled())
+        assert lacks("compiled", torch.float32, Machine("cpu")) == "TULU_COMPILE is 0"
     finally:
-        for cached in (compiled.kernels, assets_compiled.load_compiled):
+        for cached in caches:
             cached.cache_clear()
-    assert (found.state, found.text) == ("off", "because TULU_COMPILE is 0; PyTorch's operators are taken")
-    assert "g++" in found.remedy
+    assert [each.name for each in found] == ["layers, cpu", "decoding, cpu"]
+    for each in found:
+        assert (each.state, each.text) == ("off", "because TULU_COMPILE is 0; PyTorch's operators are taken")
+        assert "g++" in each.remedy
 
 
 @pytest.mark.slow

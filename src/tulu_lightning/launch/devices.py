@@ -91,19 +91,22 @@ def _kernels(torch: Any, device: str) -> Iterator[Finding]:
             yield Finding(KERNELS, name, "ok", "; ".join([text, *off]))
     yield Finding(KERNELS, f"head and loss, {device}", "ok", _loss(device))
     if device == "cpu":
-        yield _decoding()
+        yield from _compiled()
 
 
-def _decoding() -> Finding:
+def _compiled() -> Iterator[Finding]:
     try:
-        from tulu_lightning.rollout.compiled import available
+        from tulu_lightning.models import compiled as training
+        from tulu_lightning.rollout import compiled as decoding
     except Exception as error:
-        return failed_import(KERNELS, "decoding", error, "Install the packages again: `make setup`.")
-    there, said = available()
-    if there:
-        return Finding(KERNELS, "decoding, cpu", "ok", f"compiled by {said}")
-    remedy = "Install g++ (Debian: apt install g++): the engine in this process is faster with it."
-    return Finding(KERNELS, "decoding, cpu", "off", f"because {said}; PyTorch's operators are taken", remedy)
+        yield failed_import(KERNELS, "compiled functions", error, "Install the packages again: `make setup`.")
+        return
+    remedy = "Install g++ (Debian: apt install g++): training and the engine in this process are faster with it."
+    for name, (there, said) in (("layers", training.available()), ("decoding", decoding.available())):
+        if there:
+            yield Finding(KERNELS, f"{name}, cpu", "ok", f"compiled by {said}")
+        else:
+            yield Finding(KERNELS, f"{name}, cpu", "off", f"because {said}; PyTorch's operators are taken", remedy)
 
 
 def _loss(device: str) -> str:

@@ -21,6 +21,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
+from tulu_lightning.assets.compiled import KERNELS, load_compiled
 from tulu_lightning.errors import InputError
 from tulu_lightning.models.fused import Flex, Varlen
 from tulu_lightning.models.matmul import MatmulTiles
@@ -77,6 +78,9 @@ class Machine(NamedTuple):
 
 def lacks(name: str, dtype: torch.dtype, machine: Machine) -> str | None:
     """Why a machine cannot run a backend in a dtype; None if it should."""
+    if name == "compiled" and machine.device == "cpu":
+        made = load_compiled(KERNELS / "layers.cpp")
+        return None if made.library is not None else made.said
     if name not in ("varlen", "flex"):
         return None
     if machine.device != "cuda":

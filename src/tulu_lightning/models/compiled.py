@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tulu_lightning.assets.compiled import KERNELS, load_compiled
 
-__all__ = ["DTYPES", "LANES", "NORMS", "LayerKernels", "bind", "head_kernels", "layer_kernels", "takes"]
+__all__ = ["DTYPES", "LANES", "NORMS", "LayerKernels", "available", "bind", "head_kernels", "layer_kernels", "takes"]
 
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 LANES = 16
@@ -25,6 +25,8 @@ TOGETHER = 32
 NORMS = {(torch.float32, torch.float32), (torch.float32, torch.bfloat16), (torch.bfloat16, torch.bfloat16)}
 """Dtypes of what goes in and what comes out."""
 PLAIN = (Tensor, torch.nn.Parameter)
+
+SOURCE = KERNELS / "layers.cpp"
 
 _log = logging.getLogger(__name__)
 
@@ -128,10 +130,17 @@ def head_kernels(hidden_ND: Tensor, head_VD: Tensor) -> LayerKernels | None:
     return layer_kernels() if len(head_VD) % LANES == 0 and takes(hidden_ND) else None
 
 
+def available() -> tuple[bool, str]:
+    """Whether layers are compiled on this machine's CPU, and by what, or why not."""
+    there = layer_kernels() is not None
+    said = load_compiled(SOURCE)
+    return there, said.said if there or said.library is None else "its numbers are not those of PyTorch"
+
+
 @functools.cache
 def layer_kernels() -> LayerKernels | None:
     """The compiled functions, or None where there are none or they are not right; the log says why."""
-    library = load_compiled(KERNELS / "layers.cpp").library
+    library = load_compiled(SOURCE).library
     if library is None:
         return None
     found = LayerKernels(library)
