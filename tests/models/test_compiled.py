@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tulu_lightning.core.logprobs import token_logprobs
+from tulu_lightning.core.logprobs import RowSlopes, token_logprobs
 from tulu_lightning.core.nll import weighted_nll
 from tulu_lightning.models import compiled, layers
 from tulu_lightning.models.backends import _numbers
@@ -93,7 +93,7 @@ def test_a_gradient_at_a_target_that_is_nearly_sure_is_rounded_once():
     logits[0, 4], logits[0, 5:] = 9.0, -math.inf
     logits[0, 3] = -math.inf
     tile, place = logits.bfloat16(), torch.tensor([4])
-    made().slope_(tile, 1.0, place, logits.logsumexp(-1), torch.ones(1), None, None)
+    made().slope_(tile, 1.0, place, RowSlopes(logits.logsumexp(-1), torch.ones(1), None, None))
     assert tile[0, 4].item() == pytest.approx(3 * math.exp(-9) / (1 + 3 * math.exp(-9)), rel=2**-8)
     assert tile[0, 0].item() == pytest.approx(-math.exp(-9), rel=2**-8)
     assert tile[0, 5].item() == 0

@@ -17,7 +17,10 @@ from contextvars import ContextVar
 import torch
 from torch import Tensor
 
-__all__ = ["accumulating", "room_for", "room_of"]
+__all__ = ["PLAIN", "accumulating", "room_for", "room_of"]
+
+PLAIN = (Tensor, torch.nn.Parameter)
+"""Not DTensors or other subclasses: what works on memory knows nothing of them."""
 
 _on = ContextVar("accumulating", default=False)
 
@@ -62,7 +65,7 @@ def room_for(parameter: Tensor) -> Tensor | None:
 
 
 def _may(parameter: Tensor) -> bool:
-    plain = type(parameter) in (Tensor, torch.nn.Parameter) and parameter.is_leaf and parameter.requires_grad
+    plain = type(parameter) in PLAIN and parameter.is_leaf and parameter.requires_grad
     wide = parameter.device.type == "cpu" and parameter.dtype == torch.float32
     return _on.get() and plain and wide and not _hooked(parameter)
 

@@ -22,7 +22,7 @@ from torch.autograd.function import once_differentiable
 from tulu_lightning.core.gradients import room_for
 from tulu_lightning.core.matmul import product
 
-__all__ = ["TileMath", "TokenStats", "token_logprobs"]
+__all__ = ["RowSlopes", "TileMath", "TokenStats", "token_logprobs"]
 
 TILE_BYTES = {"cpu": 16 << 20, "cuda": 256 << 20}
 """fp32 logits alive at once: on CPU what a cache holds (each tile is read several times), else what fills the device."""
@@ -41,6 +41,19 @@ class TokenStats(NamedTuple):
     """float32 scalar, sum of weight · -log p; None unless weights were given, and then it alone has a gradient."""
 
 
+class RowSlopes(NamedTuple):
+    """What backward knows of each row. All are fp32 and contiguous."""
+
+    lse_N: Tensor
+    """Log of the sum over the whole vocabulary."""
+    up_N: Tensor
+    """The gradient of the row's log-prob."""
+    entropy_N: Tensor | None
+    """The row's, if its gradient counts."""
+    more_N: Tensor | None
+    """The gradient of that."""
+
+
 class TileMath(Protocol):
     """What is done to a tile of logits z / temperature, [N, K] fp32 or bf16; inside it is fp32."""
 
@@ -56,26 +69,14 @@ class TileMath(Protocol):
         """
         ...
 
-    def slope_(
-        self,
-        logits_NK: Tensor,
-        by: float,
-        place_N: Tensor,
-        lse_N: Tensor,
-        up_N: Tensor,
-        entropy_N: Tensor | None,
-        more_N: Tensor | None,
-    ) -> None:
+    def slope_(self, logits_NK: Tensor, by: float, place_N: Tensor, rows: RowSlopes) -> None:
         """Make a tile its gradient: by · (up · onehot(target) - p (up + more (log p + entropy))), rounded once.
 
         Args:
             logits_NK: the tile.
             by: as above.
             place_N: int64, the target's column, or -1 where it is not in this tile.
-            lse_N: fp32, log of the whole row's sum.
-            up_N: fp32, the gradient of the row's log-prob.
-            entropy_N: fp32, the row's, if its gradient counts.
-            more_N: fp32, the gradient of that.
+            rows: what is known of the rows.
         """
         ...
 
@@ -109,22 +110,14 @@ class _InOperators:
         moment_N.copy_(shift_N.exp() * (moment_N + shift_N * sum_N) + z_NK.mul_(p_NK).sum(-1))
         sum_N.mul_(shift_N.exp()).add_(p_NK.sum(-1))
 
-    def slope_(
-        self,
-        logits_NK: Tensor,
-        by: float,
-        place_N: Tensor,
-        lse_N: Tensor,
-        up_N: Tensor,
-        entropy_N: Tensor | None,
-        more_N: Tensor | None,
-    ) -> None:
+    def slope_(self, logits_NK: Tensor, by: float, place_N: Tensor, rows: RowSlopes) -> None:
         z_NK = self._wide(logits_NK)
         if by != 1:
             z_NK.mul_(by)
-        z_NK.sub_(lse_N[:, None])  # log p
-        if entropy_N is not None and more_N is not None:
-            factor_NK = z_NK.add(entropy_N[:, None]).mul_(more_N[:, None]).add_(up_N[:, None])
+        z_NK.sub_(rows.lse_N[:, None])  # log p
+        up_N = rows.up_N
+        if rows.entropy_N is not None and rows.more_N is not None:
+            factor_NK = z_NK.add(rows.entropy_N[:, None]).mul_(rows.more_N[:, None]).add_(up_N[:, None])
             z_NK.exp_().mul_(factor_NK.mul_(-by))
         else:
             z_NK.exp_().mul_(up_N[:, None] * -by)
@@ -171,31 +164,24 @@ class _TokenLogprobs(torch.autograd.Function):
         live_N = (up_N != 0) | (more_N != 0) if ctx.entropy else up_N != 0
         rows = slice(None) if bool(live_N.all()) else live_N.nonzero()[:, 0]  # not those of clipped tokens and fillers
         of_entropy = (entropy_N[rows], more_N[rows].contiguous()) if ctx.entropy else (None, None)
-        own = hidden_ND[rows], head_VD, target_N[rows], lse_N[rows], up_N[rows].contiguous(), *of_entropy
-        grad_hidden, grad_head = _backward(ctx, *own)
+        slopes = RowSlopes(lse_N[rows], up_N[rows].contiguous(), *of_entropy)
+        grad_hidden, grad_head = _backward(ctx, hidden_ND[rows], head_VD, target_N[rows], slopes)
         if grad_hidden is not None and not isinstance(rows, slice):
             grad_hidden = torch.zeros_like(hidden_ND).index_copy_(0, rows, grad_hidden)
         return grad_hidden, grad_head, None, None, None, None, None
 
 
 def _backward(
-    ctx: Any,
-    hidden_ND: Tensor,
-    head_VD: Tensor,
-    target_N: Tensor,
-    lse_N: Tensor,
-    up_N: Tensor,
-    entropy_N: Tensor | None,
-    more_N: Tensor | None,
+    ctx: Any, hidden_ND: Tensor, head_VD: Tensor, target_N: Tensor, slopes: RowSlopes
 ) -> tuple[Tensor | None, Tensor | None]:
     """Gradients of hidden states and head, where they are needed."""
     need_hidden, need_head = ctx.needs_input_grad[:2]
     # fp32: tiles are summed, and a bf16 running sum would lose small ones.
-    grad_ND = torch.zeros_like(hidden_ND, dtype=lse_N.dtype) if need_hidden else None
+    grad_ND = torch.zeros_like(hidden_ND, dtype=slopes.lse_N.dtype) if need_hidden else None
     room_VD = room_for(head_VD) if need_head else None
     grad_VD = torch.zeros_like(head_VD) if need_head and room_VD is None else room_VD
     for part, weight_KD, logits_NK in _tiles(hidden_ND, head_VD, ctx.tile) if len(hidden_ND) else ():
-        ctx.maths.slope_(logits_NK, ctx.by, _place(target_N, part), lse_N, up_N, entropy_N, more_N)
+        ctx.maths.slope_(logits_NK, ctx.by, _place(target_N, part), slopes)
         if grad_ND is not None:
             grad_ND += product(logits_NK, weight_KD.T)
         if grad_VD is not None:

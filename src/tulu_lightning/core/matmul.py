@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from tulu_lightning.core.gradients import room_of
+from tulu_lightning.core.gradients import PLAIN, room_of
 
 __all__ = ["fp32_library", "linear", "low_linear", "product", "weight_gradient"]
 
@@ -54,13 +54,9 @@ def _onednn(a_MK: Tensor, b_NK: Tensor) -> Tensor:
 
 def _takes(*tensors: Tensor) -> bool:
     return (
-        all(t.dtype == torch.float32 and t.device.type == "cpu" and type(t) in _PLAIN and t.numel() for t in tensors)
+        all(t.dtype == torch.float32 and t.device.type == "cpu" and type(t) in PLAIN and t.numel() for t in tensors)
         and fp32_library() == "onednn"
     )
-
-
-_PLAIN = (Tensor, torch.nn.Parameter)
-"""Not DTensors or other subclasses: the operator knows nothing of them."""
 
 
 def product(a_MK: Tensor, b_NK: Tensor, out_MN: Tensor | None = None) -> Tensor:

@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tulu_lightning.assets.compiled import KERNELS, load_compiled
+from tulu_lightning.core.gradients import PLAIN
+from tulu_lightning.core.logprobs import RowSlopes
 
 __all__ = ["DTYPES", "LANES", "NORMS", "LayerKernels", "available", "bind", "head_kernels", "layer_kernels", "takes"]
 
@@ -24,7 +26,6 @@ TOGETHER = 32
 """Of layers.cpp: rows whose part of a weight's gradient is added up together."""
 NORMS = {(torch.float32, torch.float32), (torch.float32, torch.bfloat16), (torch.bfloat16, torch.bfloat16)}
 """Dtypes of what goes in and what comes out."""
-PLAIN = (Tensor, torch.nn.Parameter)
 
 SOURCE = KERNELS / "layers.cpp"
 
@@ -111,18 +112,9 @@ class LayerKernels:
         """As `core.logprobs.TileMath`."""
         self._fold[logits_NK.dtype](logits_NK, maximum_N, sum_N, moment_N, *logits_NK.shape, by)
 
-    def slope_(
-        self,
-        logits_NK: Tensor,
-        by: float,
-        place_N: Tensor,
-        lse_N: Tensor,
-        up_N: Tensor,
-        entropy_N: Tensor | None,
-        more_N: Tensor | None,
-    ) -> None:
+    def slope_(self, logits_NK: Tensor, by: float, place_N: Tensor, rows: RowSlopes) -> None:
         """As `core.logprobs.TileMath`."""
-        self._slope[logits_NK.dtype](logits_NK, place_N, lse_N, up_N, entropy_N, more_N, *logits_NK.shape, by)
+        self._slope[logits_NK.dtype](logits_NK, place_N, *rows, *logits_NK.shape, by)
 
 
 def head_kernels(hidden_ND: Tensor, head_VD: Tensor) -> LayerKernels | None:
@@ -188,7 +180,7 @@ def _difference(found: LayerKernels, dtype: torch.dtype) -> float:
     lse = maximum + total.log()
     pairs += [(lse, wide.logsumexp(-1)), (total.log() - moment / total, entropy)]
     logits, level, more = x.clone(), entropy.detach().contiguous(), torch.full((50,), 0.5)
-    found.slope_(logits, 1.0, target, lse.detach(), torch.ones(50), level, more)
+    found.slope_(logits, 1.0, target, RowSlopes(lse.detach(), torch.ones(50), level, more))
     pairs += _grads((logits,), plain + 0.5 * entropy, (wide,), torch.ones(50))
     return max(float((one.float() - other).detach().abs().max()) for one, other in pairs)
 

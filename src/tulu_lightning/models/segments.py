@@ -1,12 +1,13 @@
 """Attention over segments by `assets/kernels/segments.cpp`: the fastest way on a CPU, forward and backward.
 
-Scores are computed for keys that somebody sees, and little more: a document's tokens go by 48 at a time, where tiles of matrix products
-take squares of 96 and join documents. Everything is fp32 inside, whatever the dtype.
+Scores are computed for keys that somebody sees, and little more: a document's tokens go by 48 at a time, where tiles
+of matrix products take squares of 96 and join documents. Everything is fp32 inside, whatever the dtype.
 """
 
 import ctypes
 import functools
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from tulu_lightning.assets.compiled import KERNELS, load_compiled
-from tulu_lightning.models.compiled import DTYPES, bind, takes
+from tulu_lightning.models.compiled import DTYPES, LANES, bind, takes
 from tulu_lightning.models.matmul import MatmulTiles
 from tulu_lightning.types import Span
 
@@ -22,8 +23,6 @@ __all__ = ["CompiledSegments", "SegmentKernels", "segment_kernels"]
 
 PANEL = 64
 """Columns of the widest panel of keys."""
-WIDTHS = 16
-"""A head's width must be a multiple of it."""
 
 
 class _Pack(ctypes.Structure):
@@ -84,8 +83,8 @@ def segment_kernels(width: int) -> SegmentKernels:
     Raises:
         RuntimeError: there are none; it says why.
     """
-    if width % WIDTHS:
-        raise RuntimeError(f"heads are {width} wide, which is no multiple of {WIDTHS}")
+    if width % LANES:
+        raise RuntimeError(f"heads are {width} wide, which is no multiple of {LANES}")
     made = load_compiled(KERNELS / "segments.cpp", (("WIDTH", width),))
     if made.library is None:
         raise RuntimeError(made.said)
@@ -96,17 +95,9 @@ class _Cut:
     """The segments of a pack, document by document, the costliest first."""
 
     def __init__(self, spans: Sequence[Span]) -> None:
-        first: list[int] = []  # of each document
-        for index, span in enumerate(spans):
-            if span.parent < 0:
-                first.append(index)
-            while span.parent < first[-1]:
-                if span.parent < 0:
-                    break
-                first.pop()  # a parent further back: what lies between is its document, too
         rows, documents = [], []
         self.columns = self.tokens = 0
-        for start, stop in zip(first, [*first[1:], len(spans)], strict=True):
+        for start, stop in pairwise([*_first(spans), len(spans)]):
             column, cost = 0, 0
             seen: dict[int, int] = {}
             for index in range(start, stop):
@@ -116,10 +107,8 @@ class _Cut:
                 before = seen.get(parent, 0)
                 seen[index] = before + end - begin
                 cost += (end - begin) * (before + seen[index])
-            self.columns, self.tokens = (
-                max(self.columns, column),
-                max(self.tokens, spans[stop - 1].end - spans[start].start),
-            )
+            self.columns = max(self.columns, column)
+            self.tokens = max(self.tokens, spans[stop - 1].end - spans[start].start)
             documents.append((-cost, start, stop))
         self.segments = torch.tensor(rows, dtype=torch.int64)
         self.documents = torch.tensor([each[1:] for each in sorted(documents)], dtype=torch.int64)
@@ -134,6 +123,18 @@ class _Cut:
             *(each for pair in strides for each in pair),
             scale,
         )
+
+
+def _first(spans: Sequence[Span]) -> list[int]:
+    """The first segment of each document."""
+    first: list[int] = []
+    for index, span in enumerate(spans):
+        if span.parent < 0:
+            first.append(index)
+        else:
+            while span.parent < first[-1]:
+                first.pop()  # a parent further back: what lies between is its document, too
+    return first
 
 
 class CompiledSegments:

@@ -13,13 +13,11 @@ import torch
 from torch import Tensor
 
 from tulu_lightning.assets.compiled import KERNELS, load_compiled
+from tulu_lightning.models.compiled import DTYPES, LANES
 
 __all__ = ["Kernels", "Shared", "available", "kernels"]
 
 SOURCE = KERNELS / "decode.cpp"
-DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
-LANES = 16
-"""Numbers in the widest registers there are: a head's width must be a multiple of it."""
 
 _log = logging.getLogger(__name__)
 

@@ -88,8 +88,7 @@ void draw(const T *logits, const float *uniform, int64_t *token, float *logp, in
             vec x = load_until(at, end);
             highest = x > highest ? x : highest;
         }
-        float most = highest[0];
-        for (int i = 1; i < LANES; i++) most = highest[i] > most ? highest[i] : most;
+        float most = largest(highest);
 
         std::vector<float> mass(parts);
         double sum = 0;

@@ -124,8 +124,7 @@ void softmax_less(T *logits, const int64_t *target, float *logp, int64_t rows, i
             vec x = load(line + i);
             most = x > most ? x : most;
         }
-        float top = most[0];
-        for (int i = 1; i < LANES; i++) top = most[i] > top ? most[i] : top;
+        float top = largest(most);
         double all = 0;
         for (int64_t at = 0; at < vocabulary; at += PIECE) {
             vec sum = {};
@@ -153,8 +152,7 @@ void fold(const T *logits, float *maximum, float *sum, float *moment, int64_t ro
             vec z = load(line + i) * by;
             most = z > most ? z : most;
         }
-        float top = most[0];
-        for (int i = 1; i < LANES; i++) top = most[i] > top ? most[i] : top;
+        float top = largest(most);
         float shift = maximum[row] - top, keep = std::exp(shift);
         double all = double(sum[row]) * keep, weighed = moment ? (moment[row] + double(shift) * sum[row]) * keep : 0;
         for (int64_t at = 0; at < width; at += PIECE) {

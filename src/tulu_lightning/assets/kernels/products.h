@@ -50,16 +50,16 @@ inline void blocks(const float *a, int64_t a_row, int64_t a_step, int64_t rows, 
     }
 }
 
-// The same for D columns.
-template <int D, bool ADD>
-inline void product(const float *a, int64_t a_row, int64_t a_step, int64_t rows, const float *b, int64_t b_row,
+// The same for D columns, added to what c holds.
+template <int D>
+inline void add_product(const float *a, int64_t a_row, int64_t a_step, int64_t rows, const float *b, int64_t b_row,
                     int64_t n, float *c, int64_t c_row) {
     static_assert(D % LANES == 0);
     for (int at = 0; at + PANEL <= D; at += PANEL)
-        blocks<WIDE, ADD>(a, a_row, a_step, rows, b + at, b_row, n, c + at, c_row);
+        blocks<WIDE, true>(a, a_row, a_step, rows, b + at, b_row, n, c + at, c_row);
     constexpr int REST = D % PANEL;
     if constexpr (REST > 0)
-        blocks<REST / LANES, ADD>(a, a_row, a_step, rows, b + D - REST, b_row, n, c + D - REST, c_row);
+        blocks<REST / LANES, true>(a, a_row, a_step, rows, b + D - REST, b_row, n, c + D - REST, c_row);
 }
 
 // c [rows, columns] = a [rows, n] times the first columns, whole vectors, of a panel [n, PANEL].

@@ -90,9 +90,7 @@ inline float largest(const float *score, int64_t seen, float scale) {
         x = numbered() < float(seen - i) ? x : vec{} - INFINITY;
         most = x > most ? x : most;
     }
-    float result = most[0];
-    for (int j = 1; j < LANES; j++) result = most[j] > result ? most[j] : result;
-    return result;
+    return largest(most);
 }
 
 // The first `seen` scores become e^(score * scale - off), and those up to `count` zero; returns the sum.

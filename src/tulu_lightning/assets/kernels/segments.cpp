@@ -83,14 +83,10 @@ void forward_one(const Pack &pack, const T *q, const T *k, const T *v, T *out, f
                 share[i] = 1.0f / all;
                 lse[head * length + at + i] = most + std::log(all);
             }
-            bool add = false;
+            std::fill(sums, sums + count * D, 0.0f);
             for (const Range &range : task.ranges) {
                 const float *from = values.at + (pack.segment[range.segment].start - begin) * values.step;
-                if (add)
-                    product<D, true>(score + range.at, row, 1, count, from, values.step, range.count, sums, D);
-                else
-                    product<D, false>(score + range.at, row, 1, count, from, values.step, range.count, sums, D);
-                add = true;
+                add_product<D>(score + range.at, row, 1, count, from, values.step, range.count, sums, D);
             }
             for (int64_t i = 0; i < count; i++)
                 for (int j = 0; j < D; j += LANES)
@@ -140,17 +136,13 @@ void backward_one(const Pack &pack, const T *q, const T *k, const T *v, const T 
                 for (int64_t j = 0; j < row; j += LANES)
                     store(d + j, load(p + j) * (load(d + j) - mean) * pack.scale);
             }
-            bool add = false;
+            std::fill(sums, sums + count * D, 0.0f);
             for (const Range &range : task.ranges) {
                 int64_t place = pack.segment[range.segment].start - begin;
                 const float *from = keys.at + place * keys.step, *p = weight + range.at, *d = slope + range.at;
-                if (add)
-                    product<D, true>(d, row, 1, count, from, keys.step, range.count, sums, D);
-                else
-                    product<D, false>(d, row, 1, count, from, keys.step, range.count, sums, D);
-                add = true;
-                product<D, true>(p, 1, row, range.count, own_grad, grads.step, count, to_v + place * D, D);
-                product<D, true>(d, 1, row, range.count, own_q, queries.step, count, to_k + place * D, D);
+                add_product<D>(d, row, 1, count, from, keys.step, range.count, sums, D);
+                add_product<D>(p, 1, row, range.count, own_grad, grads.step, count, to_v + place * D, D);
+                add_product<D>(d, 1, row, range.count, own_q, queries.step, count, to_k + place * D, D);
             }
             for (int64_t i = 0; i < count; i++)
                 for (int j = 0; j < D; j += LANES)

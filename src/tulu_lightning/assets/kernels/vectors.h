@@ -63,6 +63,12 @@ inline float total(vec x) {
     return sum;
 }
 
+inline float largest(vec x) {
+    float most = x[0];
+    for (int i = 1; i < LANES; i++) most = x[i] > most ? x[i] : most;
+    return most;
+}
+
 #ifdef __clang__
 template <int... I> inline vec mixed(vec a, vec b) { return __builtin_shufflevector(a, b, I...); }
 #else
