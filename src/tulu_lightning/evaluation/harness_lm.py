@@ -1,20 +1,21 @@
-"""A model for lm-evaluation-harness: log-likelihoods on packed attention, a context computed once, and text from our engines."""
+"""A model for lm-evaluation-harness: log-likelihoods on packed attention, what contexts share computed once; our engines' text."""
 
 import hashlib
 import io
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from lightning.fabric.utilities.apply_func import move_data_to_device
 from lm_eval.api.model import TemplateLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+from torch import Tensor
 from torch.nn.functional import log_softmax
 
 from tulu_lightning.assets.models import generation_eos, load_tokenizer, resolve_model
 from tulu_lightning.core.matmul import linear
-from tulu_lightning.core.packing import pack
+from tulu_lightning.core.prefix_tree import prefix_pack, prefix_parts
 from tulu_lightning.core.step_plan import mix_seed
 from tulu_lightning.models.backbone import Backbone, PackedLM
 from tulu_lightning.progress import Progress
@@ -23,13 +24,13 @@ from tulu_lightning.rollout.engines import EngineSettings, build_engine
 from tulu_lightning.rollout.local import LocalEngine
 from tulu_lightning.rollout.scoring import response_text
 from tulu_lightning.rollout.stop_texts import StopTexts
-from tulu_lightning.types import Document, Sampling, Segment
+from tulu_lightning.types import Sampling
 
 __all__ = ["HarnessLM"]
 
 Ids = list[int]
-PACK_TOKENS = 2048
-"""Of a pass; a longer document is a pass of its own."""
+PACK_TOKENS = 4096
+"""Of a pass, about; a longer text is a pass of its own."""
 ROWS = 512
 """Rows of logits at once."""
 PROMPTS = 64
@@ -112,43 +113,30 @@ class HarnessLM(TemplateLM):
     ) -> list[tuple[float, bool]]:
         """Summed log-prob of each continuation, and whether it is what greedy decoding would write.
 
-        Continuations of one context are branches of one document, so that the context is computed once.
+        What several contexts begin with is computed once for all of a pass.
         """
-        by_context: dict[tuple[int, ...], list[int]] = defaultdict(list)
-        for place, (_, context, continuation) in enumerate(requests):
-            room = self.max_length - len(continuation)
-            by_context[tuple(context[-room:])].append(place)
-        documents = [
-            (Document((_segment(list(context), 0.0), *(_segment(requests[p][2], 1.0, 0) for p in places))), places)
-            for context, places in by_context.items()
-        ]
+        pairs = [(c[-max(1, self.max_length - len(scored)) :], scored) for _, c, scored in requests]
         found: dict[int, tuple[float, bool]] = {}
         with Progress("log-likelihoods", len(requests), stream=None if not disable_tqdm else io.StringIO()) as progress:
-            for part in _passes(documents):
-                found.update(self._pass(part))
+            for part in prefix_parts(pairs, PACK_TOKENS):
+                found.update(zip(part, self._pass([pairs[place] for place in part]), strict=True))
                 progress.update(len(found))
         return [found[place] for place in range(len(requests))]
 
     @torch.no_grad()
-    def _pass(self, part: Sequence[tuple[Document, list[int]]]) -> dict[int, tuple[float, bool]]:
+    def _pass(self, pairs: Sequence[tuple[Ids, Ids]]) -> Iterator[tuple[float, bool]]:
         model = self._model
-        made = move_data_to_device(pack([document for document, _ in part]), self.device)
+        made = move_data_to_device(prefix_pack(pairs), self.device)
         hidden_ND = model.source_hidden(model.lm.get_decoder(), made)  # type: ignore[arg-type]
         head: Any = model.lm.get_output_embeddings()
-        sums, greedy = torch.zeros(len(made.spans), dtype=torch.float64), torch.ones(len(made.spans), dtype=torch.bool)
-        for at in range(0, len(hidden_ND), ROWS):
-            target_N, segment_N = made.target_N[at : at + ROWS], made.segment_N[at : at + ROWS].cpu()
-            logits_NV = linear(hidden_ND[at : at + ROWS], head.weight.to(hidden_ND.dtype)).float()
-            logp_N = log_softmax(logits_NV, -1).gather(1, target_N[:, None])[:, 0].double().cpu()
-            sums.index_add_(0, segment_N, logp_N)
-            wrong_N = (logits_NV.argmax(-1) != target_N).cpu()
-            greedy[segment_N[wrong_N]] = False
-        result, segment = {}, 0
-        for _, places in part:
-            for offset, place in enumerate(places, start=1):
-                result[place] = (float(sums[segment + offset]), bool(greedy[segment + offset]))
-            segment += 1 + len(places)
-        return result
+        logps, greedy = list[Tensor](), list[Tensor]()
+        for hidden, target in zip(hidden_ND.split(ROWS), made.target_N.split(ROWS), strict=True):
+            logits = linear(hidden, head.weight.to(hidden.dtype)).float()
+            logps.append(log_softmax(logits, -1).gather(1, target[:, None])[:, 0].double().cpu())
+            greedy.append((logits.argmax(-1) == target).cpu())
+        lengths = [len(continuation) for _, continuation in pairs]
+        for logp_L, greedy_L in zip(torch.cat(logps).split(lengths), torch.cat(greedy).split(lengths), strict=True):
+            yield float(logp_L.sum()), bool(greedy_L.all())
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
         """Log-prob of whole texts; longer ones than the model has positions in windows."""
@@ -208,24 +196,6 @@ class HarnessLM(TemplateLM):
         if self._engine is not None:
             self._engine.close()
         self._engine = self._packed = None
-
-
-def _segment(ids: Ids, weight: float, parent: int = -1) -> Segment:
-    return Segment(torch.tensor(ids), torch.full((len(ids),), weight), parent)
-
-
-def _passes(documents: Sequence[tuple[Document, list[int]]]) -> list[list[tuple[Document, list[int]]]]:
-    """Documents in passes of at most PACK_TOKENS, in their order."""
-    passes: list[list[tuple[Document, list[int]]]] = []
-    held = 0
-    for each in documents:
-        tokens = sum(segment.ids_L.numel() for segment in each[0].segments)
-        if not passes or held + tokens > PACK_TOKENS:
-            passes.append([])
-            held = 0
-        passes[-1].append(each)
-        held += tokens
-    return passes
 
 
 def _texts(until: str | Sequence[str] | None) -> tuple[str, ...]:
