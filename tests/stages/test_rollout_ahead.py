@@ -305,3 +305,11 @@ def test_an_engine_that_does_not_end_a_batch_ahead_is_named():
         rollouts.wait()
     never.set()
     rollouts.wait()  # nothing is under way any more
+
+
+def test_weights_that_were_kept_as_adapters_do_not_go_on_as_merged_ones():
+    stage = grpo()
+    stage.engine, stage.rollouts = SimpleNamespace(version=0), SimpleNamespace(restore=lambda state: None)
+    kept = (2, {"model.layers.0.self_attn.q_proj.lora_A.weight": torch.zeros(4, 64)})
+    with pytest.raises(InputError, match=r"push: is merged, and the checkpoint keeps the weights of step 2 as adapter"):
+        stage.restore_engine({"engine": kept})

@@ -9,7 +9,6 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from tulu_lightning.core.settings import require
 from tulu_lightning.models.limits import read_limits
-from tulu_lightning.models.weights import plain_weights
 from tulu_lightning.rollout.canary import Agree, Proof, Sequences, Tolerance, canaries, follow, prove, tolerance_of
 from tulu_lightning.rollout.elsewhere import Elsewhere
 from tulu_lightning.rollout.engine import EngineError
@@ -117,5 +116,5 @@ class RolloutRefresh(L.Callback):
 
 def _differing(pl_module: Any, dtype: torch.dtype) -> dict[str, list[str]]:
     held = pl_module.engine.fingerprint()
-    sent = fingerprint(plain_weights(pl_module.model.lm), dtype)
+    sent = fingerprint(pl_module.policy_weights(), dtype)
     return {"not held as sent": [name for name, word in sent.items() if held.get(name) != word]}

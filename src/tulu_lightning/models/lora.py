@@ -1,7 +1,7 @@
 """LoRA (Hu et al. 2021) through peft's layers: the model's class, names and forward stay, its linear layers get adapters.
 
 Only the adapters train; the rest is the start, which PPO's reference therefore needs no copy of. Whoever takes weights
-out (engines, exports) takes them merged, from `models.weights.plain_weights`. Checkpoints hold base and adapters; of a
+out (engines, exports) takes them merged, from `models.weights.plain_weights`, or the adapters alone. Checkpoints hold base and adapters; of a
 4-bit base, the adapters alone (`save_trained_only`).
 """
 
@@ -19,7 +19,7 @@ from tulu_lightning.core.settings import require
 from tulu_lightning.errors import InputError
 from tulu_lightning.models.weights import fill
 
-__all__ = ["Lora", "adapt", "save_trained_only", "start_adapters", "without_adapters"]
+__all__ = ["Lora", "adapt", "adapter_weights", "save_trained_only", "start_adapters", "without_adapters"]
 
 
 @dataclass(frozen=True)
@@ -104,6 +104,16 @@ def start_adapters(decoder: nn.Module, lora: Lora) -> None:
 
 def _adapters(decoder: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     return ((name, parameter) for name, parameter in decoder.named_parameters() if ".lora_" in name)
+
+
+def adapter_weights(lm: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The adapters alone, sharded where they are sharded, by the names of peft's files without their first two words.
+
+    Example: `model.layers.0.self_attn.q_proj.lora_A.weight`, `[r, inputs]`, and `…lora_B.weight`, `[outputs, r]`.
+    """
+    lm.state_dict()  # FSDP2 puts its shards back for it
+    for name, parameter in _adapters(lm):
+        yield name.replace(".default.", "."), parameter.detach()
 
 
 def save_trained_only(module: nn.Module) -> None:

@@ -28,13 +28,14 @@ class Client:
         """The answer's JSON (None if it is empty); errors as in `post`."""
         return self._answer(Request(self.url + path), f"GET {path}", seconds)
 
-    def post(self, path: str, body: Any, seconds: float) -> Any:
+    def post(self, path: str, body: Any, seconds: float, reads: bool = True) -> Any:
         """Send JSON and read JSON.
 
         Args:
             path: e.g. `/v1/completions`.
             body: what to send.
             seconds: how long to wait for the answer.
+            reads: whether the answer is JSON; else it is None.
 
         Raises:
             EngineError: no answer in time, no connection, an answer that is no JSON, or one that says that the server
@@ -43,14 +44,14 @@ class Client:
         """
         data = json.dumps(body).encode()
         request = Request(self.url + path, data, {"Content-Type": "application/json"})
-        return self._answer(request, f"POST {path}", seconds)
+        return self._answer(request, f"POST {path}", seconds, reads)
 
-    def _answer(self, request: Request, what: str, seconds: float) -> Any:
+    def _answer(self, request: Request, what: str, seconds: float, reads: bool = True) -> Any:
         start = time.monotonic()
         try:
             with urlopen(request, timeout=seconds) as answer:
                 text = answer.read()
-            return json.loads(text) if text else None
+            return json.loads(text) if text and reads else None
         except HTTPError as error:
             said = error.read().decode("utf-8", "replace").strip()[:500]
             if error.code < 500:

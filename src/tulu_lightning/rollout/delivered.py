@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tulu_lightning.models.lora import Lora
 from tulu_lightning.rollout.delivery import Contents, Delivery
 from tulu_lightning.rollout.engine import RefreshError
 
@@ -21,12 +22,20 @@ class DeliveredEngine:
         version: of the weights; -1 before the first refresh of an engine that holds no known ones.
         proof_columns: columns of each matrix that a refresh reads back; 0 for all.
         positions: prompt and new tokens that a sample may have together.
+        lora: of engines whose base stays, and that are sent adapters alone (`contents` lists those then). Until the first push
+            they sample from the base: adapters start as nothing.
     """
 
     def __init__(
-        self, contents: Contents, dtype: torch.dtype, version: int, proof_columns: int, positions: float
+        self,
+        contents: Contents,
+        dtype: torch.dtype,
+        version: int,
+        proof_columns: int,
+        positions: float,
+        lora: Lora | None = None,
     ) -> None:
-        self._contents, self._dtype = contents, dtype
+        self._contents, self._dtype, self._lora = contents, dtype, lora
         self._version, self._columns = version, proof_columns
         self._positions = positions
         self._marks: dict[str, str] | None = None
@@ -79,10 +88,10 @@ class DeliveredEngine:
         """Marks of the tensors that were delivered last and are proved to be held.
 
         Before the first refresh they are read out of the layers. Then a zero's sign is lost: its mark may differ from
-        the folder's.
+        the folder's. Of adapters there are none then.
         """
         if self._marks is None:
-            self._marks = self._contents.complete(self._read_marks())
+            self._marks = {} if self._lora is not None else self._contents.complete(self._read_marks())
         return dict(self._marks)
 
     def _check_held(self) -> None:

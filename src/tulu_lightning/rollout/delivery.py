@@ -102,6 +102,16 @@ class Delivery:
                     self._sent[original] = self._given[name]
                     yield original, value
 
+    def complete(self) -> list[tuple[str, Tensor]]:
+        """All tensors at once, for those who cannot send a part.
+
+        Raises:
+            RefreshError: some are missing, unknown or of another shape.
+        """
+        sent = list(self)
+        self.settle(self.marks())
+        return sent
+
     def problems(
         self, received: Mapping[str, str], differ: Iterable[str] = (), expected: Mapping[str, str] | None = None
     ) -> dict[str, list[str]]:

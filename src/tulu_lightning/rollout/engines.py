@@ -15,10 +15,12 @@ from tulu_lightning.core.settings import require, require_kind
 from tulu_lightning.errors import InputError
 from tulu_lightning.models.architectures import find_architecture
 from tulu_lightning.models.limits import read_limits
+from tulu_lightning.models.lora import Lora
+from tulu_lightning.rollout.adapters import room_for
 from tulu_lightning.rollout.engine import Engine
 from tulu_lightning.rollout.transport import Broadcast, Files, Transport
 
-__all__ = ["EngineSettings", "build_engine", "check_cache", "check_shared"]
+__all__ = ["EngineSettings", "build_engine", "check_cache", "check_push", "check_shared"]
 
 
 @dataclass(frozen=True)
@@ -45,13 +47,17 @@ class EngineSettings:
     broadcast_workers: int | None = None
     """Of `server` with a url on other machines: how many workers (GPUs) it has. Weights are broadcast to them, from this
     rank's device; null: they travel as files in the shared memory of this machine, where the server runs then."""
+    push: Literal["merged", "adapter"] = "merged"
+    """What a refresh sends of a policy with LoRA: all weights with the adapters merged, or the adapters alone to vLLM, which
+    keeps the base as it started with it and computes with both. A server on other machines gets merged ones."""
     seconds: float = 600.0
     """Of `server`: longest wait for a refresh, or for the samples of one prompt."""
 
     def __post_init__(self) -> None:
         known = self.dtype in ("float32", "bfloat16")
         require(known, "rollout.engine.dtype", repr(self.dtype), "Use 'float32' or 'bfloat16'.")
-        vllm = ("max_model_len", "kv_cache_mb")
+        require(self.push in ("merged", "adapter"), "rollout.engine.push", repr(self.push), "Use merged or adapter.")
+        vllm = ("max_model_len", "kv_cache_mb", "push")
         require_kind(
             self,
             "rollout.engine",
@@ -66,6 +72,8 @@ class EngineSettings:
             require(self.broadcast_workers >= 1, name, self.broadcast_workers, remedy)
             what = f"{self.broadcast_workers}, and a server that is started here gets files"
             require(self.url is not None, name, what, "Give its url too, or leave it out.")
+            what = "adapter, and broadcasts carry merged weights"
+            require(self.push == "merged", "rollout.engine.push", what, "Use merged, or leave broadcast_workers out.")
         if self.url is not None:
             for name, neutral in (("python", None), ("kv_cache_mb", 256)):
                 remedy = "Leave it out, or leave out the url: then a server is started with it."
@@ -82,7 +90,9 @@ class EngineSettings:
         require(0 < self.seconds < float("inf"), "rollout.engine.seconds", self.seconds, "It must be above 0.")
 
 
-def build_engine(settings: EngineSettings, local: Callable[[torch.dtype], Engine], folder: str) -> Engine:
+def build_engine(
+    settings: EngineSettings, local: Callable[[torch.dtype], Engine], folder: str, lora: Lora | None = None
+) -> Engine:
     """Start an engine.
 
     Args:
@@ -90,6 +100,7 @@ def build_engine(settings: EngineSettings, local: Callable[[torch.dtype], Engine
         local: makes the in-process engine, with the policy's present weights, in a dtype.
         folder: the policy's start weights, which vLLM begins with, as version 0; a server that runs already has
             no version until the first `refresh`.
+        lora: of the policy; read where its adapters are pushed alone.
 
     Raises:
         InputError: vLLM is wanted in this process and not installed.
@@ -97,7 +108,8 @@ def build_engine(settings: EngineSettings, local: Callable[[torch.dtype], Engine
     """
     if settings.kind == "local":
         return local(getattr(torch, settings.dtype))
-    room: dict[str, Any] = {"max_model_len": settings.max_model_len, "kv_cache_mb": settings.kv_cache_mb}
+    lora = lora if settings.push == "adapter" else None
+    room: dict[str, Any] = {"max_model_len": settings.max_model_len, "kv_cache_mb": settings.kv_cache_mb, "lora": lora}
     if settings.kind == "vllm":
         if find_spec("vllm") is None:
             what = "is vllm, and there is no vLLM in this environment"
@@ -111,7 +123,7 @@ def build_engine(settings: EngineSettings, local: Callable[[torch.dtype], Engine
     if settings.url is not None:
         longest, way = settings.max_model_len, _transport(settings)
         url, dtype, seconds = settings.url, settings.dtype, settings.seconds
-        return ServerEngine(url, folder, dtype, max_model_len=longest, seconds=seconds, transport=way)
+        return ServerEngine(url, folder, dtype, max_model_len=longest, seconds=seconds, transport=way, lora=lora)
     return ServerEngine.started(folder, settings.dtype, seconds=settings.seconds, python=settings.python, **room)
 
 
@@ -128,6 +140,29 @@ def check_shared(settings: EngineSettings, on_gpu: bool) -> None:
     if settings.kind == "vllm" and settings.kv_cache_mb is None and on_gpu:
         what = "is null, and vLLM then asks for nearly all of the GPU, which the trainer's own process is on"
         raise InputError("rollout.engine.kv_cache_mb", what, "Give a number, or use rollout.engine.kind: server.")
+
+
+def check_push(settings: EngineSettings, lora: Lora | None, in_4_bits: bool) -> None:
+    """Refuse to push adapters where there are none, or beside a base that is not the policy's.
+
+    Args:
+        settings: of the engine.
+        lora: of the policy.
+        in_4_bits: whether its base is quantised.
+
+    Raises:
+        InputError: one of these, or a rank that vLLM has no room for.
+    """
+    if settings.push == "merged":
+        return
+    name = "rollout.engine.push"
+    if lora is None:
+        what = "is adapter, and the policy has none: backbone.lora is not set"
+        raise InputError(name, what, "Use merged, or set backbone.lora.")
+    if in_4_bits:
+        what = "is adapter, and the policy's base is in 4 bits, which the one that vLLM loads is not"
+        raise InputError(name, what, "Use merged: it sends what the codes stand for.")
+    room_for(lora.r)
 
 
 def check_cache(settings: EngineSettings, folder: str) -> None:

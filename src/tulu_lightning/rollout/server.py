@@ -14,6 +14,8 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from tulu_lightning.models.lora import Lora
+from tulu_lightning.rollout.adapters import adapter_contents, adapter_folder, adapter_options, new_name
 from tulu_lightning.rollout.client import Client
 from tulu_lightning.rollout.delivered import DeliveredEngine
 from tulu_lightning.rollout.delivery import Delivery, contents_of, dtype_of
@@ -45,6 +47,8 @@ class ServerEngine(DeliveredEngine):
         seconds: longest wait for one prompt's samples, or for a refresh.
         connections: prompts in flight at once.
         transport: how weights get there; `Files()` if left out.
+        lora: given, the server keeps its base, and a refresh sends adapters, as files. It must have been started with
+            `--enable-lora` and `VLLM_ALLOW_RUNTIME_LORA_UPDATING=1` then.
 
     Raises:
         EngineError: no server answers at the url, or one that lacks what the module's first lines ask for.
@@ -63,15 +67,17 @@ class ServerEngine(DeliveredEngine):
         seconds: float = 600,
         connections: int = 64,
         transport: Transport | None = None,
+        lora: Lora | None = None,
     ) -> None:
         self._client, self._server = Client(url), server
-        contents, kind = contents_of(folder), dtype_of(dtype)
+        contents, kind = contents_of(folder) if lora is None else adapter_contents(folder, lora), dtype_of(dtype)
         self._seconds, self._connections = seconds, connections
         self._transport = transport or Files()
-        (model,) = self._client.get("/v1/models", 30)["data"]
+        model, *_ = self._client.get("/v1/models", 30)["data"]  # adapters of an earlier run come after it
         positions = min(contents.positions, model["max_model_len"], max_model_len or math.inf)
-        super().__init__(contents, kind, -1, proof_columns, positions)
+        super().__init__(contents, kind, -1, proof_columns, positions, lora)
         self._model = model["id"]
+        self._adapter: str | None = None
         self._held()
         if server is not None:
             self._rpc("tulu_version", version)
@@ -86,12 +92,17 @@ class ServerEngine(DeliveredEngine):
         version: int = 0,
         seconds: float = 600,
         transport: Transport | None = None,
+        lora: Lora | None = None,
         **settings: Any,
     ) -> Self:
         """Start a server and return its engine, which ends it on `close`; settings of `start_server`."""
+        if lora is not None:
+            given = settings.pop("options", ())
+            settings["options"] = (*_flags(adapter_options(lora, adapter_contents(folder, lora))), *given)
         server = start_server(folder, str(dtype).removeprefix("torch."), **settings)
+        more: Any = {"version": version, "server": server, "seconds": seconds, "transport": transport, "lora": lora}
         try:
-            return cls(server.url, folder, dtype, version=version, server=server, seconds=seconds, transport=transport)
+            return cls(server.url, folder, dtype, **more)
         except BaseException:
             server.close()
             raise
@@ -114,9 +125,29 @@ class ServerEngine(DeliveredEngine):
     # -- weights --
 
     def _carry(self, delivery: Delivery, version: int) -> tuple[Mapping[str, Any], bool]:
-        shapes = {name: list(shape) for name, shape in self._contents.shapes.items()}
-        report = self._transport.carry(iter(delivery), shapes, self._rpc, self._columns, version)
+        if self._lora is not None:
+            report = self._add_adapter(delivery, self._lora, version)
+        else:
+            shapes = {name: list(shape) for name, shape in self._contents.shapes.items()}
+            report = self._transport.carry(iter(delivery), shapes, self._rpc, self._columns, version)
         return report, self._client.post("/reset_prefix_cache", {}, self._seconds)["success"]
+
+    def _add_adapter(self, delivery: Delivery, lora: Lora, version: int) -> Mapping[str, Any]:
+        name, before = new_name(version), self._adapter
+        with adapter_folder(delivery.complete(), lora) as folder:
+            body = {"lora_name": name, "lora_path": folder}
+            try:
+                self._client.post("/v1/load_lora_adapter", body, self._seconds, reads=False)
+            except RuntimeError as error:
+                if isinstance(error, EngineError):
+                    raise
+                text = "was it started with --enable-lora and VLLM_ALLOW_RUNTIME_LORA_UPDATING=1?"
+                raise EngineError(f"{error}; {text}") from error
+            report = self._rpc("tulu_adapter", folder, version)
+        self._adapter = name
+        if before is not None:  # vLLM has dropped its weights; this is its name
+            self._client.post("/v1/unload_lora_adapter", {"lora_name": before}, self._seconds, reads=False)
+        return report
 
     def _read_marks(self) -> dict[str, str]:
         return self._rpc("tulu_marks")
@@ -229,7 +260,7 @@ class ServerEngine(DeliveredEngine):
         """
         pool = ThreadPoolExecutor(self._connections)
         try:
-            common = {"model": self._model, "return_token_ids": True}
+            common = {"model": self._adapter or self._model, "return_token_ids": True}
             path, seconds = "/v1/completions", self._seconds
             asked = [pool.submit(self._client.post, path, {**common, **body}, seconds) for body in bodies]
             places = {one: place for place, one in enumerate(asked)}
@@ -240,6 +271,15 @@ class ServerEngine(DeliveredEngine):
             return [one.result() for one in asked]
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _flags(options: Mapping[str, Any]) -> list[str]:
+    """vLLM's arguments on a command line."""
+    words = list[str]()
+    for name, value in options.items():
+        words.append(f"--{name.replace('_', '-')}")
+        words += [] if value is True else map(str, value if isinstance(value, list) else [value])
+    return words
 
 
 def _prompt_scores(choice: Mapping[str, Any], response: Sequence[int]) -> Tensor:

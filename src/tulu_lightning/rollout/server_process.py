@@ -114,6 +114,7 @@ def start_server(
         "PYTHONPATH": os.pathsep.join(
             [str(Path(tulu_lightning.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
         ),
+        **({"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"} if "--enable-lora" in options else {}),
         **({} if threads is None else {"OMP_NUM_THREADS": str(threads)}),
     }
     with file.open("ab") as output:

@@ -16,11 +16,16 @@ from torch import Tensor
 from tulu_lightning.rollout.channel import Channel
 from tulu_lightning.rollout.engine import EngineError
 
-__all__ = ["Broadcast", "Files", "Rpc", "Transport"]
+__all__ = ["Broadcast", "Files", "Rpc", "Transport", "shared_folder"]
 
 SHARED_MEMORY = Path("/dev/shm")
 Rpc = Callable[..., Any]
 """`rpc(method, *arguments)` of the workers; gives the first one's answer."""
+
+
+def shared_folder() -> Path | None:
+    """Shared memory where there is such a folder; None is the one for temporary files."""
+    return SHARED_MEMORY if SHARED_MEMORY.is_dir() else None
 
 
 class Transport(Protocol):
@@ -63,7 +68,7 @@ class Files:
     """
 
     def __init__(self, folder: str | Path | None = None, file_mb: int = 1024) -> None:
-        self._folder = folder or (SHARED_MEMORY if SHARED_MEMORY.is_dir() else None)
+        self._folder = folder or shared_folder()
         self._limit = file_mb << 20
 
     def carry(

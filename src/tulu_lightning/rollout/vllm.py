@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 from tulu_lightning.errors import InputError
+from tulu_lightning.models.lora import Lora
+from tulu_lightning.rollout.adapters import adapter_contents, adapter_folder, adapter_options, new_name
 from tulu_lightning.rollout.delivered import DeliveredEngine
 from tulu_lightning.rollout.delivery import Contents, Delivery, contents_of, dtype_of
 from tulu_lightning.rollout.engine import Health, Made, Progress
@@ -48,14 +50,22 @@ class VLLMEngine(DeliveredEngine):
         dtype: of the weights.
         version: of the weights.
         proof_columns: 0 compares whole matrices, at the price of a forward over `hidden size` tokens.
+        lora: of an `llm` that is sent adapters alone (`rollout.adapters`).
     """
 
     def __init__(
-        self, llm: Any, contents: Contents, dtype: torch.dtype, version: int = 0, proof_columns: int = 16
+        self,
+        llm: Any,
+        contents: Contents,
+        dtype: torch.dtype,
+        version: int = 0,
+        proof_columns: int = 16,
+        lora: Lora | None = None,
     ) -> None:
         positions = min(contents.positions, llm.model_config.max_model_len)
-        super().__init__(contents, dtype, version, proof_columns, positions)
+        super().__init__(contents, dtype, version, proof_columns, positions, lora)
         self._llm: Any = llm
+        self._adapter: Any = None
 
     @classmethod
     def from_folder(
@@ -67,6 +77,7 @@ class VLLMEngine(DeliveredEngine):
         kv_cache_mb: int | None = None,
         proof_columns: int = 16,
         seed: int = 0,
+        lora: Lora | None = None,
         **settings: Any,
     ) -> Self:
         """An engine with the weights of a Hugging Face folder.
@@ -80,12 +91,13 @@ class VLLMEngine(DeliveredEngine):
                 (its `gpu_memory_utilization`, which is a setting, too), and does not start beside a trainer.
             proof_columns: see the class.
             seed: vLLM's own; no sample depends on it.
+            lora: given, the folder is a base that stays, and a refresh sends adapters.
             settings: further arguments of `vllm.LLM`, e.g. `max_num_seqs`.
 
         Raises:
             InputError: vLLM is not installed, the folder does not load, or vLLM refuses a setting.
         """
-        contents = contents_of(folder)
+        contents = contents_of(folder) if lora is None else adapter_contents(folder, lora)
         kind = dtype_of(dtype)
         on_gpu = torch.cuda.is_available()
         if kv_cache_mb is None and not on_gpu:
@@ -98,11 +110,12 @@ class VLLMEngine(DeliveredEngine):
             "seed": seed,
             "enforce_eager": not on_gpu,
             **beside,
+            **({} if lora is None else adapter_options(lora, contents)),
             **settings,
         }
         with guarded():
             llm = _build(str(folder), chosen)
-        return cls(llm, contents, kind, version, proof_columns)
+        return cls(llm, contents, kind, version, proof_columns, lora)
 
     def health(self) -> Health:
         """In this process an engine is alive until it is closed."""
@@ -122,8 +135,20 @@ class VLLMEngine(DeliveredEngine):
 
     def _carry(self, delivery: Delivery, version: int) -> tuple[Mapping[str, Any], bool]:
         with quiet_seed():
-            (report,) = self._llm.collective_rpc("tulu_load", args=(iter(delivery), self._columns, version))
+            if self._lora is not None:
+                report = self._add_adapter(delivery, self._lora, version)
+            else:
+                (report,) = self._llm.collective_rpc("tulu_load", args=(iter(delivery), self._columns, version))
             return report, self._llm.reset_prefix_cache()
+
+    def _add_adapter(self, delivery: Delivery, lora: Lora, version: int) -> Mapping[str, Any]:
+        request: Any = importlib.import_module("vllm.lora.request").LoRARequest
+        number = 1 if self._adapter is None else self._adapter.lora_int_id + 1  # a number that is known is not loaded
+        with adapter_folder(delivery.complete(), lora) as folder:
+            self._adapter = request(new_name(version), number, folder)
+            self._llm.llm_engine.add_lora(self._adapter)
+            (report,) = self._llm.collective_rpc("tulu_adapter", args=(folder, version))
+        return report
 
     def _read_marks(self) -> dict[str, str]:
         with quiet_seed():
@@ -217,7 +242,7 @@ class VLLMEngine(DeliveredEngine):
         if not given:
             return []
         with quiet_seed():
-            return self._llm.generate(given, wanted, use_tqdm=bar)
+            return self._llm.generate(given, wanted, use_tqdm=bar, lora_request=self._adapter)
 
 
 def _vllm() -> Any:

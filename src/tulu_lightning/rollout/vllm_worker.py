@@ -17,6 +17,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from tulu_lightning.core.step_plan import mix_seed
+from tulu_lightning.rollout.adapter_proof import compare_adapter
 from tulu_lightning.rollout.channel import Channel
 from tulu_lightning.rollout.fingerprint import mark
 
@@ -75,6 +76,13 @@ class Worker:
         """`tulu_load` from a folder's safetensors files, in the order of their names; then they bear that version."""
         self._tulu_version = -1
         report = self.tulu_load(_files(Path(folder)), columns, version)
+        self._tulu_version = version
+        return report
+
+    def tulu_adapter(self, folder: str, version: int) -> dict[str, Any]:
+        """What the layers hold of an adapter that vLLM has loaded from a folder, as a `Report`; then they bear that version."""
+        self._tulu_version = -1
+        report = compare_adapter(self.model_runner, Path(folder))
         self._tulu_version = version
         return report
 

@@ -12,10 +12,11 @@ from torch import Tensor
 from tulu_lightning.core.packing import length, pack
 from tulu_lightning.core.step_plan import cut
 from tulu_lightning.errors import InputError, RunStopped
+from tulu_lightning.models.lora import adapter_weights
 from tulu_lightning.models.weights import full, plain_weights
 from tulu_lightning.rollout.elsewhere import Elsewhere
 from tulu_lightning.rollout.engine import Engine, EngineError
-from tulu_lightning.rollout.engines import build_engine, check_cache, check_shared
+from tulu_lightning.rollout.engines import build_engine, check_cache, check_push, check_shared
 from tulu_lightning.rollout.together import ALONE, Together
 from tulu_lightning.stages.ppo_settings import Rollout
 from tulu_lightning.stages.rollouts import Rollouts, expected_version
@@ -59,10 +60,16 @@ class EngineHolder(Stage):
         if self.backbone.layers is not None and self.rollout.engine.kind != "local":
             what = f"is {self.rollout.engine.kind}, which loads whole models, and backbone.layers cuts the policy"
             raise InputError("rollout.engine.kind", what, "Use local, or leave backbone.layers out.")
+        check_push(self.rollout.engine, self.backbone.lora, self.backbone.quantize is not None)
         if self.rollout.engine.max_model_len is not None:
             self._check_room(self.rollout.engine.max_model_len, longest_prompt)
         check_shared(self.rollout.engine, self.trainer.strategy.root_device.type == "cuda")
         check_cache(self.rollout.engine, self.folder)
+
+    def policy_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """What a refresh sends: the weights with adapters merged, or the adapters alone; sharded where they are sharded."""
+        lm = self.model.lm
+        return adapter_weights(lm) if self.rollout.engine.push == "adapter" else plain_weights(lm)
 
     def _check_room(self, positions: int, longest_prompt: int) -> None:
         """Before the first step: later it would be the step that happens to draw the longest prompt."""
@@ -90,7 +97,7 @@ class EngineHolder(Stage):
 
     def build_engine(self) -> Engine:
         """A new engine by `rollout.engine`; a subclass may build another."""
-        return build_engine(self.rollout.engine, self.make_engine, self.folder)
+        return build_engine(self.rollout.engine, self.make_engine, self.folder, self.backbone.lora)
 
     def _engine_of_this_rank(self) -> Engine:
         """An engine, or what stands for the first rank's. Making one of present weights gathers them: all ranks do it."""
@@ -149,7 +156,7 @@ class EngineHolder(Stage):
 
     def _push(self, engine: Engine, version: int) -> None:
         if version == self.step:
-            self._deliver(engine, plain_weights(self.model.lm), version)
+            self._deliver(engine, self.policy_weights(), version)
             return
         if self._kept is None or self._kept[0] != version:
             held = "none" if self._kept is None else f"those of step {self._kept[0]}"
@@ -195,7 +202,7 @@ class EngineHolder(Stage):
         ages = self.rollouts.every_n_steps > 1 or self.rollout.staleness
         if ages and self.engine.version == self.step and (self._kept is None or self._kept[0] != self.step):
             keeps, weights = not isinstance(self.engine, Elsewhere), dict[str, Tensor]()
-            for name, tensor in self._whole(plain_weights(self.model.lm)):
+            for name, tensor in self._whole(self.policy_weights()):
                 if keeps:
                     weights[name] = tensor.cpu().clone()
             self._kept = (self.step, weights)
@@ -265,6 +272,12 @@ class EngineHolder(Stage):
         self.rollouts.restore(state.get("ahead"))
         if state.get("engine") is not None:
             version, weights = state["engine"]
+            kept = "adapter" if any(".lora_A." in name for name in weights) else "merged"
+            if kept != self.rollout.engine.push:
+                what = (
+                    f"is {self.rollout.engine.push}, and the checkpoint keeps the weights of step {version} as {kept}"
+                )
+                raise InputError("rollout.engine.push", what, f"Go on with {kept}.")
             self._kept = (version, weights)
             self._push(self.engine, version)
 
