@@ -191,6 +191,23 @@ def test_what_8_bits_save_is_plain_tensors_and_goes_on_bit_for_bit(tmp_path):
     assert all(map(torch.equal, model.parameters(), twin.parameters()))
 
 
+def test_what_8_bits_save_as_numbers_is_taken_up_in_8_bits_again():
+    _, optimizer, _ = trained_with(8, steps=5)
+    numbers = optimizer.in_fp32(optimizer.state_dict())
+    assert {value.dtype for values in numbers["state"].values() for value in values.values()} == {torch.float32}
+    assert all("_codes" not in name for values in numbers["state"].values() for name in values)
+    _, other, _ = trained_with(8, steps=1)
+    other.load_state_dict(numbers)
+    for own, twin in zip(optimizer.state.values(), other.state.values(), strict=True):
+        for name in ("exp_avg", "exp_avg_sq"):
+            assert hasattr(own[name], "codes") == hasattr(twin[name], "codes")
+            # Levels reach from -0.993 to 1 of a block's largest number: scaled by a negative one, they come to lie a bit closer.
+            one, two = (x.dequantize() if hasattr(x, "codes") else x for x in (own[name], twin[name]))
+            largest = one.reshape(-1, min(256, one.numel())).abs().amax(1, keepdim=True)
+            assert ((one - two).reshape(len(largest), -1).abs() <= 0.01 * largest).all()
+            assert one.any()
+
+
 def test_without_torchao_8_bits_are_refused_before_anything_loads(monkeypatch):
     monkeypatch.setattr("tulu_lightning.stages.optimizer.importlib.util.find_spec", lambda name: None)
     with pytest.raises(InputError, match=r"state_bits: is 8, which needs torchao.*'tulu-lightning\[qlora\]'"):

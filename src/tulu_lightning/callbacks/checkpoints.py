@@ -24,7 +24,7 @@ from tulu_lightning.checkpoints.space import check_space
 from tulu_lightning.data.base import StepData
 from tulu_lightning.errors import InputError
 from tulu_lightning.files import remove, remove_whole, write_whole
-from tulu_lightning.models.saved import FORMAT, KEY, Header, check_ranks, step_of
+from tulu_lightning.models.saved import FORMAT, KEY, Header, step_of
 from tulu_lightning.models.sharding import Fsdp2
 from tulu_lightning.models.single_file import SingleFile
 
@@ -104,8 +104,6 @@ class Checkpoints(L.Callback):
         if self.resumes is not None:
             path, header = self.resumes
             check_run(path, header.identity, pl_module)
-            mesh = getattr(trainer.strategy, "mesh", None)
-            check_ranks(Path(path), header, trainer.world_size, isinstance(trainer.strategy, Fsdp2), mesh)
         if _left(run, *LEFT, SCORES):
             check_run(str(run), read_identity(run), pl_module)
         if self.check_disk and trainer.is_global_zero:

@@ -6,12 +6,14 @@ file. Here only the classes that such a table is made of are let through.
 
 import io
 import pickle
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
-from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.filesystem import FileSystemReader, _StorageReaderTransforms
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
+from torch.distributed.checkpoint.planner import LoadItemType, ReadItem
 
 from tulu_lightning.errors import InputError
 
@@ -42,8 +44,37 @@ class _Unpickler(pickle.Unpickler):
         return found
 
 
+class _Numbers(_StorageReaderTransforms):
+    """Turns stored 8-bit moments (torchao's) into numbers."""
+
+    def transform_load_stream(
+        self, read_item: ReadItem, transform_descriptors: Sequence[str], raw_stream: IO[bytes]
+    ) -> IO[bytes]:
+        """See its class."""
+        stream = super().transform_load_stream(read_item, transform_descriptors, raw_stream)
+        if read_item.type == LoadItemType.BYTE_IO:
+            return stream
+        data = io.BytesIO(stream.read(-1))
+        tensor = torch.load(data, map_location="cpu", weights_only=True)
+        if hasattr(tensor, "codes"):
+            data = io.BytesIO()
+            torch.save(tensor.dequantize(), data)
+        data.seek(0)
+        return data
+
+
 class SafeReader(FileSystemReader):
-    """Reads a distributed checkpoint whose table holds nothing but a table."""
+    """Reads a distributed checkpoint whose table holds nothing but a table.
+
+    Args:
+        path: the folder.
+        plain: give 8-bit moments as the fp32 numbers that they stand for, which can be cut anywhere.
+    """
+
+    def __init__(self, path: Path, plain: bool = False) -> None:
+        super().__init__(path)
+        if plain:
+            self.transforms = _Numbers()
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         """The table.

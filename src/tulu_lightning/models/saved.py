@@ -20,11 +20,11 @@ __all__ = [
     "KEY",
     "Header",
     "check_names",
-    "check_ranks",
     "check_whole",
     "header_of",
     "newest_in",
     "read_header",
+    "regroups_moments",
     "step_of",
     "write_header",
 ]
@@ -192,39 +192,23 @@ def remedy_for(path: Path) -> str:
     return f"Remove {path}; ckpt_path: auto then goes on from {newest.name}."
 
 
-def check_ranks(
-    path: Path, header: Header | None, ranks: int, sharded: bool, mesh: Sequence[int] | None = None
-) -> None:
-    """Refuse 8-bit moments of other ranks, or of as many over another mesh: they are kept in blocks of what a rank holds.
+def regroups_moments(path: Path, header: Header | None, ranks: int, mesh: Sequence[int] | None = None) -> bool:
+    """Whether a folder has 8-bit moments of other ranks, or of as many over another mesh.
+
+    They are kept in blocks of what a rank holds, so they are read as the numbers they stand for, and rounded once more.
 
     Args:
         path: the checkpoint.
         header: what it says of itself.
-        ranks: of this run.
-        sharded: whether they share one model, even if it is one rank.
-        mesh: of sharded ranks, how many there are along each axis.
-
-    Raises:
-        InputError: the checkpoint has such moments, and is of others.
+        ranks: of this run, which share one model.
+        mesh: how many there are along each axis.
     """
-    if header is None:
-        return
+    if header is None or not path.is_dir():
+        return False
     same = header.mesh is None or mesh is None or list(header.mesh) == list(mesh)  # an older version did not say
-    if same and header.ranks == ranks and path.is_dir() == sharded:
-        return
-    eight = [name for name, value in header.identity.items() if name.endswith("state_bits") and value == 8]
-    if eight:
-        of, this = _ranks(header.ranks, path.is_dir(), header.mesh), _ranks(ranks, sharded, mesh)
-        what = f"has 8-bit moments ({eight[0]}) of {of}, and this is {this}"
-        raise InputError(str(path), what, "Go on with as many ranks as it was saved by, and the same strategy.")
-
-
-def _ranks(count: int, sharded: bool, mesh: Sequence[int] | None = None) -> str:
-    if not sharded:
-        return "one process"
-    replicas, _, tensor = mesh or (1, count, 1)
-    axes = ", ".join(f"{n} {size}" for n, size in (("replicas", replicas), ("tensor_parallel", tensor)) if size > 1)
-    return f"{count} sharded {'rank' if count == 1 else 'ranks'}{axes and f' ({axes})'}"
+    if same and header.ranks == ranks:
+        return False
+    return any(name.endswith("state_bits") and value == 8 for name, value in header.identity.items())
 
 
 def check_names(where: str, saved: Mapping[str, Sequence[int]], built: Mapping[str, Sequence[int]]) -> None:

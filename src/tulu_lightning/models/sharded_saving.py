@@ -16,9 +16,11 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
+    get_optimizer_state_dict,
     set_model_state_dict,
     set_optimizer_state_dict,
 )
+from torch.distributed.checkpoint.state_dict_loader import load as load_sharded
 from torch.distributed.checkpoint.state_dict_saver import save as save_sharded
 from torch.optim import Optimizer
 
@@ -26,7 +28,7 @@ from tulu_lightning.errors import InputError
 from tulu_lightning.files import content_digest, of_the_disk, put_in_place, remove
 from tulu_lightning.models.background import WRITING, Background, snapshot
 from tulu_lightning.models.safe_reader import SafeReader
-from tulu_lightning.models.saved import KEY, check_names, check_ranks, read_header, write_header
+from tulu_lightning.models.saved import KEY, check_names, read_header, regroups_moments, write_header
 from tulu_lightning.models.watched import WatchedRanks
 
 __all__ = ["ShardedSaving"]
@@ -123,16 +125,17 @@ class ShardedSaving(WatchedRanks):
         """Read a checkpoint of any number of ranks, or of one process, into the sharded model and its optimisers.
 
         Raises:
-            InputError: it holds another model, or 8-bit moments of another number of ranks.
+            InputError: it holds another model.
         """
         path = Path(self.broadcast(checkpoint_path))
-        check_ranks(path, read_header(path), self.world_size, True, self.mesh)
         if path.is_dir():
             # Read here first: what comes after unpickles the same table as it stands.
             saved = SafeReader(path).read_metadata().state_dict_metadata
             shapes = {n: tuple(m.size) for n, m in saved.items() if isinstance(m, TensorStorageMetadata)}
             weights = {n.partition(".")[2]: shape for n, shape in shapes.items() if n.startswith("state_dict.")}
             self._check(path, weights)
+            if regroups_moments(path, read_header(path), self.world_size, self.mesh):
+                return self._load_numbers(path, weights_only is not False)
             return super().load_checkpoint(path, weights_only=weights_only is not False)
         checkpoint = torch.load(path, mmap=True, map_location="cpu", weights_only=weights_only is not False)
         weights: dict[str, Any] = checkpoint.pop("state_dict")
@@ -142,9 +145,23 @@ class ShardedSaving(WatchedRanks):
         set_model_state_dict(self.model, weights, options=whole)
         for optimizer, state in zip(self.optimizers, checkpoint.pop("optimizer_states"), strict=True):
             if state["state"]:
-                named = self._named(optimizer, state)
+                named = self._named(optimizer, _in_fp32(optimizer)(state))
                 set_optimizer_state_dict(self.model, optimizer, optim_state_dict=named, options=whole)
         return checkpoint
+
+    def _load_numbers(self, path: Path, weights_only: bool) -> dict[str, Any]:
+        """A folder whose 8-bit moments are to be cut in another way."""
+        assert self.model is not None
+        assert self.lightning_module is not None
+        weights = {"state_dict": get_model_state_dict(self.model)}
+        load_sharded(weights, storage_reader=SafeReader(path))
+        self.model.load_state_dict(weights["state_dict"], strict=self.lightning_module.strict_loading)
+        for i, optimizer in enumerate(self.optimizers):
+            state = {f"optimizer_{i}": _in_fp32(optimizer)(get_optimizer_state_dict(self.model, optimizer))}
+            load_sharded(state, storage_reader=SafeReader(path, plain=True))
+            (found,), options = state.values(), StateDictOptions(cpu_offload=True)
+            set_optimizer_state_dict(self.model, optimizer, optim_state_dict=found, options=options)
+        return torch.load(path / _METADATA_FILENAME, map_location="cpu", weights_only=weights_only)
 
     def _check(self, path: Path, saved: dict[str, tuple[int, ...]]) -> None:
         assert self.model is not None
@@ -168,6 +185,11 @@ class ShardedSaving(WatchedRanks):
         if self._writing is not None:
             self._writing.wait()
         super().teardown()
+
+
+def _in_fp32(optimizer: Optimizer) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    """What turns the moments of a state into fp32 ones, for optimisers that have others (`stages.adamw8bit`)."""
+    return getattr(optimizer, "in_fp32", lambda state: state)
 
 
 class _Writer(FileSystemWriter):

@@ -13,7 +13,7 @@ from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
 from tulu_lightning.files import of_the_disk, put_in_place, remove
 from tulu_lightning.models.background import Background, snapshot
 from tulu_lightning.models.safe_reader import SafeReader
-from tulu_lightning.models.saved import KEY, check_ranks, read_header, write_header
+from tulu_lightning.models.saved import KEY, write_header
 
 __all__ = ["SingleFile", "numbered", "read_folder"]
 
@@ -65,7 +65,6 @@ class SingleFile(TorchCheckpointIO):
     def load_checkpoint(self, path: Any, map_location: Any = "cpu", weights_only: bool | None = None) -> dict[str, Any]:
         """A checkpoint on the CPU, a file or a folder of sharded ranks; without `weights_only` no code in it runs."""
         if Path(path).is_dir():
-            check_ranks(Path(path), read_header(path), 1, False)
             return read_folder(Path(path), weights_only)
         return super().load_checkpoint(path, map_location, weights_only=weights_only is not False)
 

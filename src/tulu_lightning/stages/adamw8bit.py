@@ -9,6 +9,8 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torchao.optim import AdamW8bit as TorchaoAdamW8bit
 from torchao.optim.subclass_8bit import OptimState8bit, get_qmap_signed, get_qmap_unsigned
 
@@ -43,9 +45,33 @@ class AdamW8bit(TorchaoAdamW8bit):
         return {**state, "state": {at: dict(_flat(values)) for at, values in state["state"].items()}}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take what `state_dict` gave."""
+        """Take what `state_dict` or `in_fp32` gave: each moment in the form that this rank keeps it in."""
         held = {at: dict(_whole(values)) for at, values in state_dict["state"].items()}
+        own = [parameter for group in self.param_groups for parameter in group["params"]]
+        names = [name for group in state_dict["param_groups"] for name in group["params"]]
+        for name, parameter in zip(names, own, strict=False):  # torch says what is wrong with their number
+            if name in held:
+                held[name] = {moment: self._fitted(moment, x, parameter) for moment, x in held[name].items()}
         super().load_state_dict({**state_dict, "state": held})
+
+    @staticmethod
+    def in_fp32(state_dict: dict[str, Any]) -> dict[str, Any]:
+        """A state whose moments are plain fp32 tensors, sharded as they are.
+
+        Blocks of 256 are of what a rank holds, so 8-bit moments cannot be cut otherwise; their numbers can.
+        """
+        held = {at: {m: _plain(x) for m, x in _whole(values)} for at, values in state_dict["state"].items()}
+        return {**state_dict, "state": held}
+
+    def _fitted(self, moment: str, value: Any, parameter: Tensor) -> Any:
+        """A moment in 8 bits where this rank keeps it so, in fp32 where it does not; one that is so already as it is."""
+        if moment == "step":
+            return value
+        room = self._new_buffer(parameter, moment == SIGNED)
+        if _is_low(room) == _is_low(value):
+            return value
+        _local(room).copy_(_local(value))
+        return room
 
     def _stance(self) -> AbstractContextManager:
         first = self.param_groups[0]["params"][0]
@@ -54,6 +80,26 @@ class AdamW8bit(TorchaoAdamW8bit):
 
 CODES, SCALES = "_codes", "_scales"
 """What is put behind a moment's name."""
+SIGNED = "exp_avg"
+"""The moment that has a sign."""
+
+
+def _local(value: Tensor) -> Tensor:
+    return value.to_local() if isinstance(value, DTensor) else value
+
+
+def _is_low(value: Tensor) -> bool:
+    return isinstance(_local(value), OptimState8bit)
+
+
+def _plain(value: Any) -> Any:
+    if not isinstance(value, Tensor) or not _is_low(value):
+        return value
+    numbers = _local(value).dequantize()
+    if not isinstance(value, DTensor):
+        return numbers
+    where = (value.device_mesh, value.placements)
+    return DTensor.from_local(numbers, *where, run_check=False, shape=value.shape, stride=value.stride())
 
 
 def _flat(values: dict[str, Any]) -> Iterator[tuple[str, Any]]:
@@ -68,7 +114,7 @@ def _whole(values: dict[str, Any]) -> Iterator[tuple[str, Any]]:
     for name, value in values.items():
         if name.endswith(CODES):
             moment = name.removesuffix(CODES)
-            signed = moment == "exp_avg"
+            signed = moment == SIGNED
             codes, scales = value.clone(), values[moment + SCALES].clone()
             levels = torch.tensor((get_qmap_unsigned, get_qmap_signed)[signed](), device=codes.device)
             yield moment, OptimState8bit(codes, scales, levels, signed, torch.float32)
