@@ -170,6 +170,18 @@ def test_the_default_dtype_and_device_say_nothing_of_what_is_written():
         torch.set_default_dtype(FP32)
 
 
+@pytest.mark.parametrize("shape", [(1, 7, 32), (1, 1, 64), (1, 6, 64)])
+def test_turning_by_factors_that_are_too_few_is_left_to_operators(shape):
+    x, cos, sin = torch.randn(1, 2, 7, 64), torch.rand(shape), torch.rand(shape)
+    if shape[1] == 1:  # as broadcasting has it
+        torch.testing.assert_close(
+            layers.rotary(x, cos, sin), layers.rotary(x, *(f.repeat(1, 7, 1) for f in (cos, sin)))
+        )
+        return
+    with pytest.raises(RuntimeError, match="must match"):
+        layers.rotary(x, cos, sin)
+
+
 # Attention ------------------------------------------------------------------------------------------------------------
 
 
@@ -240,6 +252,15 @@ def test_how_many_threads_work_changes_nothing(dtype):
         torch.set_num_threads(before)
     for other in results[1:]:
         assert all(torch.equal(one, two) for one, two in zip(results[0], other, strict=True))
+
+
+@pytest.mark.parametrize(("width", "value_width"), [(48, 32), (32, 48), (24, 24)])
+def test_values_of_another_width_than_keys_go_to_matrix_products(width, value_width):
+    """DeepSeek's heads: the trial is told one width, and what is read by it was others' memory."""
+    inputs = [torch.randn(1, 2, 33, width) for _ in range(2)] + [torch.randn(1, 2, 33, value_width)]
+    pack = spans(20, 13, parents=(-1, 0))
+    out, expected = (backend(pack)(*inputs, 0.2) for backend in (CompiledSegments, SdpaTiles))
+    torch.testing.assert_close(out, expected)
 
 
 def test_heads_of_another_width_have_none_and_doubles_go_to_matrix_products():

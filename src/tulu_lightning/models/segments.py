@@ -138,7 +138,7 @@ def _first(spans: Sequence[Span]) -> list[int]:
 
 
 class CompiledSegments:
-    """A pack for the compiled functions; dtypes that they do not know go to matrix products."""
+    """A pack for the compiled functions; dtypes and widths that they do not know go to matrix products."""
 
     def __init__(self, spans: Sequence[Span], device: torch.device | None = None) -> None:
         """Cut a pack; done once per forward and shared by all layers."""
@@ -148,7 +148,8 @@ class CompiledSegments:
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         """Attention of one layer; arguments and result as `SdpaTiles`, all in the values' dtype."""
         dtype = value.dtype
-        if not takes(value):
+        widths = {x.shape[-1] for x in (query, key, value)}  # two where heads are latent ones (DeepSeek's)
+        if not takes(value) or len(widths) > 1 or widths.pop() % LANES:
             self.plain = self.plain or MatmulTiles(self.spans, self.device)
             return self.plain(query, key, value, scale)
         made: Any = _Attention.apply(query.to(dtype), key.to(dtype), value, self.cut, scale)
