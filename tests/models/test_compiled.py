@@ -170,6 +170,14 @@ def test_the_default_dtype_and_device_say_nothing_of_what_is_written():
         torch.set_default_dtype(FP32)
 
 
+def test_a_gate_in_another_dtype_than_what_it_gates_is_left_to_operators():
+    gate, up = torch.randn(3, 32).bfloat16().requires_grad_(), torch.randn(3, 32).requires_grad_()
+    found, expected = layers.gated(gate, up), F.silu(gate) * up
+    torch.testing.assert_close(found, expected)
+    for one, other in zip(*(torch.autograd.grad(each.sum(), (gate, up)) for each in (found, expected)), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-2, atol=1e-2)
+
+
 @pytest.mark.parametrize("shape", [(1, 7, 32), (1, 1, 64), (1, 6, 64)])
 def test_turning_by_factors_that_are_too_few_is_left_to_operators(shape):
     x, cos, sin = torch.randn(1, 2, 7, 64), torch.rand(shape), torch.rand(shape)

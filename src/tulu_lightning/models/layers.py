@@ -174,19 +174,20 @@ class _Gated(torch.autograd.Function):
     def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
         gate, up = gate.contiguous(), up.contiguous()
         ctx.save_for_backward(gate, up)
-        compiled = _compiled(gate.shape[-1], gate, up)
+        compiled = _compiled(gate.shape[-1], gate, up) if gate.dtype == up.dtype else None
         if compiled is None:
-            return F.silu(gate).mul_(up)
+            return F.silu(gate) * up
         return compiled.gated_(gate, up, torch.empty_like(gate))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:  # pyright: ignore[reportIncompatibleMethodOverride]
         gate, up = ctx.saved_tensors
-        compiled = _compiled(gate.shape[-1], gate, up, grads[0])
+        compiled = _compiled(gate.shape[-1], gate, up, grads[0]) if gate.dtype == up.dtype else None
         if compiled is not None:
             return compiled.gated_back_(gate, up, grads[0].clone(memory_format=torch.contiguous_format))[1:]
-        return torch.ops.aten.silu_backward(grads[0] * up, gate), F.silu(gate).mul_(grads[0])
+        grad_gate = torch.ops.aten.silu_backward((grads[0] * up).to(gate.dtype), gate)
+        return grad_gate, (F.silu(gate) * grads[0]).to(up.dtype)
 
 
 def gated(gate: Tensor, up: Tensor) -> Tensor:
