@@ -6,7 +6,7 @@ They are used only where a trial gives what PyTorch's own operators give.
 import ctypes
 import functools
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -190,9 +190,29 @@ def _difference(found: Kernels, dtype: torch.dtype) -> float:
     turned[:, :heads] *= 0.125
     found.turn_(qkv, cos, sin, at, 0.125)
     off.append(qkv[:, : heads + key_heads].float() - turned)
-    out = found.attend(qkv, kv, filled_B).float()
-    for row, places in enumerate((filled_B + 1).tolist()):
-        k, v = kv[:, row, :, :places].float().repeat_interleave(heads // key_heads, 1)
-        scores = (qkv[row, :heads, None].float() * k).sum(-1)
-        off.append(out[row] - (scores.softmax(-1)[:, None] @ v).flatten())
-    return largest(off)
+    group_B, sizes, shared_kv = [1, 0, 1], [5, 70], drawn(2, 2, key_heads, 70, width)
+    for shared in (None, Shared.of(group_B, sizes)):
+        out = found.attend(qkv, kv, filled_B, shared, shared_kv).float()
+        for row, places in enumerate((filled_B + 1).tolist()):
+            slot, many = group_B[row], 0 if shared is None else sizes[group_B[row]]
+            seen = torch.cat([shared_kv[:, slot, :, :many], kv[:, row, :, :places]], 2).float()
+            k, v = seen.repeat_interleave(heads // key_heads, 1)
+            scores = (qkv[row, :heads, None].float() * k).sum(-1)
+            off.append(out[row] - (scores.softmax(-1)[:, None] @ v).flatten())
+    return largest([*off, *_draws(found, drawn(3, 601))])
+
+
+def _draws(found: Kernels, logits_RV: Tensor) -> Iterator[Tensor]:
+    """How far log-probs are off, and how far what was asked for is from what was drawn: from its mass, or its logit."""
+    uniform_R = torch.tensor([0.1, 0.5, 0.9], dtype=torch.float32)
+    for temperature in (0.0, 0.7):
+        token_R, logp_R = found.draw(logits_RV, temperature, uniform_R)
+        token_R1, wide_RV = token_R.clamp(0, logits_RV.shape[1] - 1)[:, None], logits_RV.float()
+        p_RV = (wide_RV / (temperature or 1.0)).softmax(-1)
+        p_R = p_RV.gather(1, token_R1)[:, 0]
+        yield logp_R - p_R.log()
+        if temperature:
+            end_R = p_RV.cumsum(-1).gather(1, token_R1)[:, 0]
+            yield torch.maximum(uniform_R - end_R, end_R - p_R - uniform_R).clamp(min=0)
+        else:
+            yield wide_RV.amax(-1) - wide_RV.gather(1, token_R1)[:, 0]
