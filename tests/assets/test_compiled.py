@@ -2,6 +2,7 @@
 
 import logging
 import os
+import pwd
 import stat
 
 import pytest
@@ -108,6 +109,31 @@ def test_it_can_be_switched_off(source, monkeypatch, caplog):
     monkeypatch.setenv("TULU_COMPILE", "0")
     assert load_compiled(source).library is None
     assert "TULU_COMPILE is 0" in caplog.text
+
+
+@needs_compiler
+@pytest.mark.parametrize("left", [b"", b"\x7fELF and no more", None])
+def test_a_library_that_was_lost_or_cut_short_is_made_anew(source, left):
+    path = compiled._built(str(compiler()), source, {"NUMBER": 1}) / "library.so"  # not loaded: that is once a path
+    if left is None:
+        path.unlink()
+    else:
+        path.write_bytes(left)
+    library = load_compiled(source, (("NUMBER", 1),)).library
+    assert library is not None
+    assert library.named() == 1
+
+
+@needs_compiler
+def test_no_home_is_no_error(source, monkeypatch, caplog):
+    def none(user: int) -> None:
+        raise KeyError(user)
+
+    monkeypatch.delenv("TULU_CACHE")
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", none)  # a container's user without a line in /etc/passwd
+    assert load_compiled(source, (("NUMBER", 1),)).library is None
+    assert "Could not determine home directory" in caplog.text
 
 
 @needs_compiler

@@ -78,6 +78,18 @@ def test_tokens_without_an_upstream_gradient_are_left_out_of_backward_and_change
     assert computed[2:] == [37]
 
 
+def test_a_second_backward_gets_the_gradient_of_entropies_that_the_first_had_no_use_for():
+    torch.manual_seed(0)
+    hidden_ND, head_VD, target_N = torch.randn(4, 8, requires_grad=True), torch.randn(20, 8), torch.arange(4)
+    stats = token_logprobs(hidden_ND, head_VD, target_N, entropy=True)
+    assert stats.entropy_N is not None
+    torch.autograd.grad(stats.logp_N.sum(), hidden_ND, retain_graph=True)
+    (found,) = torch.autograd.grad(stats.entropy_N.sum(), hidden_ND)
+    logp_NV = (hidden_ND @ head_VD.T).log_softmax(-1)
+    (expected,) = torch.autograd.grad(-(logp_NV.exp() * logp_NV).sum(), hidden_ND)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
 def test_a_frozen_head_gets_no_gradient_and_the_hidden_states_theirs():
     """LoRA: the head is not trained."""
     hidden, head, target = inputs(dtype=torch.float32)

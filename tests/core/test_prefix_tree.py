@@ -38,6 +38,12 @@ def test_a_response_may_begin_in_what_is_shared():
     assert made.segment_N.tolist() == [0, 0, 1, 2]
 
 
+def test_an_empty_response_has_no_place_among_those_of_others():
+    made = prefix_pack([([1, 2], []), ([1, 3], [5])], least=1)
+    assert made.source_N.tolist() == [2]
+    assert made.target_N.tolist() == [5]
+
+
 def test_short_beginnings_are_not_shared():
     made = prefix_pack([([1, 2, 3], [4]), ([1, 2, 5], [4]), ([1, 2], [4])], least=3)
     assert sorted(span.parent for span in made.spans) == [-1, -1, -1]

@@ -98,12 +98,32 @@ def test_log_likelihoods_are_those_of_the_harness(both):
 
 def test_a_text_longer_than_the_model_is_read_in_the_harnesss_windows(both, monkeypatch):
     ours, theirs = both
-    monkeypatch.setattr(HarnessLM, "max_length", 17)
-    monkeypatch.setattr(HFLM, "max_length", 16)  # its windows have a token less to read than they predict
+    monkeypatch.setattr(HarnessLM, "max_length", 16)
+    monkeypatch.setattr(HFLM, "max_length", 16)
     text = instances((" ".join(f"word{i}" for i in range(30)),))
     assert ours.loglikelihood_rolling(text, disable_tqdm=True) == pytest.approx(
         theirs.loglikelihood_rolling(text, disable_tqdm=True), abs=1e-3
     )
+
+
+def test_a_context_longer_than_the_model_loses_as_many_tokens_as_in_the_harness(both, monkeypatch):
+    ours, theirs = both
+    monkeypatch.setattr(HarnessLM, "max_length", 16)
+    monkeypatch.setattr(HFLM, "max_length", 16)
+    context = " ".join(f"word{i}" for i in range(30))
+    asked = instances((context, " and"), (context, " and so on"))
+    mine, right = ours.loglikelihood(asked, disable_tqdm=True), theirs.loglikelihood(asked, disable_tqdm=True)
+    assert [value for value, _ in mine] == pytest.approx([value for value, _ in right], abs=1e-3)
+
+
+def test_nothing_scored_is_sure_and_nothing_read_is_the_token_before_a_text(both):
+    ours, _ = both
+    pairs = [([5, 6], []), ([5, 6], [7, 8]), ([], [9])]
+    found = ours._loglikelihood_tokens([(None, *pair) for pair in pairs], disable_tqdm=True)
+    alone = [ours._loglikelihood_tokens([(None, *each)], disable_tqdm=True)[0] for each in pairs[1:2]]
+    text = ours._loglikelihood_tokens([(None, [ours.prefix_token_id], [9])], disable_tqdm=True)
+    assert found[0] == (0.0, True)
+    assert [value for value, _ in found[1:]] == pytest.approx([value for value, _ in (*alone, *text)], abs=1e-4)
 
 
 def test_greedy_text_is_that_of_the_harness(both):

@@ -115,6 +115,13 @@ def test_the_weighted_sum(dtype):
         assert (found - plain).norm() <= (2e-6 if dtype == FP32 else 1e-2) * plain.norm()
 
 
+@pytest.mark.parametrize("target", [-100, 32])
+def test_a_target_outside_of_the_vocabulary_is_refused_before_anything_is_written(target):
+    hidden, head = torch.randn(2, 16), torch.randn(32, 16)
+    with pytest.raises(IndexError, match=f"target {target} is none of a vocabulary of 32"):
+        weighted_nll(hidden, head, torch.tensor([3, target]), torch.ones(2), finish=made().softmax_less_)
+
+
 def test_what_the_functions_do_not_take_goes_to_operators(monkeypatch):
     monkeypatch.setattr(layers, "layer_kernels", lambda: pytest.fail("was asked"))
     layers.rms_norm(torch.randn(3, 10), torch.ones(10), 1e-5, FP32)
@@ -123,15 +130,64 @@ def test_what_the_functions_do_not_take_goes_to_operators(monkeypatch):
     layers.rotary(torch.randn(1, 2, 3, 8), torch.randn(1, 3, 8), torch.randn(1, 3, 8))
 
 
-def test_functions_that_are_off_are_refused_and_said(monkeypatch, caplog):
+@pytest.mark.parametrize("off", [0.1, math.nan])
+def test_functions_that_are_off_are_refused_and_said(monkeypatch, caplog, off):
     right = LayerKernels.gated_
-    monkeypatch.setattr(LayerKernels, "gated_", lambda *args: right(*args).add_(0.1))
+    monkeypatch.setattr(LayerKernels, "gated_", lambda *args: right(*args).add_(off))
     layer_kernels.cache_clear()
     try:
         assert layer_kernels() is None
     finally:
         layer_kernels.cache_clear()
     assert "compiled layers are off by" in caplog.text
+
+
+def test_the_default_dtype_and_device_say_nothing_of_what_is_written():
+    """Floats written to room for as many bf16 numbers would be others' memory; transformers sets it while it loads."""
+    pack, inputs = spans(30), [torch.randn(1, 2, 30, 16) for _ in range(3)]
+    x, logits, target = torch.randn(3, 16), torch.randn(3, 16), torch.arange(3)
+    results = []
+    for default, device in ((FP32, "cpu"), (BF16, "cpu"), (FP32, "meta")):
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(default)
+        try:
+            with torch.device(device):
+                out, inverse = made().norm(x, x[0], 1e-5, FP32)
+                grad_x, grad_weight = made().norm_back(x, x, x[0], inverse)
+                logp = made().softmax_less_(logits.clone(), target)
+                attended, lse = segment_kernels(16).forward(_Cut(pack), *inputs, 0.25)
+                back = segment_kernels(16).backward(_Cut(pack), *inputs, lse, attended.transpose(1, 2), 0.25)
+        finally:
+            torch.set_default_dtype(before)
+        results.append([out, inverse, grad_x, grad_weight, logp, attended, lse, *back])
+    for other in results[1:]:
+        assert all(torch.equal(one, two) for one, two in zip(results[0], other, strict=True))
+    layer_kernels.cache_clear()
+    try:
+        torch.set_default_dtype(BF16)
+        assert layer_kernels() is not None, "the trial, too"
+    finally:
+        torch.set_default_dtype(FP32)
+
+
+def test_a_gate_in_another_dtype_than_what_it_gates_is_left_to_operators():
+    gate, up = torch.randn(3, 32).bfloat16().requires_grad_(), torch.randn(3, 32).requires_grad_()
+    found, expected = layers.gated(gate, up), F.silu(gate) * up
+    torch.testing.assert_close(found, expected)
+    for one, other in zip(*(torch.autograd.grad(each.sum(), (gate, up)) for each in (found, expected)), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("shape", [(1, 7, 32), (1, 1, 64), (1, 6, 64)])
+def test_turning_by_factors_that_are_too_few_is_left_to_operators(shape):
+    x, cos, sin = torch.randn(1, 2, 7, 64), torch.rand(shape), torch.rand(shape)
+    if shape[1] == 1:  # as broadcasting has it
+        torch.testing.assert_close(
+            layers.rotary(x, cos, sin), layers.rotary(x, *(f.repeat(1, 7, 1) for f in (cos, sin)))
+        )
+        return
+    with pytest.raises(RuntimeError, match="must match"):
+        layers.rotary(x, cos, sin)
 
 
 # Attention ------------------------------------------------------------------------------------------------------------
@@ -204,6 +260,15 @@ def test_how_many_threads_work_changes_nothing(dtype):
         torch.set_num_threads(before)
     for other in results[1:]:
         assert all(torch.equal(one, two) for one, two in zip(results[0], other, strict=True))
+
+
+@pytest.mark.parametrize(("width", "value_width"), [(48, 32), (32, 48), (24, 24)])
+def test_values_of_another_width_than_keys_go_to_matrix_products(width, value_width):
+    """DeepSeek's heads: the trial is told one width, and what is read by it was others' memory."""
+    inputs = [torch.randn(1, 2, 33, width) for _ in range(2)] + [torch.randn(1, 2, 33, value_width)]
+    pack = spans(20, 13, parents=(-1, 0))
+    out, expected = (backend(pack)(*inputs, 0.2) for backend in (CompiledSegments, SdpaTiles))
+    torch.testing.assert_close(out, expected)
 
 
 def test_heads_of_another_width_have_none_and_doubles_go_to_matrix_products():

@@ -159,15 +159,35 @@ def test_how_many_threads_work_changes_nothing(dtype):
     assert all(torch.equal(one, two) for one, two in zip(*results, strict=True))
 
 
-def test_functions_that_are_off_are_refused_and_said(monkeypatch, caplog):
-    right = Kernels.norm
-    monkeypatch.setattr(Kernels, "norm", lambda *args: right(*args) + 0.1)
+@pytest.mark.parametrize(("name", "off"), [("norm", 0.1), ("norm", math.inf), ("attend", math.nan)])
+def test_functions_that_are_off_are_refused_and_said(monkeypatch, caplog, name, off):
+    right = getattr(Kernels, name)
+    monkeypatch.setattr(Kernels, name, lambda *args: right(*args) + off)
     kernels.cache_clear()
     try:
         assert kernels("cpu", torch.float32, 9, 3, 64) is None
     finally:
         kernels.cache_clear()
-    assert "compiled decoding is off by 0.1" in caplog.text
+    assert f"compiled decoding is off by {'0.1' if off == 0.1 else 'inf'}" in caplog.text
+
+
+@pytest.mark.parametrize("wrong", ["what rows share", "tokens", "log-probs"])
+def test_the_trial_sees_what_rows_share_and_what_is_drawn(monkeypatch, wrong):
+    attend, draw = Kernels.attend, Kernels.draw
+
+    def off(kernel: Kernels, *args: Tensor) -> tuple[Tensor, Tensor]:
+        token_R, logp_R = draw(kernel, *args)
+        return (token_R, logp_R + 0.1) if wrong == "log-probs" else (token_R.roll(1), logp_R.roll(1))
+
+    if wrong == "what rows share":
+        monkeypatch.setattr(Kernels, "attend", lambda *args: attend(*args[:4]))
+    else:
+        monkeypatch.setattr(Kernels, "draw", off)
+    kernels.cache_clear()
+    try:
+        assert kernels("cpu", torch.float32, 9, 3, 64) is None
+    finally:
+        kernels.cache_clear()
 
 
 @pytest.mark.parametrize(

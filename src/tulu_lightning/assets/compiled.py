@@ -75,15 +75,23 @@ def _load(source: Path, defined: Mapping[str, int]) -> Compiled:
     if path is None:
         return Compiled(None, "no C++ compiler is installed ($CXX, g++ or clang++)")
     try:
-        library = _built(path, source, defined) / "library.so"
-        if not _ours(library):
-            return Compiled(None, f"{library} can be written by others, and what it holds would run as you")
-        return Compiled(ctypes.CDLL(str(library)), path)
+        try:
+            return _opened(path, source, defined)
+        except OSError:  # lost or cut short in the cache, by a power failure, say; or nothing may run from there
+            shutil.rmtree(_built(path, source, defined), ignore_errors=True)
+            return _opened(path, source, defined)
     except subprocess.CalledProcessError as error:
         lines = [*(error.stderr or "").strip().splitlines(), f"nothing and ended with {error.returncode}"]
         return Compiled(None, f"{path} says {next((line for line in lines if 'error' in line), lines[0])}")
-    except (OSError, InputError, subprocess.TimeoutExpired) as error:
+    except (OSError, InputError, RuntimeError, subprocess.TimeoutExpired) as error:  # RuntimeError: there is no home
         return Compiled(None, str(error))
+
+
+def _opened(program: str, source: Path, defined: Mapping[str, int]) -> Compiled:
+    library = _built(program, source, defined) / "library.so"
+    if not _ours(library):
+        return Compiled(None, f"{library} can be written by others, and what it holds would run as you")
+    return Compiled(ctypes.CDLL(str(library)), program)
 
 
 def _built(program: str, source: Path, defined: Mapping[str, int]) -> Path:

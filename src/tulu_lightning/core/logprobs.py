@@ -160,10 +160,11 @@ class _TokenLogprobs(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         up_N, more_N = grad_outputs
         hidden_ND, head_VD, target_N, lse_N, entropy_N = ctx.saved_tensors
-        ctx.entropy = ctx.entropy and bool(more_N.any())  # asked for as a number only: no work for its gradient
-        live_N = (up_N != 0) | (more_N != 0) if ctx.entropy else up_N != 0
+        # Entropies asked for as numbers only: no work for their gradient. Not kept: a second backward may want one.
+        entropy = ctx.entropy and bool(more_N.any())
+        live_N = (up_N != 0) | (more_N != 0) if entropy else up_N != 0
         rows = slice(None) if bool(live_N.all()) else live_N.nonzero()[:, 0]  # not those of clipped tokens and fillers
-        of_entropy = (entropy_N[rows], more_N[rows].contiguous()) if ctx.entropy else (None, None)
+        of_entropy = (entropy_N[rows], more_N[rows].contiguous()) if entropy else (None, None)
         slopes = RowSlopes(lse_N[rows], up_N[rows].contiguous(), *of_entropy)
         grad_hidden, grad_head = _backward(ctx, hidden_ND[rows], head_VD, target_N[rows], slopes)
         if grad_hidden is not None and not isinstance(rows, slice):

@@ -15,7 +15,7 @@ from tulu_lightning.types import Pack, Span
 __all__ = ["Pair", "prefix_pack", "prefix_parts"]
 
 Pair = tuple[Sequence[int], Sequence[int]]
-"""Token ids of a prompt and of the response that is scored; neither is empty."""
+"""Token ids of a prompt, which is not empty, and of the response that is scored."""
 Ids = tuple[int, ...]
 
 LEAST = 16
@@ -51,8 +51,8 @@ def prefix_pack(pairs: Sequence[Pair], least: int = LEAST) -> Pack:
     nodes, last = _tree(sequences, least)
     leaf = dict(zip(sequences, last, strict=True))
     sources, segments = list[int](), list[int]()
-    for (prompt, _), ids in zip(pairs, read, strict=True):
-        for at, segment in _places(nodes, leaf[ids], len(prompt) - 1, len(ids)):
+    for (prompt, response), ids in zip(pairs, read, strict=True):
+        for at, segment in _places(nodes, leaf[ids], len(prompt) - 1, len(prompt) + len(response) - 1):
             sources += at
             segments += [segment] * len(at)
     tokens = [token for node in nodes for token in sequences[node.sequence][node.first : node.end]]

@@ -115,7 +115,8 @@ class HarnessLM(TemplateLM):
 
         What several contexts begin with is computed once for all of a pass.
         """
-        pairs = [(c[-max(1, self.max_length - len(scored)) :], scored) for _, c, scored in requests]
+        room, first = self.max_length + 1, [self.prefix_token_id]  # a text's last token is not read
+        pairs = [((c or first)[-max(1, room - len(scored)) :], scored) for _, c, scored in requests]
         found: dict[int, tuple[float, bool]] = {}
         with Progress("log-likelihoods", len(requests), stream=None if not disable_tqdm else io.StringIO()) as progress:
             for part in prefix_parts(pairs, PACK_TOKENS):
@@ -143,7 +144,7 @@ class HarnessLM(TemplateLM):
         asked, owners = [], []
         for place, request in enumerate(requests):
             (text,) = request.args
-            windows = get_rolling_token_windows(self.tok_encode(text), self.prefix_token_id, self.max_length - 1, 1)
+            windows = get_rolling_token_windows(self.tok_encode(text), self.prefix_token_id, self.max_length, 1)
             for context, continuation in map(make_disjoint_window, windows):
                 asked.append((None, context, continuation))
                 owners.append(place)

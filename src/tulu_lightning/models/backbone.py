@@ -59,8 +59,8 @@ class Backbone:
     """Keep only the first so many decoder layers (a critic smaller than its policy)."""
     attention: Requested = "auto"
     """How packed attention is computed: `auto` takes the fastest that the machine can run and that passes a trial
-    (CPU: matrix products; CUDA: `varlen`, flash attention, and `flex` where answers share a prompt; else `sdpa`,
-    PyTorch's kernel document by document). The others insist."""
+    (CPU: compiled functions, or matrix products; CUDA: `varlen`, flash attention, and `flex` where answers share a
+    prompt; else `sdpa`, PyTorch's kernel document by document). The others insist."""
 
     def __post_init__(self) -> None:
         if self.weights_dtype == "bfloat16" and self.compute_dtype != "bfloat16":

@@ -6,7 +6,8 @@ They are used only where a trial gives what PyTorch's own operators give, forwar
 import ctypes
 import functools
 import logging
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -17,7 +18,19 @@ from tulu_lightning.assets.compiled import KERNELS, load_compiled
 from tulu_lightning.core.gradients import PLAIN
 from tulu_lightning.core.logprobs import RowSlopes
 
-__all__ = ["DTYPES", "LANES", "NORMS", "LayerKernels", "available", "bind", "head_kernels", "layer_kernels", "takes"]
+__all__ = [
+    "DTYPES",
+    "LANES",
+    "NORMS",
+    "LayerKernels",
+    "available",
+    "bind",
+    "fp32_room",
+    "head_kernels",
+    "largest",
+    "layer_kernels",
+    "takes",
+]
 
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 LANES = 16
@@ -48,6 +61,14 @@ def takes(*tensors: Tensor) -> bool:
     return all(type(x) in PLAIN and x.device.type == "cpu" and x.dtype in DTYPES and x.numel() for x in tensors)
 
 
+def fp32_room(*shape: int) -> Tensor:
+    """Memory for a function to write to, whatever PyTorch's default dtype and device are at the moment.
+
+    transformers sets the default dtype of the whole process while it loads a model, and Lightning in half precision.
+    """
+    return torch.empty(*shape, dtype=torch.float32, device="cpu")
+
+
 class LayerKernels:
     """The functions of one library. F: any width, a multiple of 16; results are new unless told."""
 
@@ -72,14 +93,14 @@ class LayerKernels:
     def norm(self, x: Tensor, weight_F: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """RMS norm of the last axis, contiguous, in a dtype; and fp32, the factor of each row."""
         rows, width = x.numel() // x.shape[-1], x.shape[-1]
-        out, inverse = torch.empty_like(x, dtype=dtype), torch.empty(rows)
+        out, inverse = torch.empty_like(x, dtype=dtype), fp32_room(rows)
         self._norm[x.dtype, dtype](x, weight_F.float(), out, inverse, rows, width, eps)
         return out, inverse
 
     def norm_back(self, grad: Tensor, x: Tensor, weight_F: Tensor, inverse: Tensor) -> tuple[Tensor, Tensor]:
         """Gradients of a norm's input and, in fp32, of its weight."""
         rows, width = x.numel() // x.shape[-1], x.shape[-1]
-        grad_x, parts = torch.empty_like(x), torch.empty(-(-rows // TOGETHER), width)
+        grad_x, parts = torch.empty_like(x), fp32_room(-(-rows // TOGETHER), width)
         self._norm_back[x.dtype, grad.dtype](grad, x, weight_F.float(), inverse, grad_x, parts, rows, width)
         return grad_x, parts.sum(0)
 
@@ -103,8 +124,16 @@ class LayerKernels:
         return out
 
     def softmax_less_(self, logits_NV: Tensor, target_N: Tensor, gradient: bool = True) -> Tensor:
-        """log p(target), fp32 [N]; with `gradient` the logits become softmax less one at the target."""
-        logp_N = torch.empty(len(target_N))
+        """log p(target), fp32 [N]; with `gradient` the logits become softmax less one at the target.
+
+        Raises:
+            IndexError: a target that is no word, as of PyTorch's `gather`: there is memory of others.
+        """
+        least, most = (int(x) for x in torch.aminmax(target_N))
+        if least < 0 or most >= logits_NV.shape[1]:
+            wrong = least if least < 0 else most
+            raise IndexError(f"target {wrong} is none of a vocabulary of {logits_NV.shape[1]}")
+        logp_N = fp32_room(len(target_N))
         self._softmax_less[logits_NV.dtype](logits_NV, target_N, logp_N, *logits_NV.shape, gradient)
         return logp_N
 
@@ -147,10 +176,10 @@ def layer_kernels() -> LayerKernels | None:
 
 def _difference(found: LayerKernels, dtype: torch.dtype) -> float:
     """The largest one from PyTorch in fp32, among numbers of about 1."""
-    generator = torch.Generator().manual_seed(0)
-    x, up, grad = (torch.randn(50, 96, generator=generator).to(dtype) for _ in range(3))
-    cos, sin = (torch.rand(50, 96, generator=generator) for _ in range(2))
-    weight, target = torch.rand(96, generator=generator), torch.arange(50)
+    own: Any = {"generator": torch.Generator().manual_seed(0), "dtype": torch.float32, "device": "cpu"}
+    x, up, grad = (torch.randn(50, 96, **own).to(dtype) for _ in range(3))
+    cos, sin = (torch.rand(50, 96, **own) for _ in range(2))
+    weight, target = torch.rand(96, **own), torch.arange(50)
     wide, wide_up, weight_leaf = (each.float().requires_grad_() for each in (x, up, weight))
 
     out, inverse = found.norm(x, weight, 1e-5, dtype)
@@ -174,15 +203,21 @@ def _difference(found: LayerKernels, dtype: torch.dtype) -> float:
     pairs.append((found.softmax_less_(logits, target), plain))
     pairs += _grads((-logits,), plain, (wide,), torch.ones(50))
 
-    maximum, total, moment = torch.full((50,), -1e30), torch.zeros(50), torch.zeros(50)
+    maximum, total, moment = fp32_room(50).fill_(-1e30), fp32_room(50).zero_(), fp32_room(50).zero_()
     for part in (x[:, :64], x[:, 64:]):
         found.fold_(part.contiguous(), 1.0, maximum, total, moment)
     lse = maximum + total.log()
     pairs += [(lse, wide.logsumexp(-1)), (total.log() - moment / total, entropy)]
-    logits, level, more = x.clone(), entropy.detach().contiguous(), torch.full((50,), 0.5)
-    found.slope_(logits, 1.0, target, RowSlopes(lse.detach(), torch.ones(50), level, more))
+    logits, level, more = x.clone(), entropy.detach().contiguous(), fp32_room(50).fill_(0.5)
+    found.slope_(logits, 1.0, target, RowSlopes(lse.detach(), fp32_room(50).fill_(1), level, more))
     pairs += _grads((logits,), plain + 0.5 * entropy, (wide,), torch.ones(50))
-    return max(float((one.float() - other).detach().abs().max()) for one, other in pairs)
+    return largest((one.float() - other).detach() for one, other in pairs)
+
+
+def largest(differences: Iterable[Tensor]) -> float:
+    """The largest number of all, with no regard to signs; infinite if one of them is not a number."""
+    worst = float(torch.stack([each.abs().max().float() for each in differences]).max())  # Python's max passes over NaN
+    return worst if worst == worst else math.inf
 
 
 def _grads(

@@ -174,19 +174,20 @@ class _Gated(torch.autograd.Function):
     def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
         gate, up = gate.contiguous(), up.contiguous()
         ctx.save_for_backward(gate, up)
-        compiled = _compiled(gate.shape[-1], gate, up)
+        compiled = _compiled(gate.shape[-1], gate, up) if gate.dtype == up.dtype else None
         if compiled is None:
-            return F.silu(gate).mul_(up)
+            return F.silu(gate) * up
         return compiled.gated_(gate, up, torch.empty_like(gate))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:  # pyright: ignore[reportIncompatibleMethodOverride]
         gate, up = ctx.saved_tensors
-        compiled = _compiled(gate.shape[-1], gate, up, grads[0])
+        compiled = _compiled(gate.shape[-1], gate, up, grads[0]) if gate.dtype == up.dtype else None
         if compiled is not None:
             return compiled.gated_back_(gate, up, grads[0].clone(memory_format=torch.contiguous_format))[1:]
-        return torch.ops.aten.silu_backward(grads[0] * up, gate), F.silu(gate).mul_(grads[0])
+        grad_gate = torch.ops.aten.silu_backward((grads[0] * up).to(gate.dtype), gate)
+        return grad_gate, (F.silu(gate) * grads[0]).to(up.dtype)
 
 
 def gated(gate: Tensor, up: Tensor) -> Tensor:
@@ -199,7 +200,7 @@ class _Rotary(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         ctx.save_for_backward(cos, sin)
         compiled = _compiled(x.shape[-1] // 2, x, cos, sin)
-        if compiled is not None and _rows(x):
+        if compiled is not None and _rows(x, cos, sin):
             return compiled.turn(x, cos[0, 0].contiguous(), sin[0, 0].contiguous())
         (cos_1, cos_2), (sin_1, sin_2) = cos.chunk(2, -1), sin.chunk(2, -1)
         return _turn(x, (cos_1, -sin_1), (cos_2, sin_2))
@@ -209,15 +210,16 @@ class _Rotary(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         cos, sin = ctx.saved_tensors
         compiled = _compiled(cos.shape[-1] // 2, grads[0], cos, sin)
-        if compiled is not None and _rows(grads[0]):
+        if compiled is not None and _rows(grads[0], cos, sin):
             return compiled.turn(grads[0], cos[0, 0].contiguous(), sin[0, 0].contiguous(), back=True), None, None
         (cos_1, cos_2), (sin_1, sin_2) = cos.chunk(2, -1), sin.chunk(2, -1)
         return _turn(grads[0], (cos_1, sin_2), (cos_2, -sin_1)), None, None
 
 
-def _rows(x: Tensor) -> bool:
-    """Whether heads are contiguous; tokens and heads may lie in any order."""
-    return x.shape[0] == 1 and x.stride(-1) == 1
+def _rows(x: Tensor, cos: Tensor, sin: Tensor) -> bool:
+    """Whether heads are contiguous, and have a factor for each number; tokens and heads may lie in any order."""
+    whole = cos.shape == sin.shape == (1, 1, *x.shape[2:])
+    return whole and x.shape[0] == 1 and x.stride(-1) == 1
 
 
 def _turn(x: Tensor, first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from tulu_lightning.assets.compiled import KERNELS, load_compiled
-from tulu_lightning.models.compiled import DTYPES, LANES, bind, takes
+from tulu_lightning.models.compiled import DTYPES, LANES, bind, fp32_room, takes
 from tulu_lightning.models.matmul import MatmulTiles
 from tulu_lightning.types import Span
 
@@ -56,7 +56,7 @@ class SegmentKernels:
         """[1, T, heads, width], and fp32 [heads, T], the logarithm of each query's sum."""
         _, heads, tokens, width = q.shape
         pack = cut.pack(q, k, v, None, scale)
-        out, lse = q.new_empty(1, tokens, heads, width), torch.empty(heads, tokens)
+        out, lse = q.new_empty(1, tokens, heads, width), fp32_room(heads, tokens)
         self._forward[q.dtype](ctypes.addressof(pack), q, k, v, out, lse, tokens, self._space(pack))
         return out, lse
 
@@ -67,13 +67,13 @@ class SegmentKernels:
         _, heads, tokens, width = q.shape
         pack = cut.pack(q, k, v, grad, scale)
         made = [x.new_empty(1, tokens, x.shape[1], width) for x in (q, k, v)]
-        parts = torch.empty(2, heads, tokens, width)
+        parts = fp32_room(2, heads, tokens, width)
         at = (ctypes.addressof(pack), q, k, v, grad, lse, *made, parts)
         self._backward[q.dtype](*at, tokens, self._space(pack))
         return tuple(x.transpose(1, 2) for x in made)
 
     def _space(self, pack: _Pack) -> Tensor:
-        return torch.empty(torch.get_num_threads() * self._room(ctypes.addressof(pack)))
+        return fp32_room(torch.get_num_threads() * self._room(ctypes.addressof(pack)))
 
 
 @functools.cache
@@ -110,8 +110,8 @@ class _Cut:
             self.columns = max(self.columns, column)
             self.tokens = max(self.tokens, spans[stop - 1].end - spans[start].start)
             documents.append((-cost, start, stop))
-        self.segments = torch.tensor(rows, dtype=torch.int64)
-        self.documents = torch.tensor([each[1:] for each in sorted(documents)], dtype=torch.int64)
+        self.segments = torch.tensor(rows, dtype=torch.int64, device="cpu")
+        self.documents = torch.tensor([each[1:] for each in sorted(documents)], dtype=torch.int64, device="cpu")
 
     def pack(self, q: Tensor, k: Tensor, v: Tensor, grad: Tensor | None, scale: float) -> _Pack:
         """What the functions are told of it, and of where the numbers lie; valid as long as this is."""
@@ -138,7 +138,7 @@ def _first(spans: Sequence[Span]) -> list[int]:
 
 
 class CompiledSegments:
-    """A pack for the compiled functions; dtypes that they do not know go to matrix products."""
+    """A pack for the compiled functions; dtypes and widths that they do not know go to matrix products."""
 
     def __init__(self, spans: Sequence[Span], device: torch.device | None = None) -> None:
         """Cut a pack; done once per forward and shared by all layers."""
@@ -148,7 +148,8 @@ class CompiledSegments:
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         """Attention of one layer; arguments and result as `SdpaTiles`, all in the values' dtype."""
         dtype = value.dtype
-        if not takes(value):
+        widths = {x.shape[-1] for x in (query, key, value)}  # two where heads are latent ones (DeepSeek's)
+        if not takes(value) or len(widths) > 1 or widths.pop() % LANES:
             self.plain = self.plain or MatmulTiles(self.spans, self.device)
             return self.plain(query, key, value, scale)
         made: Any = _Attention.apply(query.to(dtype), key.to(dtype), value, self.cut, scale)

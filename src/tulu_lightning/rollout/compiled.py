@@ -6,14 +6,14 @@ They are used only where a trial gives what PyTorch's own operators give.
 import ctypes
 import functools
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from tulu_lightning.assets.compiled import KERNELS, load_compiled
-from tulu_lightning.models.compiled import DTYPES, LANES
+from tulu_lightning.models.compiled import DTYPES, LANES, fp32_room, largest
 
 __all__ = ["Kernels", "Shared", "available", "kernels"]
 
@@ -88,9 +88,9 @@ class Kernels:
 
     def gated(self, both_TF: Tensor) -> Tensor:
         """silu(gate) x up [T, F], of gates and ups side by side, [T, 2F]."""
-        rows, width = len(both_TF), both_TF.shape[1] // 2
+        both_TF, rows, width = both_TF.contiguous(), len(both_TF), both_TF.shape[1] // 2
         out = both_TF.new_empty(rows, width)
-        self._gated(both_TF.contiguous().data_ptr(), out.data_ptr(), rows, width, torch.get_num_threads())
+        self._gated(both_TF.data_ptr(), out.data_ptr(), rows, width, torch.get_num_threads())
         return out
 
     def turn_(self, qkv: Tensor, cos_Sd: Tensor, sin_Sd: Tensor, positions_T: Tensor, scale: float) -> None:
@@ -121,7 +121,7 @@ class Kernels:
         shape = _Shape(count, self.heads, self.key_heads, kv.stride(1), kv.stride(2))
         besides, beside = (None, None), None
         if shared is not None and shared_kv is not None:
-            beside = torch.empty(count * self.heads * (self.width + 2))
+            beside = fp32_room(count * self.heads * (self.width + 2))
             besides = shared_kv[0].data_ptr(), shared_kv[1].data_ptr()
             shape.shared_slot_stride, shape.shared_head_stride = shared_kv.stride(1), shared_kv.stride(2)
             shape.size, shape.first, shape.member = (each.data_ptr() for each in shared)
@@ -134,8 +134,8 @@ class Kernels:
     def draw(self, logits_RV: Tensor, temperature: float, uniform_R: Tensor) -> tuple[Tensor, Tensor]:
         """As `sampling.pick` without filters: it sums in another order, so a draw within rounding of a border differs."""
         rows, vocabulary = logits_RV.shape
-        logits_RV, uniform_R = logits_RV.contiguous(), uniform_R.contiguous()
-        token_R, logp_R = torch.empty(rows, dtype=torch.int64), torch.empty(rows)
+        logits_RV, uniform_R = logits_RV.contiguous(), uniform_R.float().contiguous()
+        token_R, logp_R = torch.empty(rows, dtype=torch.int64, device="cpu"), fp32_room(rows)
         at = (logits_RV.data_ptr(), uniform_R.data_ptr(), token_R.data_ptr(), logp_R.data_ptr())
         self._draw(*at, rows, vocabulary, temperature, torch.get_num_threads())
         return token_R, logp_R
@@ -190,10 +190,29 @@ def _difference(found: Kernels, dtype: torch.dtype) -> float:
     turned[:, :heads] *= 0.125
     found.turn_(qkv, cos, sin, at, 0.125)
     off.append(qkv[:, : heads + key_heads].float() - turned)
-    out = found.attend(qkv, kv, filled_B).float()
-    for row, places in enumerate((filled_B + 1).tolist()):
-        k, v = kv[:, row, :, :places].float().repeat_interleave(heads // key_heads, 1)
-        scores = (qkv[row, :heads, None].float() * k).sum(-1)
-        off.append(out[row] - (scores.softmax(-1)[:, None] @ v).flatten())
-    worst = max(float(each.abs().max()) for each in off)
-    return worst if worst == worst else float("inf")
+    group_B, sizes, shared_kv = [1, 0, 1], [5, 70], drawn(2, 2, key_heads, 70, width)
+    for shared in (None, Shared.of(group_B, sizes)):
+        out = found.attend(qkv, kv, filled_B, shared, shared_kv).float()
+        for row, places in enumerate((filled_B + 1).tolist()):
+            slot, many = group_B[row], 0 if shared is None else sizes[group_B[row]]
+            seen = torch.cat([shared_kv[:, slot, :, :many], kv[:, row, :, :places]], 2).float()
+            k, v = seen.repeat_interleave(heads // key_heads, 1)
+            scores = (qkv[row, :heads, None].float() * k).sum(-1)
+            off.append(out[row] - (scores.softmax(-1)[:, None] @ v).flatten())
+    return largest([*off, *_draws(found, drawn(3, 601))])
+
+
+def _draws(found: Kernels, logits_RV: Tensor) -> Iterator[Tensor]:
+    """How far log-probs are off, and how far what was asked for is from what was drawn: from its mass, or its logit."""
+    uniform_R = torch.tensor([0.1, 0.5, 0.9], dtype=torch.float32)
+    for temperature in (0.0, 0.7):
+        token_R, logp_R = found.draw(logits_RV, temperature, uniform_R)
+        token_R1, wide_RV = token_R.clamp(0, logits_RV.shape[1] - 1)[:, None], logits_RV.float()
+        p_RV = (wide_RV / (temperature or 1.0)).softmax(-1)
+        p_R = p_RV.gather(1, token_R1)[:, 0]
+        yield logp_R - p_R.log()
+        if temperature:
+            end_R = p_RV.cumsum(-1).gather(1, token_R1)[:, 0]
+            yield torch.maximum(uniform_R - end_R, end_R - p_R - uniform_R).clamp(min=0)
+        else:
+            yield wide_RV.amax(-1) - wide_RV.gather(1, token_R1)[:, 0]
