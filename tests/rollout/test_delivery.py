@@ -8,7 +8,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from transformers import AutoModelForCausalLM
 
 from tulu_lightning.errors import InputError
-from tulu_lightning.rollout.delivery import Delivery, contents_of, dtype_of
+from tulu_lightning.rollout.delivery import Delivery, contents_of, dtype_of, joined
 from tulu_lightning.rollout.engine import RefreshError
 from tulu_lightning.rollout.fingerprint import fingerprint, mark
 from tulu_lightning.rollout.vllm_worker import columns_of
@@ -30,6 +30,25 @@ def send(contents, named, dtype=torch.float32):
     """The delivery after its end, and the marks of an honest receiver."""
     delivery = Delivery(contents, dtype, named)
     return delivery, {name: mark(tensor) for name, tensor in delivery}
+
+
+def test_what_any_of_several_workers_finds_counts(contents, weights):
+    delivery, received = send(contents, weights.items())
+    good = {"received": received, "differ": [], "unproved": []}
+    assert joined([good]) == joined([good, good]) == good
+    assert joined([{"rank": 1}, {"rank": 2}]) == {"rank": 1}
+    one = {**good, "received": {**received, NORM: "other"}}
+    two = {**good, "differ": [EMBED], "unproved": [NORM]}
+    less = {**good, "received": {name: word for name, word in received.items() if name != EMBED}}
+    for answers, kind, name in (
+        ([good, one], "changed on the way", NORM),
+        ([good, less], "changed on the way", EMBED),
+        ([good, two], "not held as sent", EMBED),
+    ):
+        report = joined(answers)
+        problems = delivery.problems(report["received"], report["differ"])
+        assert {k: names for k, names in problems.items() if names} == {kind: [name]}
+    assert joined([good, two])["unproved"] == [NORM]
 
 
 def test_contents_are_those_of_the_model_without_its_weights(contents, weights):

@@ -3,7 +3,7 @@
 Names and shapes are those of the transformers model, so what a trainer sends is checked before the other side sees it.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,7 +17,7 @@ from tulu_lightning.models.weights import full
 from tulu_lightning.rollout.engine import RefreshError
 from tulu_lightning.rollout.fingerprint import mark
 
-__all__ = ["Contents", "Delivery", "contents_of", "dtype_of"]
+__all__ = ["Contents", "Delivery", "contents_of", "dtype_of", "joined"]
 
 
 class Contents(NamedTuple):
@@ -66,6 +66,21 @@ def dtype_of(dtype: torch.dtype | str) -> torch.dtype:
     if found not in (torch.float32, torch.bfloat16):
         raise InputError("engine.dtype", f"it is {dtype}", "Use float32 or bfloat16.")
     return found
+
+
+def joined(answers: Sequence[Any]) -> Any:
+    """What the workers of one engine say together: of their reports on a refresh whatever any of them found, else the first."""
+    first = answers[0]
+    if not isinstance(first, dict) or "received" not in first:
+        return first
+    names = dict.fromkeys(name for answer in answers for name in answer["received"])
+    marks = {name: {answer["received"].get(name) for answer in answers} for name in names}
+    result: dict[str, Any] = {
+        "received": {name: found.pop() if len(found) == 1 else "by worker" for name, found in marks.items()}
+    }
+    for kind in ("differ", "unproved"):
+        result[kind] = list(dict.fromkeys(name for answer in answers for name in answer[kind]))
+    return result
 
 
 class Delivery:

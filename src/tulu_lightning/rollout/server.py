@@ -18,7 +18,7 @@ from tulu_lightning.models.lora import Lora
 from tulu_lightning.rollout.adapters import adapter_contents, adapter_folder, adapter_options, new_name
 from tulu_lightning.rollout.client import Client
 from tulu_lightning.rollout.delivered import DeliveredEngine
-from tulu_lightning.rollout.delivery import Delivery, contents_of, dtype_of
+from tulu_lightning.rollout.delivery import Delivery, contents_of, dtype_of, joined
 from tulu_lightning.rollout.engine import EngineError, Health, Made, Progress
 from tulu_lightning.rollout.requests import check_prompts, check_sequences, completion, seeds
 from tulu_lightning.rollout.server_process import Server, start_server
@@ -154,8 +154,7 @@ class ServerEngine(DeliveredEngine):
 
     def _rpc(self, method: str, *arguments: Any) -> Any:
         body = {"method": method, "args": arguments, "timeout": self._seconds}
-        results = self._client.post("/collective_rpc", body, self._seconds)["results"]
-        return results[0]
+        return joined(self._client.post("/collective_rpc", body, self._seconds)["results"])
 
     def _held(self) -> int | None:
         """Version that the server says it holds; None since its start."""

@@ -20,7 +20,7 @@ __all__ = ["Broadcast", "Files", "Rpc", "Transport", "shared_folder"]
 
 SHARED_MEMORY = Path("/dev/shm")
 Rpc = Callable[..., Any]
-"""`rpc(method, *arguments)` of the workers; gives the first one's answer."""
+"""`rpc(method, *arguments)` of the workers; gives their answer, as `delivery.joined`."""
 
 
 def shared_folder() -> Path | None:
