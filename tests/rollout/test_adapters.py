@@ -124,9 +124,20 @@ def test_a_layer_without_room_or_an_adapter_that_was_not_loaded_is_found(held, p
     assert set(compared(held, policy)["differ"]) >= {name for name, _ in adapter_weights(policy)}
 
 
-def test_what_tensor_parallelism_cut_is_not_said_to_be_proved(held, policy):
-    held.lora_manager._adapter_manager.modules["model.layers.0.self_attn.qkv_proj"].tp_size = 2
-    assert set(compared(held, policy)["unproved"]) == {A, B}
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_worker_answers_for_its_share(held, policy, rank):
+    """Of outputs that are cut a worker has rows of B, of inputs columns of A."""
+    modules = held.lora_manager._adapter_manager.modules
+    qkv, down = modules["model.layers.0.self_attn.qkv_proj"], modules["model.layers.0.mlp.down_proj"]
+    for module in (qkv, down):
+        module.base_layer = SimpleNamespace(tp_size=2, tp_rank=rank)
+    half = lambda room, axis: room.chunk(2, axis)[rank].clone()  # noqa: E731
+    qkv.lora_b_stacked = tuple(half(room, 2) for room in qkv.lora_b_stacked)
+    down.lora_a_stacked = tuple(half(room, 3) for room in down.lora_a_stacked)
+    assert compared(held, policy)["differ"] == []
+    qkv.lora_b_stacked[0][1, 0, 0, 0] += 1
+    down.lora_a_stacked[0][1, 0, 0, 0] += 1
+    assert set(compared(held, policy)["differ"]) == {B, "model.layers.0.mlp.down_proj.lora_A.weight"}
 
 
 @pytest.mark.parametrize(

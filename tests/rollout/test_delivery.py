@@ -11,7 +11,7 @@ from tulu_lightning.errors import InputError
 from tulu_lightning.rollout.delivery import Delivery, contents_of, dtype_of, joined
 from tulu_lightning.rollout.engine import RefreshError
 from tulu_lightning.rollout.fingerprint import fingerprint, mark
-from tulu_lightning.rollout.vllm_worker import columns_of
+from tulu_lightning.rollout.held_weights import columns_of
 
 EMBED, HEAD, NORM = "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"
 

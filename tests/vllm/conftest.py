@@ -6,7 +6,7 @@ import pytest
 
 HERE = Path(__file__).parent
 INSTALLED = importlib.util.find_spec("vllm") is not None
-sys.path.append(str(HERE.parent / "stages"))  # `stage_runs`
+sys.path += [str(HERE.parent / "stages"), str(HERE)]  # `stage_runs`, `moved_policies`
 
 
 def pytest_collection_modifyitems(items):

@@ -2,16 +2,16 @@
 
 import pytest
 import torch
+from moved_policies import LORA, policy, scores
 from transformers import AutoModelForCausalLM
 
-from tulu_lightning.models.lora import Lora, adapt, adapter_weights
+from tulu_lightning.models.lora import adapter_weights
 from tulu_lightning.models.weights import plain_weights
 from tulu_lightning.rollout import adapter_proof
 from tulu_lightning.rollout.canary import canaries, prove, tolerance_of
 from tulu_lightning.rollout.engine import RefreshError
 from tulu_lightning.types import Sampling
 
-LORA = Lora(r=4, alpha=12, targets=["q_proj", "v_proj", "down_proj"])  # a scale of 3; room is made for rank 8
 SETTINGS = {"max_model_len": 256, "kv_cache_mb": 64, "lora": LORA}
 NAME = "model.layers.1.self_attn.v_proj.lora_B.weight"
 PROMPT = list(range(1, 150))  # longer than a block of the prefix cache
@@ -32,25 +32,6 @@ def engine(request, tiny):
     engine = build(request.param, tiny)
     yield engine
     engine.close()
-
-
-def policy(folder, seed):
-    """A policy whose adapters have moved."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    adapt(model, LORA, str(folder))
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if ".lora_" in name:
-                parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
-    return model
-
-
-def scores(model, prompt, response):
-    ids = torch.tensor([[*prompt, *response]])
-    with torch.no_grad():
-        logp = torch.log_softmax(model(ids, use_cache=False).logits[0, len(prompt) - 1 : -1].float(), -1)
-    return logp.gather(1, torch.tensor(response)[:, None])[:, 0]
 
 
 def test_it_samples_from_base_and_adapters_and_from_nothing_older(engine, tiny):

@@ -1,4 +1,4 @@
-"""Inside vLLM: whether its layers hold the adapters of a folder. Imports nothing of vLLM, as `rollout.vllm_worker`.
+"""Inside vLLM: whether its layers hold the adapters of a folder. Imports nothing of vLLM, as `rollout.held_weights`.
 
 vLLM copies each pair into the room of its slot, `[slots, 1, largest rank, inputs]` and `[slots, 1, outputs, largest rank]`, B
 multiplied by the scale, and leaves the rest of the room 0. So all elements can be compared, those of layers that have no
@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from tulu_lightning.rollout.fingerprint import mark
+from tulu_lightning.rollout.held_weights import shard_of
 
 __all__ = ["compare_adapter"]
 
@@ -30,7 +31,7 @@ def compare_adapter(runner: Any, folder: Path) -> dict[str, Any]:
         folder: in peft's form.
 
     Returns:
-        A `vllm_worker.Report`, as a dict. Unproved are layers that tensor parallelism has cut.
+        A `vllm_worker.Report`, as a dict.
     """
     settings = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
     r, alpha = settings["r"], settings["lora_alpha"]
@@ -39,32 +40,35 @@ def compare_adapter(runner: Any, folder: Path) -> dict[str, Any]:
     manager = runner.lora_manager._adapter_manager
     slots = [slot for slot, number in enumerate(manager.lora_index_to_id) if number is not None]
     fused: Mapping[str, list[str]] = getattr(runner.get_model(), "packed_modules_mapping", None) or {}
-    found, differ, unproved = set[str](), list[str](), list[str]()
-    for name, room, is_cut in _rooms(manager.modules, fused):
+    found, differ = set[str](), list[str]()
+    for name, room, shard in _rooms(manager.modules, fused):
         found.add(name)
-        if is_cut:
-            unproved += [name] if name in sent else []
-        elif len(slots) != 1 or not torch.equal(room[slots[0], 0], _wanted(room, sent.get(name), name, scale)):
+        if len(slots) != 1 or not torch.equal(room[slots[0], 0], _wanted(room, sent.get(name), name, scale, shard)):
             differ.append(name)
     differ += [name for name in sent if name not in found]
-    return {"received": {name: mark(x) for name, x in sent.items()}, "differ": differ, "unproved": unproved}
+    return {"received": {name: mark(x) for name, x in sent.items()}, "differ": differ, "unproved": []}
 
 
-def _rooms(modules: Mapping[str, Any], fused: Mapping[str, list[str]]) -> Iterator[tuple[str, Tensor, bool]]:
-    """Adapters that there is room for: name, room, and whether this worker has only a share of it."""
+def _rooms(modules: Mapping[str, Any], fused: Mapping[str, list[str]]) -> Iterator[tuple[str, Tensor, int]]:
+    """Adapters that there is room for: name, room, and which share of it this worker has if it is cut."""
     for path, module in modules.items():
         owner, _, leaf = path.rpartition(".")
         parts = fused.get(leaf, [leaf])
         rooms = getattr(module, "lora_a_stacked", ()), getattr(module, "lora_b_stacked", ())
-        for part, *pair in zip(parts, *rooms, strict=False):
+        for i, (part, *pair) in enumerate(zip(parts, *rooms, strict=False)):
             for kind, room in zip("AB", pair, strict=True):
-                yield f"{owner}.{part}.lora_{kind}.weight", room, getattr(module, "tp_size", 1) > 1
+                yield f"{owner}.{part}.lora_{kind}.weight", room, shard_of(getattr(module, "base_layer", module), i)
 
 
-def _wanted(room: Tensor, sent: Tensor | None, name: str, scale: float) -> Tensor:
-    """What a slot has to hold."""
+def _wanted(room: Tensor, sent: Tensor | None, name: str, scale: float, shard: int) -> Tensor:
+    """What a slot has to hold: of a layer whose outputs are cut some rows of B, of one whose inputs are, some columns of A."""
     wanted = torch.zeros_like(room[0, 0])
-    if sent is not None:
-        value = sent.to(room)
-        wanted[: sent.shape[0], : sent.shape[1]] = value * scale if ".lora_B." in name else value
+    if sent is None:
+        return wanted
+    own_rows, own_columns = wanted.shape
+    if ".lora_B." in name:
+        value = (sent[shard * own_rows :][:own_rows] if len(sent) > own_rows else sent).to(room) * scale
+    else:
+        value = (sent[:, shard * own_columns :][:, :own_columns] if sent.shape[1] > own_columns else sent).to(room)
+    wanted[: value.shape[0], : value.shape[1]] = value
     return wanted

@@ -31,8 +31,10 @@ class Contents(NamedTuple):
     """Tokens that the model has positions for; infinite if its config does not say."""
 
     def complete(self, found: Mapping[str, str]) -> dict[str, str]:
-        """Marks under all names, from those of an engine that may know a tied tensor by one name only."""
-        return {name: found[name if name in found else self.tied[name]] for name in self.shapes}
+        """Marks under all names, from those of an engine that may know a tied tensor by one name only, and that knows none of
+        what is cut over its workers."""
+        known = {name: name if name in found else self.tied.get(name, name) for name in self.shapes}
+        return {name: found[own] for name, own in known.items() if own in found}
 
 
 def contents_of(folder: str | Path) -> Contents:

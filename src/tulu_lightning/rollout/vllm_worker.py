@@ -3,9 +3,7 @@
 vLLM mixes `Worker` into its own worker by name (`worker_extension_cls`), in this process or in a server's. Nothing here
 imports vLLM, so the file can be read, and most of it tested, without it.
 
-Two vLLM habits make a proof necessary. On a CPU it packs each matrix for its kernels and drops the original, so there is
-no tensor left to compare with; and it fuses matrices (q, k and v; gate and up). But a matrix gives itself away: its
-product with the j-th unit vector is its j-th column, exactly, in any kernel and any order of summation.
+What its layers then hold is read back by `rollout.held_weights` and, of adapters, `rollout.adapter_proof`.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -16,14 +14,12 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from tulu_lightning.core.step_plan import mix_seed
 from tulu_lightning.rollout.adapter_proof import compare_adapter
 from tulu_lightning.rollout.channel import Channel
 from tulu_lightning.rollout.fingerprint import mark
+from tulu_lightning.rollout.held_weights import chosen_columns, held
 
-__all__ = ["Report", "Worker", "columns_of", "held", "repack_tied_head"]
-
-CHUNK = 256  # unit vectors multiplied at once
+__all__ = ["Report", "Worker", "repack_tied_head"]
 
 
 class Report(NamedTuple):
@@ -64,7 +60,7 @@ class Worker:
             for name, tensor in named:
                 value = tensor.to(dtype) if tensor.is_floating_point() else tensor
                 received[name] = mark(value)
-                samples[name] = _columns(value, columns, seed)
+                samples[name] = chosen_columns(value, columns, seed)
                 yield name, value
 
         self.model_runner.reload_weights(weights_iterator=arriving())
@@ -107,8 +103,9 @@ class Worker:
         return {"version": self._tulu_version}
 
     def tulu_marks(self) -> dict[str, str]:
-        """Marks of all tensors as the layers hold them, read out whole; a zero's sign is lost."""
-        return {name: mark(tensor) for name, tensor in held(self.model_runner.get_model(), 0, 0)}
+        """Marks of the tensors that this worker's layers hold whole, as they are read out; a zero's sign is lost."""
+        parts = held(self.model_runner.get_model(), 0, 0)
+        return {part.name: mark(part.value) for part in parts if part.is_whole}
 
     def _tulu_repack(self, model: nn.Module) -> None:
         repack_tied_head(model)
@@ -135,76 +132,13 @@ def repack_tied_head(model: Any) -> None:
         head.quant_method.process_weights_after_loading(head)
 
 
-def columns_of(width: int, columns: int, seed: int) -> Tensor:
-    """Which columns of a matrix are compared: `columns` of them, or all for 0 or where there are no more; sorted."""
-    if not 0 < columns < width:
-        return torch.arange(width)
-    generator = torch.Generator().manual_seed(mix_seed(seed, width))
-    return torch.randperm(width, generator=generator)[:columns].sort().values
-
-
-def _columns(tensor: Tensor, columns: int, seed: int) -> Tensor:
-    if tensor.ndim != 2:
-        return tensor.detach().clone()
-    return tensor[:, columns_of(tensor.shape[1], columns, seed).to(tensor.device)].clone()
-
-
-@torch.no_grad()
-def held(model: Any, columns: int, seed: int) -> Iterator[tuple[str, Tensor]]:
-    """Names of the Hugging Face state dict with what the layers hold: of a matrix the chosen columns, else all of it.
-
-    Fused matrices are cut into their parts by the model's own `packed_modules_mapping`.
-    """
-    fused: Mapping[str, list[str]] = getattr(model, "packed_modules_mapping", None) or {}
-    for path, module in model.named_modules():
-        kinds = {kind.__name__ for kind in type(module).__mro__}
-        owner, _, leaf = path.rpartition(".")
-        base = f"{owner}." if owner else ""
-        if getattr(module, "tp_size", 1) > 1:  # this worker holds a share
-            continue
-        if "VocabParallelEmbedding" in kinds:
-            yield f"{path}.weight", _embedding(module, "ParallelLMHead" in kinds, columns, seed)
-        elif "LinearBase" in kinds:
-            parts = fused.get(leaf, [leaf])
-            sizes = list(module.output_sizes) if len(parts) > 1 else [module.output_size]
-            matrix = _by_unit_vectors(module, module.input_size, columns, seed)
-            if sum(sizes) != len(matrix) or len(sizes) != len(parts):  # fused in a way that its mapping does not tell
-                continue
-            bias = getattr(module, "bias", None)
-            for part, rows in zip(parts, matrix.split(sizes), strict=True):
-                yield f"{base}{part}.weight", rows
-            for part, rows in zip(parts, [] if bias is None else bias.split(sizes), strict=bias is not None):
-                yield f"{base}{part}.bias", rows
-        else:
-            for name, tensor in module.named_parameters(path, recurse=False):
-                yield name, tensor.detach()
-
-
-def _embedding(module: Any, is_head: bool, columns: int, seed: int) -> Tensor:
-    if is_head:
-        return _by_unit_vectors(module, module.embedding_dim, columns, seed)[: module.org_vocab_size]
-    return _columns(module.weight.detach()[: module.org_vocab_size], columns, seed)
-
-
-def _by_unit_vectors(module: Any, width: int, columns: int, seed: int) -> Tensor:
-    """Columns of the matrix that a layer multiplies by, `[outputs, columns]`, read through its own kernel."""
-    like = next((tensor for tensor in (*module.parameters(), *module.buffers())), torch.empty(0))
-    found = []
-    for chosen in columns_of(width, columns, seed).split(CHUNK):
-        units = torch.zeros(len(chosen), width, dtype=like.dtype, device=like.device)
-        units[torch.arange(len(chosen)), chosen.to(like.device)] = 1
-        found.append(module.quant_method.apply(module, units, bias=None).T)
-    return torch.cat(found, 1)
-
-
 def _compare(model: Any, samples: Mapping[str, Tensor], columns: int, seed: int) -> tuple[list[str], list[str]]:
-    now = {}
-    differ = []
-    for name, tensor in held(model, columns, seed):
-        now[name] = None
-        sample = samples.get(name)
-        if sample is None and name == "lm_head.weight":  # tied, and sent as the embedding
+    now, differ = set[str](), list[str]()
+    for part in held(model, columns, seed):
+        now.add(part.name)
+        sample = samples.get(part.name)
+        if sample is None and part.name == "lm_head.weight":  # tied, and sent as the embedding
             sample = samples.get("model.embed_tokens.weight")
-        if sample is not None and not torch.equal(sample.to(tensor.device), tensor):
-            differ.append(name)
+        if sample is not None and not torch.equal(part.of(sample).to(part.value.device), part.value):
+            differ.append(part.name)
     return differ, [name for name in samples if name not in now]
