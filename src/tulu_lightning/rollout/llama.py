@@ -66,7 +66,7 @@ class LlamaLM:
         names = {id(module): name for name, module in model.named_modules()}
 
         def fused(*linears: Any) -> Matrix:
-            return fuse([(names[id(each)], each) for each in linears])
+            return fuse([(names[id(each)], each) for each in linears], compiled)
 
         first = decoder.layers[0].self_attn
         self.model, self.decoder, self.head = model, decoder, fused(model.get_output_embeddings())
