@@ -98,13 +98,15 @@ def _compiled() -> Iterator[Finding]:
     try:
         from tulu_lightning.models import compiled as training
         from tulu_lightning.rollout import compiled as decoding
+        from tulu_lightning.rollout.tiles import tiled
     except Exception as error:
         yield failed_import(KERNELS, "compiled functions", error, "Install the packages again: `make setup`.")
         return
     remedy = "Install g++ (Debian: apt install g++): training and the engine in this process are faster with it."
     for name, (there, said) in (("layers", training.available()), ("decoding", decoding.available())):
         if there:
-            yield Finding(KERNELS, f"{name}, cpu", "ok", f"compiled by {said}")
+            more = "; bf16 products of few rows by tiles (AMX)" if name == "decoding" and tiled() else ""
+            yield Finding(KERNELS, f"{name}, cpu", "ok", f"compiled by {said}{more}")
         else:
             yield Finding(KERNELS, f"{name}, cpu", "off", f"because {said}; PyTorch's operators are taken", remedy)
 
