@@ -9,6 +9,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from tulu_lightning.core.settings import require
 from tulu_lightning.models.limits import read_limits
+from tulu_lightning.models.weights import plain_weights
 from tulu_lightning.rollout.canary import Agree, Proof, Sequences, Tolerance, canaries, follow, prove, tolerance_of
 from tulu_lightning.rollout.elsewhere import Elsewhere
 from tulu_lightning.rollout.engine import EngineError
@@ -116,5 +117,6 @@ class RolloutRefresh(L.Callback):
 
 def _differing(pl_module: Any, dtype: torch.dtype) -> dict[str, list[str]]:
     held = pl_module.engine.fingerprint()
-    sent = fingerprint(pl_module.policy_weights(), dtype)
+    weights = getattr(pl_module, "policy_weights", None) or (lambda: plain_weights(pl_module.model.lm))
+    sent = fingerprint(weights(), dtype)
     return {"not held as sent": [name for name, word in sent.items() if held.get(name) != word]}

@@ -108,8 +108,8 @@ def build_engine(
     """
     if settings.kind == "local":
         return local(getattr(torch, settings.dtype))
-    lora = lora if settings.push == "adapter" else None
-    room: dict[str, Any] = {"max_model_len": settings.max_model_len, "kv_cache_mb": settings.kv_cache_mb, "lora": lora}
+    pushed: dict[str, Any] = {"lora": lora} if settings.push == "adapter" else {}
+    room: dict[str, Any] = {"max_model_len": settings.max_model_len, "kv_cache_mb": settings.kv_cache_mb, **pushed}
     if settings.kind == "vllm":
         if find_spec("vllm") is None:
             what = "is vllm, and there is no vLLM in this environment"
@@ -123,7 +123,7 @@ def build_engine(
     if settings.url is not None:
         longest, way = settings.max_model_len, _transport(settings)
         url, dtype, seconds = settings.url, settings.dtype, settings.seconds
-        return ServerEngine(url, folder, dtype, max_model_len=longest, seconds=seconds, transport=way, lora=lora)
+        return ServerEngine(url, folder, dtype, max_model_len=longest, seconds=seconds, transport=way, **pushed)
     return ServerEngine.started(folder, settings.dtype, seconds=settings.seconds, python=settings.python, **room)
 
 
