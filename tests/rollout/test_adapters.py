@@ -11,8 +11,8 @@ from transformers import AutoModelForCausalLM
 from tulu_lightning.errors import InputError
 from tulu_lightning.models.lora import Lora, adapt, adapter_weights
 from tulu_lightning.rollout.adapter_proof import compare_adapter
-from tulu_lightning.rollout.adapters import adapter_contents, adapter_folder, adapter_options, new_name, room_for
-from tulu_lightning.rollout.delivery import Delivery
+from tulu_lightning.rollout.adapters import adapter_folder, adapter_options, new_name, room_for
+from tulu_lightning.rollout.delivery import Delivery, contents_of
 from tulu_lightning.rollout.engine import RefreshError
 from tulu_lightning.rollout.engines import EngineSettings, check_push
 from tulu_lightning.rollout.fingerprint import mark
@@ -45,7 +45,7 @@ def test_the_folder_is_one_that_peft_reads(tiny, policy):
 
 
 def test_what_has_to_arrive_is_known_before_there_are_weights(tiny, policy):
-    contents = adapter_contents(tiny, LORA)
+    contents = contents_of(tiny, LORA)
     assert contents.shapes == {name: tuple(x.shape) for name, x in adapter_weights(policy)}
     assert adapter_options(LORA, contents)["lora_target_modules"] == ["down_proj", "q_proj"]
     sent = dict(Delivery(contents, torch.float32, adapter_weights(policy)).complete())

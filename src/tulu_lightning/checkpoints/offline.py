@@ -23,7 +23,7 @@ from tulu_lightning.checkpoints.shards import SHARD_BYTES, save_tensors, write_s
 from tulu_lightning.errors import InputError
 from tulu_lightning.files import put_in_place
 from tulu_lightning.models.limits import read_config
-from tulu_lightning.models.lora import Lora
+from tulu_lightning.models.lora import Lora, targets_of
 from tulu_lightning.models.quantize import Linear4bit, Quantize
 
 __all__ = ["Layout", "write_adapter", "write_model"]
@@ -129,11 +129,10 @@ def write_adapter(
 
     lora = layout.lora
     names = [name for name in checkpoint.names if name.startswith(PREFIX) and ".lora_" in name]
-    targets = sorted({name.split(".lora_")[0].rpartition(".")[2] for name in names})
     settings = LoraConfig(
         r=lora.r,
         lora_alpha=lora.alpha,
-        target_modules=targets,
+        target_modules=targets_of(names),
         lora_dropout=0.0,
         use_rslora=lora.rslora,
         task_type="SEQ_CLS" if layout.scorer else "CAUSAL_LM",
@@ -212,8 +211,7 @@ def _plain(checkpoint: TrainingCheckpoint, layout: Layout, lm: PreTrainedModel, 
 def _merged(checkpoint: TrainingCheckpoint, lora: Lora | None, stem: str, base_NK: Tensor) -> Tensor:
     assert lora is not None
     a_RK, b_NR = (checkpoint.read(PREFIX + stem + side).float() for side in (A, B))
-    scale = lora.alpha / (lora.r**0.5 if lora.rslora else lora.r)
-    return base_NK.float() + scale * (b_NR @ a_RK)
+    return base_NK.float() + lora.scale * (b_NR @ a_RK)
 
 
 def _from_start(layout: Layout, lm: PreTrainedModel, name: str) -> Tensor:

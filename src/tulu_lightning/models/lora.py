@@ -6,7 +6,7 @@ out (engines, exports) takes them merged, from `models.weights.plain_weights`, o
 """
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +19,7 @@ from tulu_lightning.core.settings import require
 from tulu_lightning.errors import InputError
 from tulu_lightning.models.weights import fill
 
-__all__ = ["Lora", "adapt", "adapter_weights", "save_trained_only", "start_adapters", "without_adapters"]
+__all__ = ["Lora", "adapt", "adapter_weights", "save_trained_only", "start_adapters", "targets_of", "without_adapters"]
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,11 @@ class Lora:
     """Rank-stabilised scale (Kalajdzievski 2023), for large ranks."""
     seed: int = 0
     """Of A's random start; B starts at 0, so the model starts as it was."""
+
+    @property
+    def scale(self) -> float:
+        """What B A is multiplied by."""
+        return self.alpha / (self.r**0.5 if self.rslora else self.r)
 
     def __post_init__(self) -> None:
         require(self.r >= 1, "lora.r", self.r, "Use at least 1.")
@@ -104,6 +109,11 @@ def start_adapters(decoder: nn.Module, lora: Lora) -> None:
 
 def _adapters(decoder: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     return ((name, parameter) for name, parameter in decoder.named_parameters() if ".lora_" in name)
+
+
+def targets_of(names: Iterable[str]) -> list[str]:
+    """The last words of the layers that adapters of these names belong to, e.g. q_proj."""
+    return sorted({name.split(".lora_")[0].rpartition(".")[2] for name in names})
 
 
 def adapter_weights(lm: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -14,10 +14,11 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from tulu_lightning.models.lora import Lora
 from tulu_lightning.rollout.fingerprint import mark
 from tulu_lightning.rollout.held_weights import shard_of
 
-__all__ = ["compare_adapter"]
+__all__ = ["PREFIX", "compare_adapter"]
 
 PREFIX = "base_model.model."
 """Of names in peft's files."""
@@ -34,8 +35,7 @@ def compare_adapter(runner: Any, folder: Path) -> dict[str, Any]:
         A `vllm_worker.Report`, as a dict.
     """
     settings = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-    r, alpha = settings["r"], settings["lora_alpha"]
-    scale = alpha / (r**0.5 if settings["use_rslora"] else r)
+    scale = Lora(r=settings["r"], alpha=settings["lora_alpha"], rslora=settings["use_rslora"]).scale
     sent = {name.removeprefix(PREFIX): x for name, x in load_file(folder / "adapter_model.safetensors").items()}
     manager = runner.lora_manager._adapter_manager
     slots = [slot for slot, number in enumerate(manager.lora_index_to_id) if number is not None]

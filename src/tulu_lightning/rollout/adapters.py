@@ -13,37 +13,19 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM
 
 from tulu_lightning.errors import InputError
-from tulu_lightning.models.limits import read_config
-from tulu_lightning.models.lora import Lora, adapt, adapter_weights
-from tulu_lightning.rollout.delivery import Contents, contents_of
+from tulu_lightning.models.lora import Lora, targets_of
+from tulu_lightning.rollout.adapter_proof import PREFIX
+from tulu_lightning.rollout.delivery import Contents
 from tulu_lightning.rollout.transport import shared_folder
 
-__all__ = ["adapter_contents", "adapter_folder", "adapter_options", "new_name", "room_for"]
+__all__ = ["adapter_folder", "adapter_options", "new_name", "room_for"]
 
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """Ranks that vLLM makes room for."""
-PREFIX = "base_model.model."
-"""Of names in peft's files."""
-
-
-def adapter_contents(folder: str | Path, lora: Lora) -> Contents:
-    """What has to arrive at a push: the adapters of a model folder's architecture, nothing of the base.
-
-    Raises:
-        InputError: the config does not load, or a target is not there.
-    """
-    base = contents_of(folder)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(read_config(str(folder)), trust_remote_code=False)
-    adapt(model, lora, str(folder))
-    shapes = {name: tuple(tensor.shape) for name, tensor in adapter_weights(model)}
-    return Contents(shapes, {}, base.vocabulary, base.positions)
 
 
 def room_for(r: int) -> int:
@@ -65,21 +47,15 @@ def adapter_options(lora: Lora, contents: Contents) -> dict[str, Any]:
 
     Args:
         lora: its settings.
-        contents: from `adapter_contents`.
+        contents: from `delivery.contents_of` with these settings.
     """
-    targets = targets_of(contents.shapes)
     return {
         "enable_lora": True,
         "max_lora_rank": room_for(lora.r),
         "max_loras": 1,
         "max_cpu_loras": 1,
-        "lora_target_modules": targets,
+        "lora_target_modules": targets_of(contents.shapes),
     }
-
-
-def targets_of(names: Iterable[str]) -> list[str]:
-    """The last words of the layers that adapters belong to, e.g. q_proj."""
-    return sorted({name.split(".lora_")[0].rpartition(".")[2] for name in names})
 
 
 def new_name(version: int) -> str:

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from tulu_lightning.errors import InputError
 from tulu_lightning.models.limits import read_config
+from tulu_lightning.models.lora import Lora, adapt, adapter_weights
 from tulu_lightning.models.weights import full
 from tulu_lightning.rollout.engine import RefreshError
 from tulu_lightning.rollout.fingerprint import mark
@@ -37,23 +38,30 @@ class Contents(NamedTuple):
         return {name: found[own] for name, own in known.items() if own in found}
 
 
-def contents_of(folder: str | Path) -> Contents:
+def contents_of(folder: str | Path, lora: Lora | None = None) -> Contents:
     """Contents of a model folder, by its config; no weights are read.
 
+    Args:
+        folder: config of the model.
+        lora: given, the adapters alone have to arrive, and nothing of the base.
+
     Raises:
-        InputError: the config does not load.
+        InputError: the config does not load, or a target of the adapters is not there.
     """
     config = read_config(str(folder))
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     model.tie_weights()
+    text: Any = config.get_text_config(decoder=True)
+    positions = getattr(text, "max_position_embeddings", None) or float("inf")
+    if lora is not None:
+        adapt(model, lora, str(folder))
+        return Contents({n: tuple(x.shape) for n, x in adapter_weights(model)}, {}, text.vocab_size, positions)
     first, tied = dict[int, str](), dict[str, str]()
     for name, parameter in model.named_parameters(remove_duplicate=False):
         original = first.setdefault(id(parameter), name)
         if original != name:
             tied[name] = original
-    text: Any = config.get_text_config(decoder=True)
-    positions = getattr(text, "max_position_embeddings", None) or float("inf")
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     return Contents(shapes, tied, text.vocab_size, positions)
 

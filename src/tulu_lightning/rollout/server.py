@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from tulu_lightning.models.lora import Lora
-from tulu_lightning.rollout.adapters import adapter_contents, adapter_folder, adapter_options, new_name
+from tulu_lightning.rollout.adapters import adapter_folder, adapter_options, new_name
 from tulu_lightning.rollout.client import Client
 from tulu_lightning.rollout.delivered import DeliveredEngine
 from tulu_lightning.rollout.delivery import Delivery, contents_of, dtype_of, joined
@@ -70,7 +70,7 @@ class ServerEngine(DeliveredEngine):
         lora: Lora | None = None,
     ) -> None:
         self._client, self._server = Client(url), server
-        contents, kind = contents_of(folder) if lora is None else adapter_contents(folder, lora), dtype_of(dtype)
+        contents, kind = contents_of(folder, lora), dtype_of(dtype)
         self._seconds, self._connections = seconds, connections
         self._transport = transport or Files()
         model, *_ = self._client.get("/v1/models", 30)["data"]  # adapters of an earlier run come after it
@@ -98,7 +98,7 @@ class ServerEngine(DeliveredEngine):
         """Start a server and return its engine, which ends it on `close`; settings of `start_server`."""
         if lora is not None:
             given = settings.pop("options", ())
-            settings["options"] = (*_flags(adapter_options(lora, adapter_contents(folder, lora))), *given)
+            settings["options"] = (*_flags(adapter_options(lora, contents_of(folder, lora))), *given)
         server = start_server(folder, str(dtype).removeprefix("torch."), **settings)
         more: Any = {"version": version, "server": server, "seconds": seconds, "transport": transport, "lora": lora}
         try:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tulu_lightning.errors import InputError
 from tulu_lightning.models.lora import Lora
-from tulu_lightning.rollout.adapters import adapter_contents, adapter_folder, adapter_options, new_name
+from tulu_lightning.rollout.adapters import adapter_folder, adapter_options, new_name
 from tulu_lightning.rollout.delivered import DeliveredEngine
 from tulu_lightning.rollout.delivery import Contents, Delivery, contents_of, dtype_of
 from tulu_lightning.rollout.engine import Health, Made, Progress
@@ -97,7 +97,7 @@ class VLLMEngine(DeliveredEngine):
         Raises:
             InputError: vLLM is not installed, the folder does not load, or vLLM refuses a setting.
         """
-        contents = contents_of(folder) if lora is None else adapter_contents(folder, lora)
+        contents = contents_of(folder, lora)
         kind = dtype_of(dtype)
         on_gpu = torch.cuda.is_available()
         if kv_cache_mb is None and not on_gpu:
